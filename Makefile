@@ -1,0 +1,48 @@
+# Needs Python 3.11+ and make; every target installs the rest into .venv the first time, and again only when
+# pyproject.toml has changed. Another Python: make PYTHON=/usr/bin/python3.12 demo
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# What another project put there must not be imported instead of what we install.
+unexport PYTHONPATH PYTHONHOME
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-faults lint format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+# `exec`, so that a signal for make reaches the program and not a shell in between.
+demo: $(INSTALLED) ## train all 60 heads on synthetic images through a local Ray head; results in runs/
+	exec $(BIN)/python jobs/local_cluster.py -- python jobs/pipeline.py demo --root "$(CURDIR)/runs"
+
+test: lint ## lint, types and the tests
+	exec $(BIN)/python -m pytest
+
+test-faults: $(INSTALLED) ## the slow tests that kill processes in mid-training
+	exec $(BIN)/python -m pytest -m faults
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "acw needs Python 3.11 or newer, and '$(PYTHON)' is not that." \
+			"Name one that is: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[lite,cluster,dev]'
+	@touch $@

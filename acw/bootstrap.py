@@ -1,0 +1,34 @@
+"""Confidence intervals of a mean over images."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def interval(
+    values: np.ndarray, category: np.ndarray, *, samples: int = 1000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over images, and the ends of its 95 % percentile-bootstrap interval, images resampled within category.
+
+    `values` is float, (N,) or (N, M): M scores of N images, whose categories are `category` ((N,), any labels).
+    Returns mean, low end and high end, each of shape () or (M,). The interval of a paired difference is that of the
+    difference of the values. All columns share their resamples, and the same seed gives the same interval. A category
+    of one image adds no variance.
+    Raises ValueError if there are no images, a value is NaN or infinite, or the lengths differ.
+    """
+    values, category = np.asarray(values, np.float64), np.asarray(category)
+    if not len(values) or category.shape != values.shape[:1]:
+        raise ValueError(f"{len(values)} values and {category.shape} categories: one category for each image is needed")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(values))} values are NaN or infinite: no mean exists")
+    rng = np.random.default_rng(seed)
+    mean = values.mean(axis=0)
+    deviations = np.zeros((samples, *values.shape[1:]))
+    for label in np.unique(category):
+        members = values[category == label]
+        # How often each image is drawn: then all columns' resampled sums are one matrix product.
+        drawn = rng.integers(len(members), size=(samples, len(members))) + len(members) * np.arange(samples)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        deviations += counts @ (members - members.mean(axis=0))
+    low, high = mean + np.quantile(deviations, [0.025, 0.975], axis=0) / len(values)
+    return mean, low, high

@@ -1,0 +1,63 @@
+"""Category inference: p(category | image), a softmax regression on the backbones' pooled features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import softmax
+
+# Inverse strengths of the L2 penalty that cross-validation chooses from.
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class CategoryClassifier:
+    """Softmax regression on standardised features.
+
+    mean, scale: (D,) of the features. weight: (G, D), bias: (G,). accuracy: share of development images whose category
+    was inferred rightly by a classifier that did not train on their fold.
+    """
+
+    mean: np.ndarray
+    scale: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray
+    accuracy: float
+
+    def probabilities(self, pooled: np.ndarray) -> np.ndarray:
+        """(N, G) float64: p(category | image) from pooled features (N, D)."""
+        return softmax((pooled - self.mean) / self.scale @ self.weight.T + self.bias, axis=1)
+
+
+def fit(pooled: np.ndarray, category: np.ndarray, categories: int, fold: np.ndarray) -> CategoryClassifier:
+    """Fits on all images, the penalty chosen by out-of-fold log-loss.
+
+    pooled: (N, D) features; category: (N,) int64 in 0..categories-1, each present; fold: (N,) of the cross-validation.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+
+    mean, scale = pooled.mean(0), pooled.std(0) + 1e-6
+    if categories == 1:
+        return CategoryClassifier(mean, scale, np.zeros((1, pooled.shape[1])), np.zeros(1), 1.0)
+    standard = (pooled - mean) / scale
+
+    def fitted(penalty: float, chosen: np.ndarray) -> CategoryClassifier:
+        regression = LogisticRegression(C=penalty, max_iter=1000).fit(standard[chosen], category[chosen])
+        weight, bias = regression.coef_, regression.intercept_
+        if categories == 2:  # scikit-learn keeps only the second class's row of a symmetric pair
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        assert weight.shape[0] == categories
+        return CategoryClassifier(mean, scale, weight, bias, 0.0)
+
+    results = {}
+    for penalty in PENALTIES:
+        inferred = np.zeros((len(pooled), categories))
+        for left_out in np.unique(fold):
+            inferred[fold == left_out] = fitted(penalty, fold != left_out).probabilities(pooled[fold == left_out])
+        accuracy = float((inferred.argmax(1) == category).mean())
+        results[penalty] = (-log_loss(category, inferred, labels=range(categories)), accuracy)
+    penalty = max(results, key=lambda p: results[p][0])
+    final = fitted(penalty, np.full(len(pooled), True))
+    return CategoryClassifier(mean, scale, final.weight, final.bias, results[penalty][1])

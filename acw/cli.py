@@ -1,0 +1,196 @@
+"""What every job's command line shares: recipes and their fields, the data set, the root, and how errors end a job."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from acw.data import Dataset, Split, load_dataset, split
+from acw.recipes import RECIPES, Recipe, derive, named_recipe
+from acw.storage import UserError, fingerprint, write_atomic
+
+if TYPE_CHECKING:
+    from acw.features import FeatureStore
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with one line and status 2, like every other error of the user's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A parsed command line: a recipe on a data set, under a root."""
+
+    recipe: Recipe
+    dataset: Dataset
+    root: Path
+    tracking_uri: str | None
+
+    @property
+    def split(self) -> Split:
+        return split(self.dataset, self.recipe.seed, self.recipe.folds, self.recipe.holdout)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, named after what decides its result: the same command again finds what it left."""
+        identity = fingerprint([self.recipe.fingerprint, self.dataset.fingerprint])
+        return self.root / f"{self.recipe.name}-{self.dataset.name}-{identity}"
+
+    def stores(self) -> dict[str, FeatureStore]:
+        """The features that jobs/extract.py left for this run, by backbone; raises UserError if it did not."""
+        from acw.features import open_store
+
+        path = self.folder / "features.json"
+        if not path.exists():
+            raise UserError(f"{path}: features are not extracted yet; run jobs/extract.py with the same arguments")
+        folders = json.loads(path.read_text())
+        return {name: open_store(self.root / "features" / folders[name]) for name in self.recipe.backbones}
+
+
+def parse(argv: Sequence[str], description: str) -> Job:
+    """Reads `RECIPE [--dataset D] [--root R] [--field value ...]`. Raises UserError for whatever is wrong in it."""
+    recipe_name = _recipe_name(argv, description)
+    base = named_recipe(recipe_name)
+    parser = Parser(
+        prog=f"{Path(sys.argv[0]).name} {recipe_name}",
+        description=RECIPES[recipe_name].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_dataset_options(parser)
+    parser.add_argument("--root", default="runs", help="folder for features, runs and MLflow's store (default: runs)")
+    parser.add_argument("--tracking-uri", help="MLflow server (default: sqlite under the root)")
+    parser.add_argument("--overlay", help="JSON file of recipe fields, as jobs/tune.py writes it")
+    _add_fields(parser, base)
+    options = vars(parser.parse_args(argv[1:]))
+    overlay = _read_overlay(options["overlay"]) if options["overlay"] else {}
+    given = {f.name: options[f.name] for f in dataclasses.fields(Recipe)[1:] if options[f.name] is not None}
+    recipe = derive(derive(base, overlay), given)
+    root = writable_root(options["root"])
+    return Job(recipe, read_dataset(options), root, options["tracking_uri"])
+
+
+def _recipe_name(argv: Sequence[str], description: str) -> str:
+    if argv and not argv[0].startswith("-"):
+        return argv[0]
+    script = f"jobs/{Path(sys.argv[0]).name}"
+    lines = [
+        f"usage: python {script} RECIPE [--dataset D] [--root R] [--field value ...]",
+        "",
+        description,
+        "",
+        "recipes:",
+    ]
+    lines += [f"  {name:12}{(function.__doc__ or '').splitlines()[0]}" for name, function in RECIPES.items()]
+    lines += ["", f"python {script} RECIPE --help lists every field with its default, unit and meaning."]
+    if argv and argv[0] in ("-h", "--help"):
+        print("\n".join(lines))
+        raise SystemExit(0)
+    raise UserError(f"the first argument is a recipe: {', '.join(RECIPES)}; see --help")
+
+
+def add_dataset_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dataset",
+        default="synthetic",
+        help="synthetic (default); a CAT2000 folder; a folder with pysaliency's stimuli.hdf5 and fixations.hdf5; "
+        "or a folder of images, with --fixations",
+    )
+    parser.add_argument("--fixations", help="CSV with columns image, x, y (0-based px), optionally subject, category")
+    parser.add_argument("--reader", choices=("hdf5", "cat2000", "csv"), help="where a folder could be read in two ways")
+    parser.add_argument("--drop-outside", action="store_true", help="drop fixations outside their image, and say so")
+
+
+def _add_fields(parser: argparse.ArgumentParser, base: Recipe) -> None:
+    group = parser.add_argument_group("fields of the recipe")
+    for field in dataclasses.fields(Recipe)[1:]:
+        value = getattr(base, field.name)
+        shown = ",".join(value) or "none" if isinstance(value, tuple) else str(value).lower()
+        unit = field.metadata["unit"]
+        names = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
+        text = f"{field.metadata['help']} (default: {shown}{f'; {unit}' if unit else ''})".replace("%", "%%")
+        group.add_argument(*sorted(names, reverse=True), dest=field.name, metavar="VALUE", help=text)
+
+
+def _read_overlay(location: str) -> dict[str, Any]:
+    path = local_path(location, "--overlay")
+    try:
+        overlay = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); --overlay takes a file that jobs/tune.py wrote"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: no JSON ({error}); --overlay takes a file that jobs/tune.py wrote") from None
+    if not isinstance(overlay, dict):
+        raise UserError(f"{path}: holds no fields; --overlay takes a JSON object of recipe fields")
+    return overlay
+
+
+def read_dataset(options: dict[str, Any]) -> Dataset:
+    spec, fixations = options["dataset"], options["fixations"]
+    if spec != "synthetic" and "://" not in spec:
+        spec = str(local_path(spec, "--dataset"))
+    if fixations:
+        fixations = str(local_path(fixations, "--fixations"))
+    return load_dataset(spec, reader=options["reader"], fixations=fixations, drop_outside=options["drop_outside"])
+
+
+def local_path(location: str, option: str) -> Path:
+    """An absolute path; on a cluster a relative one is refused, as a job's folder is not the one it was typed in."""
+    path = Path(location).expanduser()
+    if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise UserError(
+            f"{option} {location}: a relative path means nothing on a cluster; use an absolute path or s3://"
+        )
+    return path.resolve()
+
+
+def writable_root(location: str) -> Path:
+    """The root as an absolute path, after a test that a file can be written there."""
+    if "://" in location:
+        raise UserError(f"--root {location}: results are kept in a folder; give a path, on a disk that all nodes share")
+    root = local_path(location, "--root")
+    probe = root / ".writable"
+    write_atomic(probe, b"")
+    probe.unlink(missing_ok=True)
+    return root
+
+
+def user_error(error: BaseException | None) -> UserError | None:
+    """The UserError inside an exception, which Ray may have wrapped on its way from a worker."""
+    seen: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or one in seen:
+            continue
+        if isinstance(one, UserError) and type(one) is UserError:
+            return one
+        seen.append(one)
+        waiting += [getattr(one, "cause", None), one.__cause__]
+        waiting += list(getattr(one, "worker_failures", {}).values())
+    return None
+
+
+def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Runs a job: exit status 0 if it did all that it says, 2 and one line on stderr for an error of the user's."""
+    try:
+        main(sys.argv[1:])
+    except Exception as error:
+        if (known := user_error(error)) is None:
+            raise
+        message = " ".join(str(known).split())
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,53 @@
+"""The Ray cluster that a job runs on: joining it, and how many workers of which size fit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+from acw.storage import UserError
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What a pool of worker processes asks of the cluster; `cpus` and `gpus` are per worker."""
+
+    workers: int
+    cpus: int
+    gpus: int
+
+
+def connect() -> None:
+    """Joins the cluster that RAY_ADDRESS or `ray job submit` names, or starts Ray here, on 127.0.0.1 only."""
+    # Ray listens on all interfaces unless this is set before its import; a cluster's own nodes must keep doing so.
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(include_dashboard=None if "RAY_ADDRESS" in os.environ else False, logging_level=logging.WARNING)
+
+
+def allocate(tasks: int, workers: int, accelerator: str) -> Allocation:
+    """Workers for `tasks` independent tasks: `workers` of them, or as many as the cluster has GPUs or cores (0).
+
+    accelerator: `gpu` demands a GPU a worker, which an autoscaling cluster may start with none of; `cpu` uses none;
+    `auto` takes GPUs where the cluster has them now. Cores are shared out evenly within each node.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    present = int(resources.get("GPU", 0))
+    gpu = accelerator == "gpu" or (accelerator == "auto" and present > 0)
+    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    if gpu:
+        # With no GPU yet, asking for a worker a task is what makes the autoscaler bring them.
+        return Allocation(min(tasks, workers or present or tasks), 1, 1)
+    if not sum(cores):
+        raise UserError("the Ray cluster has no CPU to work on; add a node, or set num-cpus when starting it")
+    count = min(tasks, workers or sum(cores), sum(cores))
+    cpus = max(c for c in range(1, max(cores) + 1) if c == 1 or sum(n // c for n in cores) >= count)
+    return Allocation(count, cpus, 0)

@@ -1,0 +1,154 @@
+"""A data set: images, their categories, and where people looked in them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from acw.data.images import decode_image
+from acw.storage import UserError, fingerprint
+
+SYNTHETIC = "synthetic"
+
+
+@dataclass(frozen=True)
+class Stimulus:
+    """One image. Its pixels are read when asked for.
+
+    name: unique and stable in its data set; below CAT2000's `trainSet/Stimuli` it is the rest of the path, whatever
+        the reader, so that a split does not depend on the reader.
+    path: the file, or `synthetic:<Category>/<index>`.
+    size: (height, width) in px.
+    source: where the image comes from, if the data set says so (`osie` for the attribute `osie-1003`).
+    digest: SHA-256 in hexadecimal of the file, or of what generates the display.
+    """
+
+    name: str
+    path: str
+    size: tuple[int, int]
+    category: str
+    source: str | None
+    digest: str
+
+    def pixels(self) -> np.ndarray:
+        """The image as uint8 (H, W, 3) RGB, any EXIF rotation ignored.
+
+        Raises UserError if the file is missing, damaged, or no longer of the size that the data set was read with.
+        """
+        display = _display(self)
+        if display is not None:
+            # `synthetic` makes data sets out of this module, so it cannot be imported at the top.
+            from acw.data import synthetic
+
+            return synthetic.stimulus_pixels(*display)
+        pixels = decode_image(Path(self.path))
+        if pixels.shape[:2] != self.size:
+            was, now = (f"{width}x{height}" for height, width in (self.size, pixels.shape[:2]))
+            raise UserError(f"{self.path}: is {now} px, but was {was} when the data set was read; restore the file")
+        return pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Stimuli in order of their names, and F fixations in order of their stimuli.
+
+    image: int32 (F,), ascending: the index of each fixation's stimulus.
+    x, y: float32 (F,) in px, from 0: a fixation is in the pixel (row int(y), column int(x)).
+    subject: int32 (F,), -1 where unknown.
+    blur_sigma: px, of the Gaussian that turns fixations into the maps for CC, KLDiv and SIM.
+    notes: what was done to the data on the way in, in words.
+    """
+
+    name: str
+    reader: str
+    location: str
+    stimuli: tuple[Stimulus, ...]
+    image: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    subject: np.ndarray
+    blur_sigma: float
+    notes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        arrays = {"image": np.int32, "x": np.float32, "y": np.float32, "subject": np.int32}
+        for field, dtype in arrays.items():
+            array = getattr(self, field)
+            assert array.dtype == dtype, field
+            assert array.shape == self.image.shape, field
+        assert np.all(np.diff(self.image) >= 0), "fixations must be sorted by image"
+
+    @cached_property
+    def categories(self) -> tuple[str, ...]:
+        """The names of the categories, sorted."""
+        return tuple(sorted({stimulus.category for stimulus in self.stimuli}))
+
+    @cached_property
+    def category_index(self) -> np.ndarray:
+        """int64 (N,): each stimulus's place in `categories`."""
+        place = {category: index for index, category in enumerate(self.categories)}
+        return np.array([place[stimulus.category] for stimulus in self.stimuli], dtype=np.int64)
+
+    @cached_property
+    def stimuli_fingerprint(self) -> str:
+        """Equal for equal images in equal order, whatever their fixations and categories: what features depend on."""
+        return fingerprint([[stimulus.name, stimulus.digest, *stimulus.size] for stimulus in self.stimuli])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for equal images, categories and fixations, wherever they lie and whichever reader read them."""
+        fixations = {
+            field: hashlib.sha256(np.ascontiguousarray(getattr(self, field)).tobytes()).hexdigest()
+            for field in ("image", "x", "y", "subject")
+        }
+        categories = [stimulus.category for stimulus in self.stimuli]
+        return fingerprint({"stimuli": self.stimuli_fingerprint, "categories": categories, "fixations": fixations})
+
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        return np.searchsorted(self.image, np.arange(len(self.stimuli) + 1))
+
+    def fixations_of(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Views of x, y and subject of stimulus i."""
+        part = slice(self._offsets[i], self._offsets[i + 1])
+        return self.x[part], self.y[part], self.subject[part]
+
+    def optimum_log_density(self, i: int) -> np.ndarray | None:
+        """float32 (H, W), natural logs: the density that stimulus i's fixations were drawn from; None if unknown."""
+        display = _display(self.stimuli[i])
+        if display is None:
+            return None
+        from acw.data import synthetic
+
+        return synthetic.log_density(*display)
+
+    def summary(self) -> dict[str, Any]:
+        """What a result records of its data set, as JSON."""
+        return {
+            "name": self.name,
+            "reader": self.reader,
+            "location": self.location,
+            "images": len(self.stimuli),
+            "fixations": len(self.x),
+            "categories": dict(sorted(Counter(stimulus.category for stimulus in self.stimuli).items())),
+            "subjects": len(np.unique(self.subject[self.subject >= 0])),
+            "sizes": len({stimulus.size for stimulus in self.stimuli}),
+            "fingerprint": self.fingerprint,
+            "blur_sigma": self.blur_sigma,
+            "notes": list(self.notes),
+        }
+
+
+def _display(stimulus: Stimulus) -> tuple[str, int] | None:
+    """Category and index of a synthetic display; None for a file."""
+    scheme, _, place = stimulus.path.partition(":")
+    if scheme != SYNTHETIC:
+        return None
+    category, _, index = place.rpartition("/")
+    return category, int(index)

@@ -1,0 +1,92 @@
+"""The built-in data set: visual-search displays with fixations drawn from a known density.
+
+Because the density is known, so is the best score that any model can reach on it: the data set's `optimum`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from acw.data.dataset import SYNTHETIC, Dataset, Stimulus
+from acw.data.displays import CATEGORIES, HEIGHT, WIDTH, Draws, lay_out, render
+
+# Part of every display's digest: raise it with any change to what is drawn or to where people look.
+VERSION = 1
+IMAGES = 24  # a category
+SUBJECTS = 15
+SALIENT, CENTRAL, ANYWHERE = 0.7, 0.25, 0.05  # shares of the fixations
+CENTRAL_SPREAD = 0.22  # standard deviation of the central ones, as a share of width and height
+
+
+def stimulus_pixels(category: str, index: int) -> np.ndarray:
+    """uint8 (384, 512, 3) RGB."""
+    return render(lay_out(VERSION, category, index), Draws(VERSION, category, index, "texture"))
+
+
+def log_density(category: str, index: int) -> np.ndarray:
+    """float32 (384, 512), natural logs: exactly what the fixations of this display were drawn from.
+
+    A mixture over pixels of equal Gaussians on the salient spots, a central Gaussian and a uniform part, each
+    normalised over the pixels.
+    """
+    return np.log(_density(category, index)).astype(np.float32)
+
+
+def load() -> Dataset:
+    """All displays, 24 of each category, and the fixations of 15 subjects, 4 to 8 each on every display."""
+    stimuli: list[Stimulus] = []
+    image, x, y, subject = [], [], [], []
+    for category in CATEGORIES:
+        for index in range(IMAGES):
+            name = f"{category}/{index:03d}"
+            digest = hashlib.sha256(f"{SYNTHETIC}/{VERSION}/{name}".encode()).hexdigest()
+            rows, columns, subjects = _fixations(category, index)
+            image.append(np.full(len(rows), len(stimuli), dtype=np.int32))
+            x.append(columns)
+            y.append(rows)
+            subject.append(subjects)
+            stimuli.append(Stimulus(name, f"{SYNTHETIC}:{name}", (HEIGHT, WIDTH), category, None, digest))
+    return Dataset(
+        name=SYNTHETIC,
+        reader=SYNTHETIC,
+        location=SYNTHETIC,
+        stimuli=tuple(stimuli),
+        image=np.concatenate(image),
+        x=np.concatenate(x),
+        y=np.concatenate(y),
+        subject=np.concatenate(subject),
+        blur_sigma=WIDTH / 48,
+        notes=(),
+    )
+
+
+def _density(category: str, index: int) -> np.ndarray:
+    """float64 (HEIGHT, WIDTH), sums to 1."""
+    spots = lay_out(VERSION, category, index).spots
+    total = CENTRAL * _gaussian(WIDTH / 2, HEIGHT / 2, CENTRAL_SPREAD * WIDTH, CENTRAL_SPREAD * HEIGHT)
+    total += ANYWHERE / (HEIGHT * WIDTH)
+    for spot in spots:
+        total += SALIENT / len(spots) * _gaussian(spot.x, spot.y, spot.spread_x, spot.spread_y)
+    return total
+
+
+def _gaussian(x: float, y: float, spread_x: float, spread_y: float) -> np.ndarray:
+    down, across = (
+        np.exp(-0.5 * ((np.arange(length) + 0.5 - middle) / spread) ** 2)
+        for length, middle, spread in ((HEIGHT, y, spread_y), (WIDTH, x, spread_x))
+    )
+    return np.outer(down / down.sum(), across / across.sum())
+
+
+def _fixations(category: str, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """y, x (float32, px) and subject (int32) of each fixation: a pixel drawn from the density, a place within it."""
+    draws = Draws(VERSION, category, index, "fixations")
+    subject = np.repeat(np.arange(SUBJECTS, dtype=np.int32), [draws.integer(4, 8) for _ in range(SUBJECTS)])
+    cumulative = np.cumsum(_density(category, index))
+    pixel = np.searchsorted(cumulative, draws.array(len(subject)) * cumulative[-1], side="right")
+    # Steps of 1/1024 px are exact in float32, so that no rounding carries a fixation into the next pixel.
+    within = np.floor(draws.array(2, len(subject)) * 1024) / 1024
+    rows, columns = np.divmod(pixel, WIDTH)
+    return (rows + within[0]).astype(np.float32), (columns + within[1]).astype(np.float32), subject

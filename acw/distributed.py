@@ -1,0 +1,181 @@
+"""Training's entry on a Ray cluster: banks of heads spread over Ray Train's workers, and progress a person can read."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from acw.cluster import allocate
+from acw.features import FeatureStore
+from acw.recipes import Recipe
+from acw.training import Bank, TrainingSet, checkpoint_path, plan_banks, train_bank
+
+# Ray Train starts all its workers anew when one dies; each goes on from its banks' checkpoints.
+MAX_FAILURES = 3
+PROGRESS_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every worker gets: all banks, of which it takes its share."""
+
+    recipe: Recipe
+    training_set: TrainingSet
+    stores: dict[str, FeatureStore]
+    folder: Path
+    threads: int
+
+
+def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureStore], folder: Path) -> None:
+    """Trains all heads of a recipe that are not trained yet; leaves their checkpoints in the run's folder.
+
+    Raises UserError for what a user can mend, and Ray's TrainingFailedError after too many lost workers.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    banks = plan_banks(recipe)
+    allocation = allocate(len(banks), recipe.workers, recipe.accelerator)
+    print(
+        f"training {sum(len(bank.members) for bank in banks)} heads in {len(banks)} banks on {allocation.workers} "
+        f"workers of {allocation.cpus} CPU and {allocation.gpus} GPU",
+        flush=True,
+    )
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={"work": Work(recipe, training_set, stores, folder, allocation.cpus)},
+        # Workers share no gradients, so the backend only has to come up, also where a GPU is a fraction or a fake.
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=allocation.workers,
+            use_gpu=allocation.gpus > 0,
+            resources_per_worker={"CPU": allocation.cpus, "GPU": allocation.gpus},
+        ),
+        run_config=ray.train.RunConfig(
+            # Checkpoints are ours, so Ray needs no memory of earlier attempts; an old name would bring back its result.
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=str(folder / "ray"),
+            failure_config=ray.train.FailureConfig(
+                max_failures=MAX_FAILURES,
+                controller_failure_limit=MAX_FAILURES,  # type: ignore[call-arg]  # of Ray Train V2
+            ),
+        ),
+    )
+    with Progress(recipe, banks, folder, allocation.workers):
+        trainer.fit()
+
+
+def run_worker(config: dict) -> None:
+    """What a Ray Train worker does: trains its share of the banks, one after the other."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    work: Work = config["work"]
+    context = ray.train.get_context()
+    torch.set_num_threads(work.threads)
+    # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
+    device = get_device() if torch.cuda.is_available() else torch.device("cpu")
+    banks = share(plan_banks(work.recipe), work.stores, context.get_world_size())[context.get_world_rank()]
+    for bank in banks:
+        train_bank(work.recipe, bank, work.training_set, work.stores[bank.backbone], work.folder, device)
+
+
+def share(banks: Sequence[Bank], stores: dict[str, FeatureStore], workers: int) -> list[list[Bank]]:
+    """The banks of each worker: the costliest first, each to the worker that has the least to do so far.
+
+    It depends on nothing else, so a restarted worker gets the banks that it had.
+    """
+
+    def cost(bank: Bank) -> float:
+        store = stores[bank.backbone]
+        values = sum(h * w * c for (h, w), c in zip(store.tap_sizes[0], store.channels, strict=True))
+        # Beside the first layer over all channels, the later layers cost about as much as 1,500 channels a cell.
+        return len(bank.members) * (values + 1500 * store.readouts[0][0] * store.readouts[0][1])
+
+    shares: list[list[Bank]] = [[] for _ in range(workers)]
+    load = [0.0] * workers
+    for bank in sorted(banks, key=lambda bank: (-cost(bank), bank.name)):
+        least = load.index(min(load))
+        shares[least].append(bank)
+        load[least] += cost(bank)
+    return shares
+
+
+class Progress:
+    """Prints a line whenever banks have finished epochs, from what their checkpoints say."""
+
+    def __init__(self, recipe: Recipe, banks: Sequence[Bank], folder: Path, workers: int) -> None:
+        self.recipe, self.banks, self.folder, self.workers = recipe, banks, folder, workers
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._shown = ""
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._end.wait(PROGRESS_SECONDS):
+            self._show()
+        self._show()
+
+    def _show(self) -> None:
+        line = self.line()
+        if line != self._shown:
+            print(line, flush=True)
+            self._shown = line
+
+    def line(self) -> str:
+        """Heads done, epoch, validation IG, time left."""
+        histories = {bank: _history(checkpoint_path(self.folder, bank)) for bank in self.banks}
+        heads = sum(len(bank.members) for bank in self.banks)
+        done, epochs, best, left = 0, [], [], 0.0
+        seconds = [entry["seconds"] for history in histories.values() for entry in history]
+        for bank, history in histories.items():
+            finished = _finished(self.recipe, history, len(bank.members))
+            done += finished
+            epochs.append(len(history))
+            best += [
+                max(entry["ig"][head] for entry in history if entry["ig"][head] is not None)
+                for head in range(len(bank.members))
+                if history
+            ]
+            if finished < len(bank.members) and seconds:
+                mine = [entry["seconds"] for entry in history] or seconds
+                left += (self.recipe.max_epochs - len(history)) * sum(mine) / len(mine)
+        started = [epoch for epoch in epochs if epoch]
+        span = f"{min(started)}-{max(started)}" if started else "0"
+        ig = f"{sum(best) / len(best):.4f}" if best else "-"
+        minutes = f"{left / self.workers / 60:.1f}" if seconds else "?"
+        return (
+            f"training: {done}/{heads} heads done, {len(started)}/{len(epochs)} banks started, epoch {span} of at most "
+            f"{self.recipe.max_epochs}, validation IG {ig} bit, at most {minutes} min left"
+        )
+
+
+def _history(path: Path) -> list[dict]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["history"])
+    except (OSError, SafetensorError):
+        return []
+
+
+def _finished(recipe: Recipe, history: list[dict], heads: int) -> int:
+    """Heads that train no more: those that the last epoch left out, or all after the last epoch there may be."""
+    if not history:
+        return 0
+    if len(history) >= recipe.max_epochs:
+        return heads
+    return sum(value is None for value in history[-1]["ig"])

@@ -1,0 +1,255 @@
+"""Features of frozen backbones: computed once, kept in a content-addressed store, read by memory map.
+
+A store is a folder named after what decides its content: the stimuli, the backbone (taps, input scale, weights' hash)
+and the format. It holds shards of SHARD_IMAGES images as safetensors, each beside its checksum, and a manifest that is
+written last. A shard is there whole or not at all, so an interrupted extraction goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from acw.backbones import Backbone, FrozenBackbone, load_backbone
+from acw.cluster import Allocation, allocate
+from acw.data import Stimulus
+from acw.heads import Features, nearest_index
+from acw.storage import UserError, fingerprint, sha256_file, write_atomic, write_json
+
+FORMAT = 1  # to be raised when the bytes of a shard change for the same stimuli and backbone
+SHARD_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """The features of one backbone for all stimuli of one data set.
+
+    folder: where the shards are. images: how many. tap_sizes: per image, ((h_t, w_t), ...); readouts: per image (h, w).
+    channels: per tap. Equal tap sizes and readouts make images that can share a batch's tensors.
+    """
+
+    folder: Path
+    images: int
+    channels: tuple[int, ...]
+    tap_sizes: tuple[tuple[tuple[int, int], ...], ...]
+    readouts: tuple[tuple[int, int], ...]
+
+    def groups(self, indices: Sequence[int] | np.ndarray) -> list[list[int]]:
+        """The images split by shape; those of one group fit into one `load`."""
+        by_shape = defaultdict(list)
+        for index in indices:
+            by_shape[self.tap_sizes[index], self.readouts[index]].append(int(index))
+        return list(by_shape.values())
+
+    def load(self, indices: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> Features:
+        """Features of images of one shape, float32 on the device."""
+        readers = [(self._reader(int(index) // SHARD_IMAGES), index) for index in indices]
+        taps = [
+            torch.stack([reader.get_tensor(f"{index}.tap{t}") for reader, index in readers]).to(device).float()
+            for t in range(len(self.channels))
+        ]
+        statistics = torch.stack([reader.get_tensor(f"{index}.statistics") for reader, index in readers]).to(device)
+        return Features(taps, statistics[:, 0], statistics[:, 1], self.readouts[indices[0]])
+
+    def pooled(self, indices: Sequence[int] | np.ndarray) -> Tensor:
+        """(len(indices), C) float32: each channel's mean over the image, for category inference."""
+        return torch.stack([self._reader(int(i) // SHARD_IMAGES).get_tensor(f"{int(i)}.pooled") for i in indices])
+
+    def _reader(self, shard: int) -> safe_open:
+        return _open_shard(shard_path(self.folder, shard))
+
+
+# A shard is opened once a process: its tensors are views into the memory map.
+@functools.cache
+def _open_shard(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: unreadable features ({error}); run jobs/extract.py again, it recomputes them"
+        ) from None
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def open_store(folder: Path) -> FeatureStore:
+    """The finished store in a folder; raises UserError where there is none."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        raise UserError(f"{path}: no features there; run jobs/extract.py first")
+    manifest = json.loads(path.read_text())
+    return FeatureStore(
+        folder,
+        manifest["images"],
+        tuple(manifest["channels"]),
+        tuple(tuple((h, w) for h, w in sizes) for sizes in manifest["tap_sizes"]),
+        tuple((h, w) for h, w in manifest["readouts"]),
+    )
+
+
+def store_folder(root: Path, backbone: Backbone, stimuli_fingerprint: str, weights_sha256: str) -> Path:
+    identity = {
+        "format": FORMAT,
+        "stimuli": stimuli_fingerprint,
+        "backbone": backbone.fingerprint_fields(),
+        "weights": weights_sha256,
+    }
+    return root / "features" / f"{backbone.name}-{fingerprint(identity)}"
+
+
+def compute(model: FrozenBackbone, backbone: Backbone, pixels: np.ndarray) -> tuple[Features, Tensor]:
+    """Features of uint8 images (B, H, W, 3) of one size, and their pooled features (B, C)."""
+    taps = model.features(torch.from_numpy(pixels))
+    readout = backbone.readout_size((pixels.shape[1], pixels.shape[2]))
+    return describe(taps, readout), torch.cat([tap.mean((1, 2)) for tap in taps], dim=1)
+
+
+def describe(taps: list[Tensor], readout: tuple[int, int]) -> Features:
+    """Taps with the statistics of the first layer norm, which are the same for every head.
+
+    They are those of the taps resized (nearest) to the readout's grid and concatenated: each cell of a tap counts as
+    often as the resizing repeats it.
+    """
+    total = torch.zeros(len(taps[0]), dtype=torch.float64, device=taps[0].device)
+    squares = total.clone()
+    for tap in taps:
+        rows, columns = (
+            torch.bincount(nearest_index(tap.shape[axis], readout[axis - 1]), minlength=tap.shape[axis])
+            for axis in (1, 2)
+        )
+        repeats = (rows[:, None] * columns[None, :]).to(tap.device, torch.float64)
+        total += (tap.sum(3, dtype=torch.float64) * repeats).sum((1, 2))
+        squares += (tap.double().square().sum(3) * repeats).sum((1, 2))
+    count = readout[0] * readout[1] * sum(tap.shape[3] for tap in taps)
+    mean = total / count
+    return Features(taps, mean.float(), (squares / count - mean**2).clamp_min(0).float(), readout)
+
+
+def write_shard(
+    model: FrozenBackbone, backbone: Backbone, stimuli: Sequence[Stimulus], shard: int, folder: Path
+) -> None:
+    """Computes and stores the features of the images of one shard, atomically, with its checksum beside it."""
+    indices = range(shard * SHARD_IMAGES, min((shard + 1) * SHARD_IMAGES, len(stimuli)))
+    by_size = defaultdict(list)
+    for index in indices:
+        by_size[stimuli[index].size].append(index)
+    tensors: dict[str, Tensor] = {}
+    for group in by_size.values():
+        features, pooled = compute(model, backbone, np.stack([stimuli[index].pixels() for index in group]))
+        halved = [tap.half() for tap in features.taps]
+        if not all(torch.isfinite(tap).all() for tap in halved):
+            raise UserError(
+                f"{backbone.name}: features of {stimuli[group[0]].name} or its neighbours overflow float16; "
+                "check that the weights and the preprocessing belong together"
+            )
+        # Statistics of what is stored, so that training sees a layer norm of exactly its own input.
+        features = describe([tap.float() for tap in halved], features.readout)
+        for position, index in enumerate(group):
+            tensors |= {f"{index}.tap{t}": tap[position].cpu().contiguous() for t, tap in enumerate(halved)}
+            tensors[f"{index}.statistics"] = torch.stack([features.mean[position], features.variance[position]]).cpu()
+            tensors[f"{index}.pooled"] = pooled[position].float().cpu()
+    path = shard_path(folder, shard)
+    write_atomic(path, lambda temporary: save_file(tensors, temporary))
+    write_atomic(path.with_suffix(".sha256"), sha256_file(path))
+
+
+def intact(folder: Path, shard: int) -> bool:
+    """Whether a shard is there and its bytes are those that were written."""
+    path = shard_path(folder, shard)
+    checksum = path.with_suffix(".sha256")
+    return path.exists() and checksum.exists() and sha256_file(path) == checksum.read_text()
+
+
+def extract(
+    root: Path,
+    backbone: Backbone,
+    stimuli: Sequence[Stimulus],
+    stimuli_fingerprint: str,
+    workers: int = 0,
+    accelerator: str = "auto",
+) -> FeatureStore:
+    """Fills the store of one backbone by workers on the Ray cluster, chosen as `cluster.allocate` does.
+
+    Shards that are there and intact are kept. Raises UserError for weights that cannot be had, an image that cannot be
+    decoded, or a root that cannot be written.
+    """
+    weights_sha256 = load_backbone(backbone, "cpu").weights_sha256
+    folder = store_folder(root, backbone, stimuli_fingerprint, weights_sha256)
+    shards = range(-(-len(stimuli) // SHARD_IMAGES))
+    missing = [shard for shard in shards if not intact(folder, shard)]
+    manifest = folder / "manifest.json"
+    if missing:
+        manifest.unlink(missing_ok=True)
+        start = time.monotonic()
+        allocation = allocate(len(missing), workers, accelerator)
+        for done in _extract_shards(backbone, stimuli, missing, folder, weights_sha256, allocation):
+            images = min(done * SHARD_IMAGES, len(stimuli))
+            rate = images / (time.monotonic() - start)
+            print(f"features {backbone.name}: {done}/{len(missing)} shards, {rate:.1f} images/s", flush=True)
+    if not manifest.exists():
+        write_json(manifest, _manifest(folder, backbone, stimuli, weights_sha256))
+    return open_store(folder)
+
+
+def _manifest(folder: Path, backbone: Backbone, stimuli: Sequence[Stimulus], weights_sha256: str) -> dict:
+    tap_sizes, channels = [], []
+    for index in range(len(stimuli)):
+        reader = _open_shard(shard_path(folder, index // SHARD_IMAGES))
+        shapes = [reader.get_slice(f"{index}.tap{t}").get_shape() for t in range(len(backbone.taps))]
+        tap_sizes.append([shape[:2] for shape in shapes])
+        channels = [shape[2] for shape in shapes]
+    return {
+        "backbone": backbone.fingerprint_fields(),
+        "weights_sha256": weights_sha256,
+        "images": len(stimuli),
+        "channels": channels,
+        "tap_sizes": tap_sizes,
+        "readouts": [list(backbone.readout_size(stimulus.size)) for stimulus in stimuli],
+        "stimuli": [stimulus.digest for stimulus in stimuli],
+    }
+
+
+def _extract_shards(
+    backbone: Backbone,
+    stimuli: Sequence[Stimulus],
+    shards: Sequence[int],
+    folder: Path,
+    weights_sha256: str,
+    allocation: Allocation,
+) -> Iterator[int]:
+    """Yields how many of the shards are done, as a pool of Ray actors writes them."""
+    import ray
+    from ray.util import ActorPool
+
+    class Extractor:
+        def __init__(self) -> None:
+            torch.set_num_threads(allocation.cpus)
+            # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
+            device = "cuda" if allocation.gpus and torch.cuda.is_available() else "cpu"
+            self.model = load_backbone(backbone, device)
+            if self.model.weights_sha256 != weights_sha256:
+                raise UserError(f"{backbone.name}: the weights on this node differ from those on the head node")
+
+        def write(self, shard: int) -> None:
+            write_shard(self.model, backbone, stimuli, shard, folder)
+
+    actor = ray.remote(Extractor).options(
+        num_cpus=allocation.cpus, num_gpus=allocation.gpus, max_restarts=3, max_task_retries=3
+    )
+    pool: Any = ActorPool([actor.remote() for _ in range(allocation.workers)])
+    for done, _ in enumerate(pool.map_unordered(lambda worker, shard: worker.write.remote(shard), shards), start=1):
+        yield done

@@ -1,0 +1,180 @@
+"""Mixtures of densities: category weights by EM on out-of-fold predictions, with a Dirichlet prior and intervals.
+
+A mixture is `log sum_b w[c, b] p_b`, never a weighted sum of log-densities. The mean log-likelihood is concave in w, so
+EM finds the global optimum. Responsibilities are averaged within an image first: images count equally.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Strength of the prior, in images: what is added to a category is as if it had that many more with the global weights.
+PRIOR_STRENGTHS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, math.inf)
+# EM stops when the objective is within this many nats per fixation of its optimum, by its duality gap.
+EM_GAP = 1e-6
+EM_ITERATIONS = 20_000
+CROSSVALIDATION_FOLDS = 5
+BOOTSTRAP_SAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """Densities of B models at F fixations of N images.
+
+    log_p: (F, B) natural log-densities per px. image: (F,) int64 in 0..N-1. images: N.
+    """
+
+    log_p: np.ndarray
+    image: np.ndarray
+    images: int
+
+    def subset(self, chosen: np.ndarray) -> Likelihoods:
+        """Only the images whose number is in `chosen` (sorted, unique), numbered anew."""
+        number = np.full(self.images, -1)
+        number[chosen] = np.arange(len(chosen))
+        kept = number[self.image] >= 0
+        return Likelihoods(self.log_p[kept], number[self.image[kept]], len(chosen))
+
+    def mean_log_likelihood(self, weights: np.ndarray) -> np.ndarray:
+        """(N,) nats per fixation of each image under the mixture; weights: (B,), or (N, B) for one an image."""
+        scaled, shift = self._scaled()
+        mixed = np.log((scaled * (weights[self.image] if weights.ndim == 2 else weights)).sum(1)) + shift
+        return np.bincount(self.image, mixed, self.images) / np.bincount(self.image, minlength=self.images)
+
+    def _scaled(self) -> tuple[np.ndarray, np.ndarray]:
+        shift = self.log_p.max(1)
+        return np.exp(self.log_p - shift[:, None]), shift
+
+
+def mix(log_densities: Tensor, weights: Tensor) -> Tensor:
+    """log sum_b w_b p_b: log_densities (B, ...), weights (B,) that sum to 1; a weight of 0 leaves its density out."""
+    shape = (-1,) + (1,) * (log_densities.dim() - 1)
+    return torch.logsumexp(log_densities + weights.log().view(shape), 0)
+
+
+def em(likelihoods: Likelihoods, counts: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """(R, B) weights that maximise R objectives at once.
+
+    Objective r: sum_i counts[i, r] * (mean log-likelihood of image i) + sum_b prior[r, b] * log w_b. counts: (N, R) how
+    often each image counts, all > 0 in sum with the prior; prior: (R, B) pseudo-counts >= 0, alpha - 1 of a Dirichlet.
+    """
+    scaled, _ = likelihoods._scaled()
+    fixations = np.bincount(likelihoods.image, minlength=likelihoods.images)
+    share = (counts / fixations[:, None])[likelihoods.image]
+    mass = counts.sum(0) + prior.sum(1)
+    assert (mass > 0).all()
+    weights = np.full(prior.shape, 1 / prior.shape[1])
+    for _ in range(EM_ITERATIONS):
+        # Derivative of the objective by w_b, over its mass; at the optimum it is 1 where w_b > 0 and below elsewhere.
+        gradient = (scaled.T @ (share / (scaled @ weights.T))).T
+        slope = (gradient + np.divide(prior, weights, out=np.zeros_like(prior), where=prior > 0)) / mass[:, None]
+        # For a concave objective on the simplex, max slope - 1 bounds the distance to the optimum (Frank-Wolfe gap).
+        if (slope.max(1) - 1).max() < EM_GAP:
+            break
+        weights = (weights * gradient + prior) / mass[:, None]
+    return weights / weights.sum(1, keepdims=True)
+
+
+def global_weights(likelihoods: Likelihoods) -> np.ndarray:
+    """(B,) the weights that maximise the likelihood of all images."""
+    models = likelihoods.log_p.shape[1]
+    return em(likelihoods, np.ones((likelihoods.images, 1)), np.zeros((1, models)))[0]
+
+
+@dataclass(frozen=True)
+class CategoryWeights:
+    """weights, low, high: (G, B), the fit and its 95 % bootstrap interval over images; global_weights: (B,).
+
+    strength: of the prior, chosen by cross-validation; crossvalidation: strength -> left-out nats per fixation.
+    left_out: (N,) nats per fixation of each image under weights that were fitted without it, at that strength.
+    """
+
+    weights: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    global_weights: np.ndarray
+    strength: float
+    crossvalidation: dict[float, float]
+    left_out: np.ndarray
+
+
+def fit(likelihoods: Likelihoods, group: np.ndarray, groups: int, seed: int) -> CategoryWeights:
+    """Weights per group (category, source) with prior alpha = 1 + s * w_global, s by cross-validation over images.
+
+    group: (N,) int64 of each image, in 0..groups-1, each with an image at least.
+    """
+    left_out = _crossvalidate(likelihoods, group, groups, seed)
+    scores = {strength: float(values.mean()) for strength, values in left_out.items()}
+    strength = max(scores, key=lambda s: (scores[s], s))
+    overall = global_weights(likelihoods)
+    weights = _fit_groups(likelihoods, group, groups, overall, [strength])[0]
+    low, high = _bootstrap(likelihoods, group, groups, strength, seed)
+    return CategoryWeights(weights, low, high, overall, strength, scores, left_out[strength])
+
+
+def _fit_groups(
+    likelihoods: Likelihoods, group: np.ndarray, groups: int, overall: np.ndarray, strengths: Sequence[float]
+) -> np.ndarray:
+    """(S, G, B) weights for each strength of the prior; a group without an image gets the overall weights."""
+    result = np.tile(overall, (len(strengths), groups, 1))
+    finite = [index for index, strength in enumerate(strengths) if math.isfinite(strength)]
+    for g in range(groups):
+        chosen = np.flatnonzero(group == g)
+        if len(chosen) and finite:
+            prior = np.stack([strengths[index] * overall for index in finite])
+            result[finite, g] = em(likelihoods.subset(chosen), np.ones((len(chosen), len(finite))), prior)
+    return result
+
+
+def _crossvalidate(likelihoods: Likelihoods, group: np.ndarray, groups: int, seed: int) -> dict[float, np.ndarray]:
+    """Strength -> (N,) log-likelihood of each image under a fit without it, the global weights too."""
+    fold = np.empty(likelihoods.images, dtype=int)
+    generator = np.random.default_rng(seed)
+    for g in range(groups):
+        members = generator.permutation(np.flatnonzero(group == g))
+        fold[members] = (np.arange(len(members)) + g) % CROSSVALIDATION_FOLDS
+    result = np.empty((len(PRIOR_STRENGTHS), likelihoods.images))
+    for left_out in np.unique(fold):
+        inside, outside = np.flatnonzero(fold != left_out), np.flatnonzero(fold == left_out)
+        training, test = likelihoods.subset(inside), likelihoods.subset(outside)
+        fitted = _fit_groups(training, group[inside], groups, global_weights(training), PRIOR_STRENGTHS)
+        result[:, outside] = [test.mean_log_likelihood(weights[group[outside]]) for weights in fitted]
+    return dict(zip(PRIOR_STRENGTHS, result, strict=True))
+
+
+def _bootstrap(
+    likelihoods: Likelihoods, group: np.ndarray, groups: int, strength: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(G, B) ends of the weights' 95 % intervals, images resampled within their group, the global weights refitted."""
+    generator = np.random.default_rng(seed)
+    counts = np.zeros((likelihoods.images, BOOTSTRAP_SAMPLES))
+    # A source may have held-out images only: such a group has the overall weights.
+    present = [np.flatnonzero(group == g) for g in range(groups) if (group == g).any()]
+    for members in present:
+        even = np.full(len(members), 1 / len(members))
+        counts[members] = generator.multinomial(len(members), even, BOOTSTRAP_SAMPLES).T
+    models = likelihoods.log_p.shape[1]
+    overall = em(likelihoods, counts, np.zeros((BOOTSTRAP_SAMPLES, models)))
+    samples = np.tile(overall, (groups, 1, 1))
+    if math.isfinite(strength):
+        for members in present:
+            samples[group[members[0]]] = em(likelihoods.subset(members), counts[members], strength * overall)
+    low, high = np.percentile(samples, [2.5, 97.5], axis=1)
+    return low, high
+
+
+def oracle(likelihoods: Likelihoods) -> np.ndarray:
+    """(N, B) the best weights of each image for its own fixations: an upper bound of any mixing, not a model."""
+    models = likelihoods.log_p.shape[1]
+    return np.concatenate(
+        [
+            em(likelihoods.subset(np.array([image])), np.ones((1, 1)), np.zeros((1, models)))
+            for image in range(likelihoods.images)
+        ]
+    )

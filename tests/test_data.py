@@ -1,0 +1,442 @@
+"""Readers and the split: what is read is what is there, and each bad input is one clear line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from acw import pysaliency_compat
+from acw.data import Dataset, load_dataset, split
+from acw.data.images import decode_image
+from acw.storage import UserError
+
+GAZE = Path(__file__).parents[2] / "shared" / "gaze"
+needs_gaze = pytest.mark.skipif(not GAZE.is_dir(), reason="the data set gaze is not beside the repository")
+
+SIZES = {"Action/001": (40, 60), "Action/002": (48, 64), "Satelite/001": (40, 60)}
+
+
+def cat2000(folder: Path, names: dict[str, tuple[int, int]] | None = None) -> Path:
+    """A folder in CAT2000's layout; image number n of it has n + 1 fixations, at row r and column 2 r + n."""
+    for number, (name, (height, width)) in enumerate((names or SIZES).items()):
+        image = folder / "trainSet" / "Stimuli" / f"{name}.jpg"
+        mat = folder / "trainSet" / "FIXATIONLOCS" / f"{name}.mat"
+        for path in (image, mat):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (width, height), (number * 9, 80, 160)).save(image)
+        marks = np.zeros((height, width), dtype=np.uint8)
+        rows = np.arange(number + 1)
+        marks[rows, 2 * rows + number] = 1
+        savemat(mat, {"fixLocs": marks})
+    output = folder / "trainSet" / "Stimuli" / "Action" / "Output"
+    output.mkdir(exist_ok=True, parents=True)
+    Image.new("RGB", (9, 9)).save(output / "001_SaliencyMap.jpg")
+    Image.new("RGB", (9, 9)).save(output.parent / "001_SaliencyMap.jpg")
+    return folder
+
+
+def hdf5(
+    folder: Path,
+    *,
+    category: np.ndarray | None = None,
+    x: Sequence[float] = (1.5, 2.0, 59.9),
+    n: Sequence[int] = (2, 0, 1),
+) -> Path:
+    """CAT2000's folder with pysaliency's HDF5 pair beside it, written by pysaliency."""
+    pysaliency = pysaliency_compat.load()
+    cat2000(folder)
+    files = [str(folder / "trainSet" / "Stimuli" / f"{name}.jpg") for name in SIZES]
+    attributes = {"source": np.array(["osie-10", "sun-a-7", "toy"])}
+    if category is not None:
+        attributes["category"] = category
+    pysaliency.FileStimuli(files, attributes=attributes).to_hdf5(str(folder / "stimuli.hdf5"))
+    y, subjects = np.array([0.5, 1.5, 2.5]), np.array([4, 5, 6])
+    fixations = pysaliency.Fixations.create_without_history(np.array(x), y, np.array(n), subjects)
+    fixations.to_hdf5(str(folder / "fixations.hdf5"))
+    return folder
+
+
+def images_and_csv(folder: Path, text: str) -> tuple[str, str]:
+    (folder / "images" / "sub").mkdir(parents=True)
+    Image.new("RGB", (30, 20)).save(folder / "images" / "a.png")
+    Image.new("RGB", (10, 10)).save(folder / "images" / "sub" / "b.jpg")
+    table = folder / "fixations.csv"
+    table.write_text(text)
+    return str(folder / "images"), str(table)
+
+
+def fixations_by_name(dataset: Dataset) -> dict[str, list[tuple[float, float]]]:
+    return {
+        stimulus.name: list(zip(*(axis.tolist() for axis in dataset.fixations_of(index)[:2]), strict=True))
+        for index, stimulus in enumerate(dataset.stimuli)
+    }
+
+
+# --- What is read ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["", "trainSet"])
+def test_cat2000_folder(tmp_path: Path, inner: str) -> None:
+    dataset = load_dataset(str(cat2000(tmp_path) / inner))
+    assert dataset.reader == "cat2000"
+    assert dataset.name == tmp_path.name
+    assert [(s.name, s.size, s.category) for s in dataset.stimuli] == [
+        ("Action/001.jpg", (40, 60), "Action"),
+        ("Action/002.jpg", (48, 64), "Action"),
+        ("Satelite/001.jpg", (40, 60), "Satelite"),
+    ]
+    assert fixations_by_name(dataset)["Satelite/001.jpg"] == [(2.0, 0.0), (4.0, 1.0), (6.0, 2.0)]
+    assert (dataset.subject == -1).all()
+    assert dataset.category_index.tolist() == [0, 0, 1]
+    assert dataset.stimuli[1].pixels().shape == (48, 64, 3)
+    assert dataset.blur_sigma == pytest.approx((60 + 64 + 60) / 3 / 48)
+    json.dumps(dataset.summary(), allow_nan=False)
+
+
+def test_blur_of_full_hd_cat2000_is_40_px(tmp_path: Path) -> None:
+    assert load_dataset(str(cat2000(tmp_path, {"Action/001": (1080, 1920)}))).blur_sigma == 40
+
+
+def test_hdf5_pair_wins_and_keeps_subjects_sources_and_fractions(tmp_path: Path) -> None:
+    folder = hdf5(tmp_path, category=np.array([0, 0, 1]))
+    dataset = load_dataset(str(folder))
+    assert dataset.reader == "hdf5"
+    assert [s.name for s in dataset.stimuli] == ["Action/001.jpg", "Action/002.jpg", "Satelite/001.jpg"]
+    assert [s.category for s in dataset.stimuli] == ["Action", "Action", "Satelite"]  # numbers that go with the folders
+    assert [s.source for s in dataset.stimuli] == ["osie", "sun-a", "toy"]
+    assert dataset.image.tolist() == [0, 1, 2]
+    assert dataset.x.tolist() == [2.0, np.float32(59.9), 1.5]
+    assert dataset.subject.tolist() == [5, 6, 4]
+    (folder / "categories.json").write_text('{"category_names": ["Zoo", "Ant"]}')
+    assert load_dataset(str(folder)).categories == ("Ant", "Zoo")
+    assert load_dataset(str(folder), reader="cat2000").stimuli_fingerprint == dataset.stimuli_fingerprint
+
+
+def test_hdf5_categories_as_names_and_none(tmp_path: Path) -> None:
+    named = load_dataset(str(hdf5(tmp_path / "named", category=np.array(["b", "a", "b"]))))
+    assert [s.category for s in named.stimuli] == ["b", "a", "b"]
+    assert load_dataset(str(hdf5(tmp_path / "none"))).categories == ("all",)
+
+
+def test_csv_with_and_without_optional_columns(tmp_path: Path) -> None:
+    text = "subject, image ,y,x,category\nanna,a.png,19.5,0,u\n,sub/b.jpg,1,2,v\nbert,./a.png,3,29.999999999,u\n"
+    folder, table = images_and_csv(tmp_path / "all", text)
+    dataset = load_dataset(folder, fixations=table)
+    assert [(s.name, s.category) for s in dataset.stimuli] == [("a.png", "u"), ("sub/b.jpg", "v")]
+    assert dataset.subject.tolist() == [0, 1, -1]
+    assert dataset.x.max() < 30  # rounding to float32 must not leave the image
+    plain, table = images_and_csv(tmp_path / "plain", "image,x,y\na.png,1,2\nsub/b.jpg,3,4\n")
+    assert load_dataset(plain, fixations=table).categories == ("all",)
+
+
+def test_fixations_outside_are_dropped_only_if_asked(tmp_path: Path) -> None:
+    text = "image,x,y\na.png,30,2\na.png,1,2\na.png,-0.1,2\nsub/b.jpg,3,4\n"
+    folder, table = images_and_csv(tmp_path, text)
+    with pytest.raises(
+        UserError, match=r"fixations outside their image: 2 of 4 \(a\.png x=30 y=2 in 30x20, a\.png x=-0\.1"
+    ):
+        load_dataset(folder, fixations=table)
+    dataset = load_dataset(folder, fixations=table, drop_outside=True)
+    assert dataset.x.tolist() == [1, 3]
+    assert dataset.notes == ("dropped 2 fixations outside their image (at the user's request)",)
+    with pytest.raises(UserError, match="fixations outside their image: 1 of 3"):
+        load_dataset(str(hdf5(tmp_path / "hdf5", x=(1.5, 60.0, 3.0))))
+
+
+def test_fingerprints_tell_fixations_categories_and_images_apart(tmp_path: Path) -> None:
+    dataset = load_dataset(str(cat2000(tmp_path)))
+    moved = replace(dataset, x=dataset.x + np.float32(0.5))
+    regrouped = replace(dataset, stimuli=(replace(dataset.stimuli[0], category="Art"), *dataset.stimuli[1:]))
+    repainted = replace(dataset, stimuli=(replace(dataset.stimuli[0], digest="0"), *dataset.stimuli[1:]))
+    renamed = replace(dataset, name="other", location="elsewhere")
+    assert len({d.fingerprint for d in (dataset, moved, regrouped, repainted)}) == 4
+    assert renamed.fingerprint == dataset.fingerprint
+    assert moved.stimuli_fingerprint == regrouped.stimuli_fingerprint == dataset.stimuli_fingerprint
+    assert repainted.stimuli_fingerprint != dataset.stimuli_fingerprint
+
+
+def test_every_kind_of_image_becomes_8_bit_rgb_as_stored(tmp_path: Path) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
+    image = Image.fromarray(rgb)
+    for mode in ("RGBA", "CMYK", "RGB"):
+        image.convert(mode).save(tmp_path / f"{mode}.tif")
+        assert np.abs(decode_image(tmp_path / f"{mode}.tif").astype(int) - rgb).max() <= 1, mode
+    for mode in ("L", "LA", "P", "1"):
+        image.convert(mode).save(tmp_path / f"{mode}.png")
+        np.testing.assert_array_equal(
+            decode_image(tmp_path / f"{mode}.png"), np.asarray(image.convert(mode).convert("RGB"))
+        )
+    Image.fromarray(np.full((6, 10), 0x7F01, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert (decode_image(tmp_path / "deep.png") == 0x7F).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees"
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert decode_image(tmp_path / "turned.jpg").shape == (6, 10, 3)
+
+
+# --- Bad input ---------------------------------------------------------------------------------------------------
+
+
+def _no_locations(folder: Path) -> None:
+    shutil.rmtree(folder / "trainSet" / "FIXATIONLOCS")
+
+
+def _misspelt_locations(folder: Path) -> None:
+    (folder / "trainSet" / "FIXATIONLOCS").rename(folder / "trainSet" / "fixationlocs")
+
+
+def _no_mat(folder: Path) -> None:
+    (folder / "trainSet/FIXATIONLOCS/Action/002.mat").unlink()
+
+
+def _no_image(folder: Path) -> None:
+    (folder / "trainSet/Stimuli/Action/002.jpg").unlink()
+
+
+def _truncated(folder: Path) -> None:
+    path = folder / "trainSet/Stimuli/Action/002.jpg"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def _not_an_image(folder: Path) -> None:
+    (folder / "trainSet/Stimuli/Action/002.jpg").write_text("<html>not found</html>")
+
+
+def _no_variable(folder: Path) -> None:
+    savemat(folder / "trainSet/FIXATIONLOCS/Action/002.mat", {"fixations": np.ones((48, 64))})
+
+
+def _other_shape(folder: Path) -> None:
+    savemat(folder / "trainSet/FIXATIONLOCS/Action/002.mat", {"fixLocs": np.ones((64, 48))})
+
+
+def _nan_marks(folder: Path) -> None:
+    savemat(folder / "trainSet/FIXATIONLOCS/Action/002.mat", {"fixLocs": np.full((48, 64), np.nan)})
+
+
+def _broken_mat(folder: Path) -> None:
+    path = folder / "trainSet/FIXATIONLOCS/Action/002.mat"
+    path.write_bytes(path.read_bytes()[:150])
+
+
+def _no_fixation(folder: Path) -> None:
+    savemat(folder / "trainSet/FIXATIONLOCS/Action/002.mat", {"fixLocs": np.zeros((48, 64), dtype=np.uint8)})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "there is no such folder"),
+        (_no_locations, "no folder FIXATIONLOCS"),
+        (_misspelt_locations, "no folder FIXATIONLOCS"),
+        (_no_mat, r"images without a file in FIXATIONLOCS: 1 \(Stimuli/Action/002.jpg\)"),
+        (_no_image, r"files of fixations without an image in Stimuli: 1 \(FIXATIONLOCS/Action/002.mat\)"),
+        (_truncated, r"Action/002.jpg: the image is damaged or cut short"),
+        (_not_an_image, r"Action/002.jpg: not an image"),
+        (_no_variable, r"Action/002.mat: has no variable fixLocs"),
+        (_other_shape, r"Action/002.mat: fixLocs has shape \(64, 48\) .* 48 rows and 64 columns"),
+        (_nan_marks, r"Action/002.mat: fixLocs has values that are not finite"),
+        (_broken_mat, r"Action/002.mat: cannot be read as a MATLAB file"),
+        (_no_fixation, r"images without a fixation: 1 \(Action/002.jpg\)"),
+    ],
+)
+def test_spoilt_cat2000_folder(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    folder = cat2000(tmp_path / "set")
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        load_dataset(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_folder_of_no_known_layout_and_wrong_choices(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither stimuli.hdf5 .* nor CAT2000's .* CSV of fixations"):
+        load_dataset(str(tmp_path))
+    folder = str(cat2000(tmp_path))
+    with pytest.raises(UserError, match="reader matlab: unknown"):
+        load_dataset(folder, reader="matlab")
+    with pytest.raises(UserError, match="takes no fixations file"):
+        load_dataset(folder, fixations="f.csv")
+    with pytest.raises(UserError, match=r"has no stimuli\.hdf5"):
+        load_dataset(folder, reader="hdf5")
+    with pytest.raises(UserError, match="needs a CSV file"):
+        load_dataset(folder, reader="csv")
+    with pytest.raises(UserError, match="reads folders only"):
+        load_dataset("s3://bucket/CAT2000")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,x\na.png,1\n", r"has no column 'y' \(it has image, x\)"),
+        ("", "has no column 'image'"),
+        ("image,x,y\na.png,1,2\nsub/b.jpg,1,two\n", "line 3: y is 'two', not a number"),
+        ("image,x,y\na.png,nan,2\n", "line 2: x is 'nan'"),
+        ("image,x,y\na.png,1\n", "line 2: y is ''"),
+        ("image,x,y\nc.png,1,2\n", "line 2: the image c.png is not in"),
+        ("image,x,y\na.png,1,2\n", r"images without a fixation in fixations.csv: 1 \(sub/b.jpg\)"),
+        ("image,x,y\n../fixations.csv,1,2\n", "lies outside the folder"),
+        ("image,x,y,category\na.png,1,2,u\na.png,1,2,v\n", "line 3: a.png has the category 'v' and 'u'"),
+        ("image,x,y,category\na.png,1,2,\n", "line 2: a.png has the category ''"),
+    ],
+)
+def test_spoilt_csv(tmp_path: Path, text: str, message: str) -> None:
+    folder, table = images_and_csv(tmp_path, text)
+    with pytest.raises(UserError, match=message):
+        load_dataset(folder, fixations=table)
+
+
+def test_csv_that_is_missing_or_no_text(tmp_path: Path) -> None:
+    folder, table = images_and_csv(tmp_path, "")
+    Path(table).write_bytes(b"image,x,y\n\xff\xfe\n")
+    for path in (table, table + ".gone"):
+        with pytest.raises(UserError, match="cannot be read as a CSV file"):
+            load_dataset(folder, fixations=path)
+
+
+def test_spoilt_hdf5(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="fixations with NaN coordinates: 1"):
+        load_dataset(str(hdf5(tmp_path / "nan", x=(1.0, np.nan, 2.0))))
+    with pytest.raises(UserError, match="names images beyond the 3"):
+        load_dataset(str(hdf5(tmp_path / "beyond", n=(0, 1, 3))))
+    with pytest.raises(UserError, match="images without a fixation: 1"):
+        load_dataset(str(hdf5(tmp_path / "unseen", n=(0, 1, 1))))
+    with pytest.raises(UserError, match=r"categories\.json: is missing"):
+        load_dataset(str(hdf5(tmp_path / "numbers", category=np.array([0, 1, 2]))))
+
+    folder = hdf5(tmp_path / "set", category=np.array([0, 0, 2]))
+    (folder / "categories.json").write_text('{"category_names": ["a", "b"]}')
+    with pytest.raises(UserError, match="has 2 names, too few"):
+        load_dataset(str(folder))
+    (folder / "categories.json").write_text("[]")
+    with pytest.raises(UserError, match="is not like"):
+        load_dataset(str(folder))
+    (folder / "categories.json").unlink()
+
+    image = folder / "trainSet/Stimuli/Action/001.jpg"
+    Image.new("RGB", (30, 20)).save(image)
+    with pytest.raises(UserError, match=r"is 30x20 px, but stimuli\.hdf5 says 60x40"):
+        load_dataset(str(folder))
+    image.unlink()
+    with pytest.raises(UserError, match=r"Action/001.jpg: the image cannot be read"):
+        load_dataset(str(folder))
+    Image.new("RGB", (60, 40)).save(tmp_path / "elsewhere.jpg")
+    image.symlink_to(tmp_path / "elsewhere.jpg")
+    with pytest.raises(UserError, match="lies outside the folder"):
+        load_dataset(str(folder))
+    (folder / "fixations.hdf5").write_bytes(b"not HDF5")
+    with pytest.raises(UserError, match="pysaliency cannot read it"):
+        load_dataset(str(folder))
+
+
+def test_nan_inside_a_scanpath_is_counted_and_padding_is_not(tmp_path: Path) -> None:
+    import h5py
+
+    folder = hdf5(tmp_path)
+    pysaliency = pysaliency_compat.load()
+    paths = pysaliency.FixationTrains.from_fixation_trains(
+        [[1, 2, 3], [4], [5, 6]], [[1, 2, 3], [4], [5, 6]], [[1, 2, 3], [1], [1, 2]], [0, 1, 2], [7, 8, 9]
+    )
+    paths.to_hdf5(str(folder / "fixations.hdf5"))
+    dataset = load_dataset(str(folder))
+    assert dataset.x.tolist() == [1, 2, 3, 4, 5, 6]
+    assert dataset.subject.tolist() == [7, 7, 7, 8, 9, 9]
+    with h5py.File(folder / "fixations.hdf5", "r+") as file:
+        file["train_xs"][0, 1] = np.nan
+        file["train_ys"][1, 0] = np.nan
+    with pytest.raises(UserError, match="fixations with NaN coordinates: 2"):
+        load_dataset(str(folder))
+
+
+def test_an_image_that_changes_after_loading_is_noticed(tmp_path: Path) -> None:
+    stimulus = load_dataset(str(cat2000(tmp_path))).stimuli[0]
+    Image.new("RGB", (30, 20)).save(stimulus.path)
+    with pytest.raises(UserError, match="is 30x20 px, but was 60x40"):
+        stimulus.pixels()
+    Path(stimulus.path).unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        stimulus.pixels()
+
+
+# --- The split ---------------------------------------------------------------------------------------------------
+
+
+cached_load = functools.cache(load_dataset)
+
+
+def many(counts: dict[str, int]) -> Dataset:
+    """A data set of that many images per category; the files are never opened."""
+    template = cached_load("synthetic")
+    stimuli = tuple(
+        replace(template.stimuli[0], name=f"{category}/{index:03d}.jpg", category=category)
+        for category, count in counts.items()
+        for index in range(count)
+    )
+    return replace(template, stimuli=stimuli)
+
+
+def places(dataset: Dataset, seed: int = 0) -> dict[str, int]:
+    return {s.name: int(f) for s, f in zip(dataset.stimuli, split(dataset, seed).fold, strict=True)}
+
+
+def test_split_of_cat2000_is_the_papers() -> None:
+    dataset = many({f"c{index}": 100 for index in range(20)})
+    cut = split(dataset, seed=7)
+    for category in range(20):
+        folds = cut.fold[dataset.category_index == category]
+        assert np.bincount(folds + 1).tolist() == [20, 16, 16, 16, 16, 16]
+    assert sorted([*cut.held_out, *cut.development]) == list(range(2000))
+    for fold in range(5):
+        assert sorted([*cut.training(fold), *cut.validation(fold)]) == cut.development.tolist()
+
+
+def test_left_over_images_do_not_pile_up_in_the_first_folds() -> None:
+    dataset = many({f"c{index}": 7 + index % 3 for index in range(60)})
+    sizes = np.bincount(split(dataset, seed=1).fold + 1)[1:]
+    assert sizes.sum() == sum(7 + index % 3 - (1 if index % 3 == 0 else 2) for index in range(60))
+    assert sizes.max() - sizes.min() < 30  # all dealt from fold 0 on: 60 apart
+
+
+def test_a_place_depends_on_seed_and_the_categorys_names_only() -> None:
+    small, large = many({"a": 30, "b": 11}), many({"c": 9, "a": 30, "b": 11})
+    shuffled = replace(small, stimuli=small.stimuli[::-1])
+    assert places(small).items() <= places(large).items()
+    assert places(shuffled) == places(small)
+    assert split(shuffled, 0).hash == split(small, 0).hash
+    assert split(small, 1).hash != split(small, 0).hash != split(large, 0).hash
+    assert places(small, 1) != places(small)
+
+
+def test_a_category_too_small_is_refused() -> None:
+    assert np.bincount(split(many({"a": 6}), 0).fold + 1).tolist() == [1, 1, 1, 1, 1, 1]
+    with pytest.raises(UserError, match="category b: has 5 images, too few"):
+        split(many({"a": 30, "b": 5}), 0)
+    with pytest.raises(UserError, match="holdout"):
+        split(many({"a": 30}), 0, holdout=1.0)
+
+
+# --- Real fixations ----------------------------------------------------------------------------------------------
+
+
+@needs_gaze
+def test_gaze_by_both_readers() -> None:
+    pair, folder = load_dataset(str(GAZE)), load_dataset(str(GAZE), reader="cat2000")
+    assert (len(pair.stimuli), len(pair.x), len(pair.categories)) == (959, 113_726, 8)
+    assert {s.source for s in pair.stimuli} == {"osie", "sun"}
+    assert len(np.unique(pair.subject)) == 27
+    assert pair.blur_sigma == folder.blur_sigma == 30
+    assert pair.stimuli_fingerprint == folder.stimuli_fingerprint
+    assert [s.category for s in pair.stimuli] == [s.category for s in folder.stimuli]
+    assert split(pair, 0).hash == split(folder, 0).hash
+    for index in range(0, 959, 50):  # the folder marks the pixels of the pair's fixations, each once
+        x, y, _ = pair.fixations_of(index)
+        columns, rows, _ = folder.fixations_of(index)
+        assert set(zip(x.astype(int), y.astype(int), strict=True)) == set(zip(columns, rows, strict=True))

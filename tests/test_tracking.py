@@ -1,0 +1,249 @@
+"""MLflow's store, the registered model and the champion's rule, on a store in a temporary folder."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import acw
+from acw import tracking
+from acw.backbones import BACKBONES, load_backbone
+from acw.categories import CategoryClassifier
+from acw.center_bias import fixed_gaussian
+from acw.heads import new_heads
+from acw.model import Model
+from acw.recipes import Recipe, derive, named_recipe
+from acw.storage import UserError, write_json
+from acw.tracking import log_run, tracking_uri
+from acw.training import Bank, BankState
+
+CATEGORIES = ["faces", "text"]
+RECIPE = derive(named_recipe("gaze"), {"backbones": "lite0", "seeds": 1, "folds": 2})
+BANK = Bank("lite0", ((0, 0), (1, 0)))
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    backbone = dataclasses.replace(BACKBONES["lite0"], weights="random", long_side=64)
+    network = load_backbone(backbone)
+    channels = sum(network.channels)
+    rng = np.random.default_rng(0)
+    weight = 1e-4 * rng.normal(size=(2, 2 * channels))
+    classifier = CategoryClassifier(np.zeros(2 * channels), np.ones(2 * channels), weight, np.zeros(2), 0.5)
+    second = dataclasses.replace(backbone, name="second")
+    flat = new_heads(channels, 40.0, [3])
+    flat["center_bias_weight"].zero_()  # so that the category's weights matter
+    result = Model(
+        [backbone, second],
+        {"lite0": new_heads(channels, 16.0, [1, 2]), "second": flat},
+        8.0,
+        CATEGORIES,
+        np.array([[0.9, 0.1], [0.2, 0.8]]),
+        np.array([0.5, 0.5]),
+        fixed_gaussian(),
+        fixed_gaussian(),
+        classifier,
+        {"seed": 0},
+    )
+    result._loaded = {"lite0": network, "second": network}
+    return result
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tracking_uri(tmp_path_factory.mktemp("a root"), None)
+
+
+def write_run(folder: Path, model: Model, ig: np.ndarray, fingerprint: str = "data") -> Path:
+    """A run's folder as the aggregate job leaves it."""
+    model.save(folder / "model", [model._loaded[name] for name in model.names])
+    record = {"recipe": dataclasses.asdict(RECIPE), "command": "pipeline.py gaze", "versions": {"torch": "2"}}
+    record |= {"commit": "unknown", "seed": 0, "split_hash": "split", "dataset": {"fingerprint": fingerprint}}
+    write_json(folder / "recipe.json", record)
+    write_json(folder / "evaluation.json", EVALUATION)
+    (folder / "per_image.csv").write_text("image,IG\n")
+    rows = [(c, b, 0.5, 0.4, 0.6) for c in CATEGORIES for b in ("lite0", "second")]
+    write_csv(folder / "category_weights.csv", [("category", "backbone", "weight", "low", "high"), *rows])
+    scores = [(f"{i}.jpg", CATEGORIES[i % 2], value) for i, value in enumerate(ig)]
+    write_csv(folder / "out_of_fold.csv", [("image", "category", "IG"), *scores])
+    return folder
+
+
+def write_csv(path: Path, rows: list[tuple]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+EVALUATION = {"models": {"backbone:lite0": {"overall": {"IG": {"mean": 1.25, "ci95": [1.0, 1.5]}}}}}
+BASE_IG = np.random.default_rng(1).normal(1.5, 0.5, 60)
+
+
+def banks(recipe: Recipe = RECIPE) -> dict[Bank, BankState]:
+    state = BankState.new(recipe, BANK, 4)
+    for epoch in range(600):  # more metrics than MLflow takes in one call
+        second = 0.5 if epoch < 10 else None
+        values = {name: [epoch / 600, second] for name in ("loss", "ig", "learning_rate", "sigma")}
+        state.history.append({"epoch": epoch, "seconds": 1.0, **values})
+    return {BANK: state}
+
+
+@pytest.fixture(scope="module")
+def first(store: str, model: Model, tmp_path_factory: pytest.TempPathFactory) -> tracking.Registration:
+    run = write_run(tmp_path_factory.mktemp("runs") / "gaze-first", model, BASE_IG)
+    registration = log_run(store, run, RECIPE, banks(), EVALUATION)
+    assert log_run(store, run, RECIPE, banks(), EVALUATION) == registration, "a run's folder is logged once"
+    return registration
+
+
+@pytest.fixture
+def in_store(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+
+
+def test_run_is_recorded_once_and_whole(store: str, first: tracking.Registration) -> None:
+    client, experiment = tracking.connect(store)
+    parent = client.get_run(first.run_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics == {"IG.backbone.lite0": 1.25}
+    assert {name: parent.data.params[name] for name in ("backbones", "folds")} == {"backbones": "lite0", "folds": "2"}
+    files = {file.path for file in client.list_artifacts(first.run_id)}
+    assert files >= {*tracking.FILES, "weights.png", "curves.png"}
+    (child,) = (run for run in client.search_runs([experiment]) if run.info.run_id != first.run_id)
+    assert child.data.tags["mlflow.parentRunId"] == first.run_id
+    assert child.info.status == "FINISHED"
+    curve = client.get_metric_history(child.info.run_id, "ig")
+    assert [point.value for point in curve] == pytest.approx(
+        [(e / 600 + 0.5) / 2 for e in range(10)] + [e / 600 for e in range(10, 600)]
+    )
+    assert len(client.get_metric_history(child.info.run_id, "ig/fold1-seed0")) == 10
+    assert (first.version, first.alias) == (1, "champion")
+
+
+def test_registered_model_predicts_like_the_model(first: tracking.Registration, in_store: None, model: Model) -> None:
+    import mlflow
+
+    loaded = mlflow.pyfunc.load_model("models:/acw@champion")
+    rng = np.random.default_rng(2)
+    for size in ((48, 80), (131, 57)):
+        images = rng.integers(0, 256, (2, *size, 3), dtype=np.uint8)
+        inferred, named = loaded.predict(images), loaded.predict(images, params={"category": "text"})
+        assert inferred.dtype == np.float32
+        np.testing.assert_allclose(inferred, [model.predict(image).log_density for image in images], atol=1e-5)
+        np.testing.assert_allclose(named, [model.predict(image, "text").log_density for image in images], atol=1e-5)
+        assert np.abs(inferred - named).max() > 1e-3
+    with pytest.raises(UserError, match="unknown category 'cars'"):
+        loaded.predict(images, params={"category": "cars"})
+    for wrong in (images.astype(np.float32) / 255, images[0], images[..., :1]):
+        with pytest.raises(Exception, match=r"uint8|shape|dimension"):
+            loaded.predict(wrong)
+        with pytest.raises(UserError, match="uint8"):
+            loaded.unwrap_python_model().predict(None, wrong)
+    assert acw.load("models:/acw/1").predict(images[0]).log_density == pytest.approx(inferred[0], abs=1e-5)
+
+
+def test_loads_in_a_fresh_process_elsewhere(first: tracking.Registration, store: str, tmp_path: Path) -> None:
+    script = (
+        "import mlflow, numpy as np, sys\n"
+        "model = mlflow.pyfunc.load_model('models:/acw@champion')\n"
+        "print(model.predict(np.zeros((1, 40, 30, 3), np.uint8)).shape, sys.modules['acw'].__file__)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment | {"MLFLOW_TRACKING_URI": store, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(1, 40, 30)")
+    assert "mlartifacts" in done.stdout, "the package comes with the model"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_artifacts_hold_no_pickles_and_stay_beside_the_store(first: tracking.Registration, store: str) -> None:
+    root = Path(store.removeprefix("sqlite:///")).parent
+    (description,) = root.rglob("MLmodel")
+    assert "serving.py" in description.read_text()
+    pickles = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib"}
+    assert not [path for path in root.rglob("*") if path.suffix in pickles]
+    assert not list(description.parent.rglob("*.pyc"))
+
+
+def test_champion_moves_only_for_a_certain_gain(
+    store: str, first: tracking.Registration, model: Model, tmp_path: Path
+) -> None:
+    noise = np.random.default_rng(3).normal(0, 0.2, len(BASE_IG))
+    noise -= noise.mean()
+
+    def register(name: str, ig: np.ndarray, fingerprint: str = "data") -> tracking.Registration:
+        return log_run(store, write_run(tmp_path / name, model, ig, fingerprint), RECIPE, banks(), EVALUATION)
+
+    # The gain of .02 is within the noise of +-.05, though every paired test would need only its mean.
+    assert register("uncertain", BASE_IG + noise + 0.02).alias == "challenger"
+    other = register("other-data", BASE_IG + 1, "other")
+    assert (other.alias, other.reason.partition(":")[0]) == ("challenger", "not comparable")
+    better = register("better", BASE_IG + noise + 0.1)
+    assert better.alias == "champion", better.reason
+    assert "+0.1000 bit/fixation against champion version 1" in better.reason
+    # Against the new champion, what beats the first one is worse.
+    assert register("between", BASE_IG + noise + 0.05).alias == "challenger"
+    client, _ = tracking.connect(store)
+    aliases = {alias: int(version) for alias, version in client.get_registered_model("acw").aliases.items()}
+    assert aliases == {"champion": better.version, "challenger": better.version + 1}
+
+
+@pytest.mark.parametrize("killed_in", ["_log_model", "_promote", "_decided"])
+def test_killed_attempt_leaves_one_run_and_one_version(
+    store: str,
+    first: tracking.Registration,
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed_in: str,
+) -> None:
+    run = write_run(tmp_path / f"killed-{killed_in}", model, BASE_IG - 1)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    client, experiment = tracking.connect(store)
+    versions = len(client.search_model_versions("name = 'acw'"))
+    runs = len(client.search_runs([experiment]))
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, killed_in, die)
+        with pytest.raises(KeyboardInterrupt):
+            log_run(store, run, RECIPE, banks(), EVALUATION)
+    registration = log_run(store, run, RECIPE, banks(), EVALUATION)
+    assert registration.alias == "challenger"
+    assert client.get_run(registration.run_id).info.status == "FINISHED"
+    assert len(client.search_runs([experiment])) == runs + 2
+    assert len(client.search_model_versions("name = 'acw'")) == versions + 1
+
+
+def test_unusable_stores_and_models_are_refused(
+    first: tracking.Registration, in_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"models:/acw/99: no such model"):
+        acw.load("models:/acw/99")
+    with socket.socket() as listener:  # bound, not listening: nobody answers
+        listener.bind(("127.0.0.1", 0))
+        uri = f"http://user:secret@127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(UserError, match="no MLflow server answers") as caught:
+            tracking.connect(uri)
+        assert "secret" not in str(caught.value)
+    with pytest.raises(UserError, match="sqlite:///FILE"):
+        tracking_uri(tmp_path, "file:///tmp/mlruns")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI"):
+        acw.load("models:/acw@champion")
+    assert list(tmp_path.iterdir()) == [], "asking for a model makes no store"
