@@ -28,7 +28,12 @@ def connect() -> None:
     import ray
 
     if not ray.is_initialized():
-        ray.init(include_dashboard=None if "RAY_ADDRESS" in os.environ else False, logging_level=logging.WARNING)
+        ray.init(
+            include_dashboard=None if "RAY_ADDRESS" in os.environ else False,
+            logging_level=logging.WARNING,
+            # Workers chatter into Ray's log files: errors come as exceptions, progress is the driver's to print.
+            log_to_driver=False,
+        )
 
 
 def allocate(tasks: int, workers: int, accelerator: str) -> Allocation:

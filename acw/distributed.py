@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from acw.cluster import allocate
 from acw.features import FeatureStore
 from acw.recipes import Recipe
-from acw.training import Bank, TrainingSet, checkpoint_path, plan_banks, train_bank
+from acw.training import Bank, TrainingSet, checkpoint_path, plan_banks, train_epochs
 
 # Ray Train starts all its workers anew when one dies; each goes on from its banks' checkpoints.
 MAX_FAILURES = 3
@@ -84,7 +84,9 @@ def run_worker(config: dict) -> None:
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
     banks = share(plan_banks(work.recipe), work.stores, context.get_world_size())[context.get_world_rank()]
     for bank in banks:
-        train_bank(work.recipe, bank, work.training_set, work.stores[bank.backbone], work.folder, device)
+        store = work.stores[bank.backbone]
+        for _ in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device):
+            pass
 
 
 def share(banks: Sequence[Bank], stores: dict[str, FeatureStore], workers: int) -> list[list[Bank]]:

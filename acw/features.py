@@ -11,7 +11,7 @@ import functools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from acw.storage import UserError, fingerprint, sha256_file, write_atomic, write
 
 FORMAT = 1  # to be raised when the bytes of a shard change for the same stimuli and backbone
 SHARD_IMAGES = 16
+PROGRESS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -176,36 +177,36 @@ def intact(folder: Path, shard: int) -> bool:
 
 def extract(
     root: Path,
-    backbone: Backbone,
+    backbones: Sequence[Backbone],
     stimuli: Sequence[Stimulus],
     stimuli_fingerprint: str,
     workers: int = 0,
     accelerator: str = "auto",
-) -> FeatureStore:
-    """Fills the store of one backbone by workers on the Ray cluster, chosen as `cluster.allocate` does.
+) -> dict[str, FeatureStore]:
+    """Fills the backbones' stores by workers on the Ray cluster, chosen as `cluster.allocate` does.
 
-    Shards that are there and intact are kept. Raises UserError for weights that cannot be had, an image that cannot be
-    decoded, or a root that cannot be written.
+    Shards that are there and intact are kept. Returns the stores by the backbones' names. Raises UserError for weights
+    that cannot be had, an image that cannot be decoded, or a root that cannot be written.
     """
-    weights_sha256 = load_backbone(backbone, "cpu").weights_sha256
-    folder = store_folder(root, backbone, stimuli_fingerprint, weights_sha256)
+    hashes = {backbone.name: load_backbone(backbone).weights_sha256 for backbone in backbones}
+    folders = {b.name: store_folder(root, b, stimuli_fingerprint, hashes[b.name]) for b in backbones}
     shards = range(-(-len(stimuli) // SHARD_IMAGES))
-    missing = [shard for shard in shards if not intact(folder, shard)]
-    manifest = folder / "manifest.json"
+    missing = [(b, shard) for b in backbones for shard in shards if not intact(folders[b.name], shard)]
+    for backbone in {backbone for backbone, _ in missing}:
+        (folders[backbone.name] / "manifest.json").unlink(missing_ok=True)
     if missing:
-        manifest.unlink(missing_ok=True)
-        start = time.monotonic()
-        allocation = allocate(len(missing), workers, accelerator)
-        for done in _extract_shards(backbone, stimuli, missing, folder, weights_sha256, allocation):
-            images = min(done * SHARD_IMAGES, len(stimuli))
-            rate = images / (time.monotonic() - start)
-            print(f"features {backbone.name}: {done}/{len(missing)} shards, {rate:.1f} images/s", flush=True)
-    if not manifest.exists():
-        write_json(manifest, _manifest(folder, backbone, stimuli, weights_sha256))
-    return open_store(folder)
+        _extract_shards(missing, stimuli, folders, hashes, allocate(len(missing), workers, accelerator))
+        _open_shard.cache_clear()
+    stores = {}
+    for backbone in backbones:
+        manifest = folders[backbone.name] / "manifest.json"
+        if not manifest.exists():
+            write_json(manifest, _manifest(manifest.parent, backbone, stimuli, hashes[backbone.name]))
+        stores[backbone.name] = open_store(manifest.parent)
+    return stores
 
 
-def _manifest(folder: Path, backbone: Backbone, stimuli: Sequence[Stimulus], weights_sha256: str) -> dict:
+def _manifest(folder: Path, backbone: Backbone, stimuli: Sequence[Stimulus], weights_sha256: str) -> dict[str, Any]:
     tap_sizes, channels = [], []
     for index in range(len(stimuli)):
         reader = _open_shard(shard_path(folder, index // SHARD_IMAGES))
@@ -224,14 +225,13 @@ def _manifest(folder: Path, backbone: Backbone, stimuli: Sequence[Stimulus], wei
 
 
 def _extract_shards(
-    backbone: Backbone,
+    missing: Sequence[tuple[Backbone, int]],
     stimuli: Sequence[Stimulus],
-    shards: Sequence[int],
-    folder: Path,
-    weights_sha256: str,
+    folders: dict[str, Path],
+    hashes: dict[str, str],
     allocation: Allocation,
-) -> Iterator[int]:
-    """Yields how many of the shards are done, as a pool of Ray actors writes them."""
+) -> None:
+    """Has a pool of Ray actors write the missing shards, backbone by backbone, and prints how far they are."""
     import ray
     from ray.util import ActorPool
 
@@ -239,17 +239,30 @@ def _extract_shards(
         def __init__(self) -> None:
             torch.set_num_threads(allocation.cpus)
             # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
-            device = "cuda" if allocation.gpus and torch.cuda.is_available() else "cpu"
-            self.model = load_backbone(backbone, device)
-            if self.model.weights_sha256 != weights_sha256:
-                raise UserError(f"{backbone.name}: the weights on this node differ from those on the head node")
+            self.device = "cuda" if allocation.gpus and torch.cuda.is_available() else "cpu"
+            self.model: FrozenBackbone | None = None
 
-        def write(self, shard: int) -> None:
-            write_shard(self.model, backbone, stimuli, shard, folder)
+        def write(self, task: tuple[Backbone, int]) -> str:
+            backbone, shard = task
+            if self.model is None or self.model.backbone != backbone:
+                self.model = None  # frees its memory before the next one is loaded
+                self.model = load_backbone(backbone, self.device)
+                if self.model.weights_sha256 != hashes[backbone.name]:
+                    raise UserError(f"{backbone.name}: the weights on this node differ from those on the head node")
+            write_shard(self.model, backbone, stimuli, shard, folders[backbone.name])
+            return backbone.name
 
     actor = ray.remote(Extractor).options(
         num_cpus=allocation.cpus, num_gpus=allocation.gpus, max_restarts=3, max_task_retries=3
     )
     pool: Any = ActorPool([actor.remote() for _ in range(allocation.workers)])
-    for done, _ in enumerate(pool.map_unordered(lambda worker, shard: worker.write.remote(shard), shards), start=1):
-        yield done
+    start, shown, images = time.monotonic(), time.monotonic(), 0
+    for done, name in enumerate(pool.map_unordered(lambda worker, task: worker.write.remote(task), missing), start=1):
+        images += SHARD_IMAGES
+        if time.monotonic() - shown > PROGRESS_SECONDS or done == len(missing):
+            shown = time.monotonic()
+            rate, left = images / (shown - start), (len(missing) - done) * (shown - start) / done / 60
+            print(
+                f"features: {done}/{len(missing)} shards, now {name}, {rate:.1f} images/s, {left:.1f} min left",
+                flush=True,
+            )

@@ -128,7 +128,7 @@ class _Wide(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_KBN, a_KC, b_KC, w_KOC):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_KBN, a_KC, b_KC, w_KOC):
         result, kept = [], []
         for x_KN in x_KBN.unbind(1):
             u_KNC = F.softplus(torch.addcmul(b_KC[:, None], x_KN[:, :, None], a_KC[:, None]))
@@ -147,7 +147,7 @@ class _Wide(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_KBNO):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_KBNO):
         x_KBN, a_KC, w_KOC, output_KBNO = ctx.saved_tensors
         sums_KO = w_KOC.sum(2)
         grad_a, grad_b, grad_w = torch.zeros_like(a_KC), torch.zeros_like(a_KC), torch.zeros_like(w_KOC)
@@ -189,7 +189,9 @@ def _resize_nearest(x_BhwC: Tensor, size: tuple[int, int]) -> Tensor:
 
 def nearest_index(source: int, target: int, device: torch.device | str = "cpu") -> Tensor:
     """(target,) int64: which of `source` cells PyTorch's `interpolate(mode="nearest")` takes for each target cell."""
-    return (torch.arange(target, device=device) * source) // target
+    # Its own float32 arithmetic, which takes the cell before where the quotient is a whole number but for rounding.
+    scale = torch.tensor(source, dtype=torch.float32, device=device) / target
+    return (torch.arange(target, dtype=torch.float32, device=device) * scale).long().clamp_max(source - 1)
 
 
 def finalize(parameters: Mapping[str, Tensor], priority_KBhw: Tensor, center_bias_KHW: Tensor, cell: float) -> Tensor:
@@ -208,7 +210,7 @@ def finalize(parameters: Mapping[str, Tensor], priority_KBhw: Tensor, center_bia
 
 
 def _smoothing(sigma_K: Tensor, target: int, source: int) -> Tensor:
-    """(K, target, source): bilinear upsampling, then a Gaussian cut at ceil(3 sigma), edges replicated (DeepGaze IIE)."""
+    """(K, target, source): bilinear upsampling, a Gaussian cut at ceil(3 sigma), edges replicated (the original)."""
     radius_K = torch.ceil(3 * sigma_K.detach())
     radius = int(radius_K.max())
     offset = torch.arange(-radius, radius + 1, device=sigma_K.device)

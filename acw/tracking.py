@@ -81,6 +81,8 @@ def connect(uri: str) -> tuple[MlflowClient, str]:
 
     Raises UserError if a server does not answer within ANSWER_SECONDS, or refuses.
     """
+    from sqlalchemy.exc import SQLAlchemyError
+
     mlflow = _mlflow(uri)
     if uri.startswith("sqlite:"):
         database = _database(uri)
@@ -92,8 +94,8 @@ def connect(uri: str) -> tuple[MlflowClient, str]:
     else:
         _answers(uri)
         artifacts = None
-    client = mlflow.MlflowClient()
     try:
+        client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name(NAME)
         if experiment is None:
             return client, client.create_experiment(NAME, artifact_location=artifacts)
@@ -101,6 +103,8 @@ def connect(uri: str) -> tuple[MlflowClient, str]:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise _refused(uri, error) from error
         experiment = client.get_experiment_by_name(NAME)  # another process was faster
+    except SQLAlchemyError as error:
+        raise _refused(uri, error) from error
     if experiment.lifecycle_stage != "active":
         number = experiment.experiment_id
         raise UserError(f"{_shown(uri)}: experiment '{NAME}' is deleted; mlflow experiments restore -x {number}")
@@ -111,10 +115,11 @@ def _mlflow(uri: str) -> Any:
     """The module, quiet, and set to the store."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow
 
     # A new sqlite file goes through some fifty migrations, each a line.
-    for logger in ("alembic", "mlflow.store.db.utils"):
+    for logger in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
     return mlflow
@@ -136,7 +141,7 @@ def _answers(uri: str) -> None:
 
 
 def _refused(uri: str, error: Exception) -> UserError:
-    reason = str(error).partition("\n")[0]
+    reason = str(error).partition("\n")[0].replace(uri, _shown(uri))
     return UserError(f"{_shown(uri)}: MLflow cannot use this store ({reason}); correct the URI or its credentials")
 
 
@@ -160,7 +165,7 @@ def log_run(
 
     record = json.loads((run / "recipe.json").read_text())
     parent = version = None
-    for attempt in client.search_runs([experiment], f"tags.\"acw.folder\" = '{run.name}'"):
+    for attempt in client.search_runs([experiment], f'tags."acw.folder" = "{run.name}"'):
         if "acw.reason" in attempt.data.tags:
             client.set_terminated(attempt.info.run_id, "FINISHED", attempt.info.end_time)
             return _decided(attempt.info.run_id, attempt.data.tags)
@@ -304,10 +309,10 @@ def _promote(client: MlflowClient, parent: str, version: ModelVersion, run: Path
         client.set_model_version_tag(NAME, version.version, "reason", reason)
         version = client.get_model_version(NAME, version.version)
     client.set_registered_model_alias(NAME, version.tags["alias"], version.version)
-    tags = {f"acw.{key}": str(value) for key, value in (version.tags | {"version": version.version}).items()}
-    for key in ("acw.version", "acw.alias", "acw.reason"):
-        client.set_tag(parent, key, tags[key])
-    return _decided(parent, tags)
+    decision = {"acw.version": str(version.version)} | {f"acw.{key}": version.tags[key] for key in ("alias", "reason")}
+    for key, value in decision.items():  # the reason last: it says that all is done
+        client.set_tag(parent, key, value)
+    return _decided(parent, decision)
 
 
 def _decided(run_id: str, tags: Mapping[str, str]) -> Registration:
@@ -325,18 +330,14 @@ def _decide(client: MlflowClient, version: ModelVersion, out_of_fold: Path) -> t
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return "champion", "there was no champion"
-    if int(champion.version) == int(version.version):
-        return "champion", "it had the alias already"
     for tag, what in (("dataset", "data set"), ("split", "split")):
         if champion.tags.get(tag) != version.tags[tag]:
             return "challenger", f"not comparable: another {what} than champion version {champion.version}'s"
+    run_id = champion.run_id
+    if run_id is None or out_of_fold.name not in [file.path for file in client.list_artifacts(run_id)]:
+        return "challenger", f"not comparable: champion version {champion.version}'s {out_of_fold.name} is gone"
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            theirs = mlflow.artifacts.download_artifacts(
-                run_id=champion.run_id, artifact_path=out_of_fold.name, dst_path=folder
-            )
-        except (mlflow.MlflowException, OSError):
-            return "challenger", f"not comparable: champion version {champion.version}'s {out_of_fold.name} is gone"
+        theirs = client.download_artifacts(run_id, out_of_fold.name, folder)
         return _compare(_read(out_of_fold), _read(Path(theirs)), champion.version)
 
 
@@ -363,21 +364,27 @@ def _read(out_of_fold: Path) -> dict[str, tuple[str, float]]:
 def download_model(uri: str) -> Path:
     """Local folder, with model.json, of `models:/acw@champion`, `models:/acw/3` or `runs:/RUN_ID/model`.
 
-    The store is MLFLOW_TRACKING_URI, or the sqlite file under `runs/`. What is downloaded is deleted at exit.
+    The store is MLFLOW_TRACKING_URI, or the sqlite file under `runs/`, where the files are read in place; what a server
+    sends is deleted at exit.
     Raises UserError where there is no such store or model.
     """
+    if urlsplit(uri).scheme not in ("models", "runs"):
+        raise UserError(
+            f"{uri}: no model URI; give models:/{NAME}@champion, models:/{NAME}/VERSION or runs:/RUN_ID/model"
+        )
     store = tracking_uri(DEFAULT_ROOT, os.environ.get("MLFLOW_TRACKING_URI"))
     remedy = f"no such model in {_shown(store)}; set MLFLOW_TRACKING_URI to the right store, or give a run's folder"
+    destination = None
     if store.startswith("sqlite:"):
         if not _database(store).exists():
             raise UserError(f"{uri}: {remedy}")
     else:
         _answers(store)
+        destination = tempfile.mkdtemp(prefix="acw-model-")
+        # Backbones are read when they are first needed, so the files stay for as long as the process.
+        atexit.register(shutil.rmtree, destination, ignore_errors=True)
     mlflow = _mlflow(store)
-    folder = tempfile.mkdtemp(prefix="acw-model-")
-    # Backbones are read when they are first needed, so the files stay for as long as the process.
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
-        return Path(mlflow.artifacts.download_artifacts(f"{uri.rstrip('/')}/artifacts/model", dst_path=folder))
+        return Path(mlflow.artifacts.download_artifacts(f"{uri.rstrip('/')}/artifacts/model", dst_path=destination))
     except (mlflow.MlflowException, OSError) as error:
         raise UserError(f"{uri}: {remedy} ({str(error).partition(chr(10))[0]})") from error

@@ -12,7 +12,7 @@ import math
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -249,10 +249,13 @@ def checkpoint_path(folder: Path, bank: Bank) -> Path:
     return folder / "banks" / f"{bank.name}.safetensors"
 
 
-def train_bank(
+def train_epochs(
     recipe: Recipe, bank: Bank, training_set: TrainingSet, store: FeatureStore, folder: Path, device: torch.device
-) -> BankState:
-    """Trains a bank from its checkpoint in the run's folder, or from the start; leaves its last checkpoint there."""
+) -> Iterator[BankState]:
+    """Trains a bank from its checkpoint in the run's folder, or from the start, to the end; yields after each epoch.
+
+    Each epoch's checkpoint is on disk before it is yielded, so at most one epoch is ever done twice.
+    """
     path = checkpoint_path(folder, bank)
     state = BankState.load(path) if path.exists() else BankState.new(recipe, bank, sum(store.channels))
     batches = Batches(training_set, store, recipe.density_cell, device)
@@ -265,7 +268,7 @@ def train_bank(
         ig = _validate(parameters, members, batches, recipe.density_cell)
         _record(recipe, state, active, loss, ig, time.monotonic() - start)
         state.save(path)
-    return state
+        yield state
 
 
 def _train_epoch(

@@ -7,6 +7,7 @@ python jobs/aggregate.py demo                   # the embedded displays, on a CP
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -51,13 +52,12 @@ def aggregate(job: Job) -> None:
         "category_inference": {"accuracy": model.classifier.accuracy, "categories": len(model.categories)},
         "provenance": record,
     }
-    registration = tracking.log_run(
-        tracking.tracking_uri(job.root, job.tracking_uri), folder, recipe, banks, evaluation
-    )
-    evaluation["registered"] = {"model": "acw", "version": registration.version, "alias": registration.alias}
+    write_json(folder / "evaluation.json", evaluation)
+    uri = tracking.tracking_uri(job.root, job.tracking_uri)
+    registration = tracking.log_run(uri, folder, recipe, banks, evaluation)
     print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
     # Last: it says that the run is finished.
-    write_json(folder / "evaluation.json", evaluation)
+    write_json(folder / "registration.json", dataclasses.asdict(registration))
 
 
 def _held_out_scores(job: Job, model: Any, stores: list, fitted: Any) -> dict:

@@ -16,19 +16,18 @@ def extract(job: Job) -> None:
     from acw import features
     from acw.storage import write_json
 
-    stores = {}
-    for backbone in job.recipe.backbone_values:
-        store = features.extract(
-            job.root,
-            backbone,
-            job.dataset.stimuli,
-            job.dataset.stimuli_fingerprint,
-            job.recipe.workers,
-            job.recipe.accelerator,
-        )
-        stores[backbone.name] = store.folder.name
-        print(f"features {backbone.name}: {store.images} images in {store.folder}", flush=True)
-    write_json(job.folder / "features.json", stores)
+    recipe, dataset = job.recipe, job.dataset
+    stores = features.extract(
+        job.root,
+        recipe.backbone_values,
+        dataset.stimuli,
+        dataset.stimuli_fingerprint,
+        recipe.workers,
+        recipe.accelerator,
+    )
+    for name, store in stores.items():
+        print(f"features {name}: {store.images} images in {store.folder}", flush=True)
+    write_json(job.folder / "features.json", {name: store.folder.name for name, store in stores.items()})
 
 
 def main(argv: Sequence[str]) -> None:

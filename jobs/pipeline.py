@@ -18,15 +18,17 @@ from acw.cli import parse, run
 
 def main(argv: Sequence[str]) -> None:
     job = parse(argv, __doc__.splitlines()[0])
-    result = job.folder / "evaluation.json"
     print(f"run: {job.folder}", flush=True)
-    if not result.exists():
+    if not (job.folder / "registration.json").exists():
         from aggregate import aggregate
         from extract import extract
         from train import train
 
+        from acw import tracking
         from acw.cluster import connect
 
+        # A tracking server that does not answer is better known now than after the training.
+        tracking.connect(tracking.tracking_uri(job.root, job.tracking_uri))
         connect()
         for step in (extract, train, aggregate):
             start = time.monotonic()
@@ -34,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{step.__name__}: {time.monotonic() - start:.0f} s", flush=True)
     from acw.evaluation import table
 
+    result = job.folder / "evaluation.json"
     print(table(json.loads(result.read_text())))
     print(result, flush=True)
 

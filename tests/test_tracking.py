@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,18 @@ def model() -> Model:
     )
     result._loaded = {"lite0": network, "second": network}
     return result
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leave_no_trace() -> Iterator[None]:
+    """MLflow keeps its store in the process's environment, where other tests' jobs would find it."""
+    before = dict(os.environ)
+    yield
+    import mlflow
+
+    mlflow.set_tracking_uri(None)
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +223,7 @@ def test_killed_attempt_leaves_one_run_and_one_version(
     monkeypatch: pytest.MonkeyPatch,
     killed_in: str,
 ) -> None:
-    run = write_run(tmp_path / f"killed-{killed_in}", model, BASE_IG - 1)
+    run = write_run(tmp_path / f"it's killed{killed_in}", model, BASE_IG - 1)
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
