@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from acw.cluster import allocate
 from acw.features import FeatureStore
 from acw.recipes import Recipe
-from acw.training import Bank, TrainingSet, checkpoint_path, plan_banks, train_epochs
+from acw.training import Bank, TrainingSet, checkpoint_path, plan_banks, train_epochs, unfinished
 
 # Ray Train starts all its workers anew when one dies; each goes on from its banks' checkpoints.
 MAX_FAILURES = 3
@@ -24,9 +24,10 @@ PROGRESS_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker gets: all banks, of which it takes its share."""
+    """What every worker gets: all banks that have epochs left, of which it takes its share."""
 
     recipe: Recipe
+    banks: list[Bank]
     training_set: TrainingSet
     stores: dict[str, FeatureStore]
     folder: Path
@@ -34,7 +35,7 @@ class Work:
 
 
 def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureStore], folder: Path) -> None:
-    """Trains all heads of a recipe that are not trained yet; leaves their checkpoints in the run's folder.
+    """Trains all heads of a recipe that have epochs left; leaves their checkpoints in the run's folder.
 
     Raises UserError for what a user can mend, and Ray's TrainingFailedError after too many lost workers.
     """
@@ -42,15 +43,19 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
     from ray.train.torch import TorchConfig, TorchTrainer
 
     banks = plan_banks(recipe)
-    allocation = allocate(len(banks), recipe.workers, recipe.accelerator)
+    waiting = unfinished(recipe, folder)
+    if not waiting:
+        print(f"training: all {sum(len(bank.members) for bank in banks)} heads are trained", flush=True)
+        return
+    allocation = allocate(len(waiting), recipe.workers, recipe.accelerator)
     print(
-        f"training {sum(len(bank.members) for bank in banks)} heads in {len(banks)} banks on {allocation.workers} "
+        f"training {sum(len(bank.members) for bank in waiting)} heads in {len(waiting)} banks on {allocation.workers} "
         f"workers of {allocation.cpus} CPU and {allocation.gpus} GPU",
         flush=True,
     )
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config={"work": Work(recipe, training_set, stores, folder, allocation.cpus)},
+        train_loop_config={"work": Work(recipe, waiting, training_set, stores, folder, allocation.cpus)},
         # Workers share no gradients, so the backend only has to come up, also where a GPU is a fraction or a fake.
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -82,7 +87,7 @@ def run_worker(config: dict) -> None:
     torch.set_num_threads(work.threads)
     # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
-    banks = share(plan_banks(work.recipe), work.stores, context.get_world_size())[context.get_world_rank()]
+    banks = share(work.banks, work.stores, context.get_world_size())[context.get_world_rank()]
     for bank in banks:
         store = work.stores[bank.backbone]
         for _ in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device):

@@ -249,6 +249,16 @@ def checkpoint_path(folder: Path, bank: Bank) -> Path:
     return folder / "banks" / f"{bank.name}.safetensors"
 
 
+def unfinished(recipe: Recipe, folder: Path) -> list[Bank]:
+    """The recipe's banks that have epochs left to train."""
+
+    def has_epochs_left(bank: Bank) -> bool:
+        path = checkpoint_path(folder, bank)
+        return not path.exists() or len(BankState.load(path).active(recipe)) > 0
+
+    return [bank for bank in plan_banks(recipe) if has_epochs_left(bank)]
+
+
 def train_epochs(
     recipe: Recipe, bank: Bank, training_set: TrainingSet, store: FeatureStore, folder: Path, device: torch.device
 ) -> Iterator[BankState]:
