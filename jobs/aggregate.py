@@ -18,6 +18,8 @@ import numpy as np
 
 from acw.cli import Job, parse, run
 
+EXAMPLES = 4  # categories in the picture
+
 
 def aggregate(job: Job) -> None:
     """Leaves the model, its weights and its scores in the run's folder and in MLflow."""
@@ -41,6 +43,7 @@ def aggregate(job: Job) -> None:
 
     scores = _held_out_scores(job, model, stores, fitted)
     write_atomic(folder / "per_image.csv", per_image_csv(dataset, scores))
+    _draw_examples(job, model, stores)
     evaluation: dict[str, Any] = {
         "dataset": dataset.summary() | {"scored": "held-out images", "images_scored": len(scores)},
         **summarise(dataset, scores, recipe.seed),
@@ -86,6 +89,30 @@ def _held_out_scores(job: Job, model: Any, stores: list, fitted: Any) -> dict:
         gold_standard=gold,
     )
     return score_images(scoring, held_out)
+
+
+def _draw_examples(job: Job, model: Any, stores: list) -> None:
+    """The first held-out image of some categories, with what the model, its backbones and the centre bias predict."""
+    import torch
+
+    from acw import report
+    from acw.evaluation import StoredDensities
+    from acw.fusion import mix
+    from acw.heads import upsample
+
+    dataset, held_out = job.dataset, job.split.held_out
+    stored = StoredDensities(model, stores, [stimulus.size for stimulus in dataset.stimuli])
+    rows = []
+    for category in dataset.categories[:EXAMPLES]:
+        index = next(i for i in held_out if dataset.stimuli[i].category == category)
+        stimulus = dataset.stimuli[index]
+        full = upsample(stored.of(index)[0], stimulus.size)
+        weights = torch.from_numpy(model.mixing_weights(category, np.empty(0))).float()
+        maps = {"acw": mix(full, weights).numpy()} | dict(zip(model.names, full.numpy(), strict=True))
+        maps["centre bias"] = model.center_bias.of_size(stimulus.size)
+        x, y, _ = dataset.fixations_of(index)
+        rows.append(report.Example(category, stimulus.pixels(), x, y, maps))
+    report.examples_figure(rows, job.folder / "examples.png")
 
 
 def _weights_csv(categories: list[str], backbones: list[str], weights: Any) -> str:
