@@ -20,6 +20,7 @@ PRIOR_STRENGTHS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, math.inf)
 EM_GAP = 1e-6
 EM_STEPS = 10_000
 ROUNDING = 1e-13
+HALVINGS = 12
 NEGLIGIBLE = 1e-12
 # Problems that are solved side by side: as many as the cache holds.
 EM_COLUMNS = 25
@@ -79,7 +80,7 @@ def em(likelihoods: Likelihoods, counts: np.ndarray, prior: np.ndarray) -> np.nd
 
 
 def _em(scaled: np.ndarray, share: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    """EM whose every step is replaced by Newton's where that climbs higher: near twins need thousands of EM's own.
+    """EM whose steps are replaced by Newton's where those climb: near twins need thousands of EM's own.
 
     scaled: (F, B) densities up to a factor a fixation; share: (F, R) how much each fixation counts; prior: (R, B).
     """
@@ -99,21 +100,30 @@ def _em(scaled: np.ndarray, share: np.ndarray, prior: np.ndarray) -> np.ndarray:
             break
         open_ = open_[going]
         weights, mixed, slope = weights[going], mixed[:, going], slope[going]
-        climbed = weights * slope
-        jump = _newton(
+        step = _newton(
             scaled, share[:, open_] / mixed**2 / mass[open_], weights, slope, prior[open_] / mass[open_, None]
         )
-        heights = [_objective(scaled, share[:, open_], prior[open_], point) for point in (climbed, jump)]
-        # Near the optimum both are equal up to rounding, and Newton's step is the one that arrives.
-        better = heights[1] >= heights[0] - ROUNDING * np.abs(heights[0])
-        result[open_] = np.where(better[:, None], jump, climbed)
+        height = _objective(scaled, share[:, open_], prior[open_], weights)
+        # EM's own step where not even a small part of Newton's climbs.
+        point, down = weights * slope, np.arange(len(open_))
+        for halving in range(HALVINGS):
+            shorter = np.maximum(weights[down] + step[down] / 2**halving, 0)
+            shorter /= shorter.sum(1, keepdims=True)
+            reached = _objective(scaled, share[:, open_[down]], prior[open_[down]], shorter)
+            # Near the optimum all heights are equal up to rounding, and Newton's step is the one that arrives.
+            climbs = reached >= height[down] - ROUNDING * np.abs(height[down])
+            point[down[climbs]] = shorter[climbs]
+            down = down[~climbs]
+            if not len(down):
+                break
+        result[open_] = point
     return result / result.sum(1, keepdims=True)
 
 
 def _newton(
     scaled: np.ndarray, curvature: np.ndarray, weights: np.ndarray, slope: np.ndarray, prior: np.ndarray
 ) -> np.ndarray:
-    """(R, B) Newton's step towards slope 1, as far as no weight turns negative, scaled to sum 1.
+    """(R, B) Newton's step towards slope 1, cut where the first weight reaches 0.
 
     Without the constraint that weights sum to 1, the objective less its mass times their sum has the same maximum, so
     only the signs are left as constraints: an active-set method, in which weights of 0 that want to fall stay there.
@@ -124,16 +134,21 @@ def _newton(
     prior_curvature = np.divide(prior, weights**2, out=np.zeros_like(weights), where=prior > 0)
     diagonal = np.arange(models)
     hessian[:, diagonal, diagonal] += prior_curvature + 1e-12 * np.trace(hessian, axis1=1, axis2=2)[:, None]
-    fixed = (weights < NEGLIGIBLE) & (slope <= 1) & (prior == 0)
-    hessian[fixed[:, :, None] | fixed[:, None, :]] = 0
-    hessian[:, diagonal, diagonal] += fixed
-    step = np.linalg.solve(hessian, np.where(fixed, 0, slope - 1)[:, :, None])[:, :, 0]
-    falling = (step < 0) & ~fixed
-    room = np.divide(weights, -step, out=np.full_like(weights, np.inf), where=falling)
+    zero = (weights < NEGLIGIBLE) & (prior == 0)
+    fixed = zero & (slope <= 1)
+    while True:
+        free = np.where(fixed[:, :, None] | fixed[:, None, :], 0, hessian)
+        free[:, diagonal, diagonal] += fixed
+        step = np.linalg.solve(free, np.where(fixed, 0, slope - 1)[:, :, None])[:, :, 0]
+        # Of two twins at 0 that both want to rise, one may be made to fall: it would end the step before it began.
+        stuck = zero & ~fixed & (step < 0)
+        if not stuck.any():
+            break
+        fixed |= stuck
+    room = np.divide(weights, -step, out=np.full_like(weights, np.inf), where=(step < 0) & ~fixed)
     # With a prior no weight may reach 0, where its logarithm ends.
     length = np.minimum(1, (room * np.where(prior > 0, 0.99, 1)).min(1, keepdims=True))
-    jump = np.where(fixed, 0, np.maximum(weights + length * step, 0))
-    return jump / jump.sum(1, keepdims=True)
+    return np.where(fixed | (room <= length), -weights, length * step)
 
 
 def _objective(scaled: np.ndarray, share: np.ndarray, prior: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -137,9 +137,7 @@ def _convert(recipe_name: str, name: str, value: Any, kind: Any) -> Any:
             raise UserError(f"{problem} names separated by commas, not {value!r}")
         return tuple(item.strip() for item in items if item.strip())
     if kind is bool:
-        truth = {"true": True, "false": False, True: True, False: False}.get(
-            value.lower() if isinstance(value, str) else value
-        )
+        truth = {"true": True, "false": False}.get(str(value).lower())
         if truth is None:
             raise UserError(f"{problem} true or false, not {value!r}")
         return truth
@@ -147,7 +145,7 @@ def _convert(recipe_name: str, name: str, value: Any, kind: Any) -> Any:
         raise UserError(f"{problem} a number, not {value!r}")
     try:
         converted = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{problem} {'a whole number' if kind is int else 'a number'}, not {value!r}") from None
     if kind is int and not isinstance(value, str) and converted != value:
         raise UserError(f"{problem} a whole number, not {value!r}")
@@ -172,9 +170,11 @@ def _check(recipe: Recipe) -> None:
     require(recipe.accelerator in ("auto", "gpu", "cpu"), "accelerator", "auto, gpu or cpu")
     require(0 < recipe.holdout < 1, "holdout", "between 0 and 1")
     require(0 < recipe.lr_factor < 1, "lr_factor", "between 0 and 1")
-    require(recipe.folds >= 2, "folds", "2 or more")
+    require(recipe.seed >= 0, "seed", "0 or more")
+    require(2 <= recipe.folds <= 100, "folds", "between 2 and 100")
     require(recipe.lr_patience >= 0, "lr_patience", "0 or more")
     require(recipe.workers >= 0, "workers", "0 or more")
+    require(0 < recipe.learning_rate < float("inf"), "learning_rate", "positive")
     require(0 < recipe.min_learning_rate < recipe.learning_rate, "min_learning_rate", "between 0 and learning_rate")
     for name in ("seeds", "batch_size", "max_epochs", "heads_per_worker"):
         require(getattr(recipe, name) >= 1, name, "1 or more")
