@@ -63,11 +63,14 @@ def mix(log_densities: Tensor, weights: Tensor) -> Tensor:
     return torch.logsumexp(log_densities + weights.log().view(shape), 0)
 
 
-def em(likelihoods: Likelihoods, counts: np.ndarray, prior: np.ndarray) -> np.ndarray:
+def em(
+    likelihoods: Likelihoods, counts: np.ndarray, prior: np.ndarray, steps: list[np.ndarray] | None = None
+) -> np.ndarray:
     """(R, B) weights that maximise R objectives at once.
 
     Objective r: sum_i counts[i, r] * (mean log-likelihood of image i) + sum_b prior[r, b] * log w_b. counts: (N, R) how
     often each image counts, all > 0 in sum with the prior; prior: (R, B) pseudo-counts >= 0, alpha - 1 of a Dirichlet.
+    steps: takes the weights (R, B) at the start and after each step, for R up to EM_COLUMNS.
     """
     fixations = np.bincount(likelihoods.image, minlength=likelihoods.images)
     scaled, _ = likelihoods._scaled()
@@ -75,11 +78,11 @@ def em(likelihoods: Likelihoods, counts: np.ndarray, prior: np.ndarray) -> np.nd
     for start in range(0, counts.shape[1], EM_COLUMNS):
         columns = slice(start, start + EM_COLUMNS)
         share = (counts[:, columns] / fixations[:, None])[likelihoods.image]
-        results.append(_em(scaled, share, prior[columns]))
+        results.append(_em(scaled, share, prior[columns], steps))
     return np.concatenate(results)
 
 
-def _em(scaled: np.ndarray, share: np.ndarray, prior: np.ndarray) -> np.ndarray:
+def _em(scaled: np.ndarray, share: np.ndarray, prior: np.ndarray, steps: list[np.ndarray] | None) -> np.ndarray:
     """EM whose steps are replaced by Newton's where those climb: near twins need thousands of EM's own.
 
     scaled: (F, B) densities up to a factor a fixation; share: (F, R) how much each fixation counts; prior: (R, B).
@@ -89,6 +92,8 @@ def _em(scaled: np.ndarray, share: np.ndarray, prior: np.ndarray) -> np.ndarray:
     result = np.full(prior.shape, 1 / prior.shape[1])
     open_ = np.arange(len(prior))  # columns that have not converged
     for _ in range(EM_STEPS):
+        if steps is not None:
+            steps.append(result.copy())
         weights = result[open_]
         mixed = scaled @ weights.T
         gradient = (scaled.T @ (share[:, open_] / mixed)).T
@@ -169,6 +174,7 @@ class CategoryWeights:
 
     strength: of the prior, chosen by cross-validation; crossvalidation: strength -> left-out nats per fixation.
     left_out: (N,) nats per fixation of each image under weights that were fitted without it, at that strength.
+    history: per group (S, B), the weights from their uniform start on, after each step of the fit.
     """
 
     weights: np.ndarray
@@ -178,6 +184,7 @@ class CategoryWeights:
     strength: float
     crossvalidation: dict[float, float]
     left_out: np.ndarray
+    history: list[np.ndarray]
 
 
 def fit(likelihoods: Likelihoods, group: np.ndarray, groups: int, seed: int) -> CategoryWeights:
@@ -189,9 +196,21 @@ def fit(likelihoods: Likelihoods, group: np.ndarray, groups: int, seed: int) -> 
     scores = {strength: float(values.mean()) for strength, values in left_out.items()}
     strength = max(scores, key=lambda s: (scores[s], s))
     overall = global_weights(likelihoods)
-    weights = _fit_groups(likelihoods, group, groups, overall, [strength])[0]
     low, high = _bootstrap(likelihoods, group, groups, strength, seed)
-    return CategoryWeights(weights, low, high, overall, strength, scores, left_out[strength])
+    history = [_history(likelihoods, np.flatnonzero(group == g), overall, strength) for g in range(groups)]
+    weights = np.stack([steps[-1] for steps in history])
+    return CategoryWeights(weights, low, high, overall, strength, scores, left_out[strength], history)
+
+
+def _history(likelihoods: Likelihoods, members: np.ndarray, overall: np.ndarray, strength: float) -> np.ndarray:
+    """(S, B) the steps of one group's fit; with an infinite prior, or no image, of the global weights."""
+    if math.isinf(strength) or not len(members):
+        members, prior = np.arange(likelihoods.images), np.zeros((1, len(overall)))
+    else:
+        prior = strength * overall[None]
+    steps: list[np.ndarray] = []
+    fitted = em(likelihoods.subset(members), np.ones((len(members), 1)), prior, steps)
+    return np.concatenate([*steps, fitted])
 
 
 def _fit_groups(

@@ -39,7 +39,14 @@ if TYPE_CHECKING:
 
 NAME = "acw"  # of the experiment and of the registered model
 DEFAULT_ROOT = Path("runs")
-FILES = ("recipe.json", "evaluation.json", "per_image.csv", "category_weights.csv", "out_of_fold.csv")
+FILES = (
+    "recipe.json",
+    "evaluation.json",
+    "per_image.csv",
+    "category_weights.csv",
+    "category_weights_history.csv",
+    "out_of_fold.csv",
+)
 EPOCH_METRICS = ("loss", "ig", "learning_rate", "sigma")
 # What loading and prediction import; pinned to the versions in use, with which the scores were measured.
 REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "scipy", "timm", "torch", "torchvision")

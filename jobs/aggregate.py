@@ -38,6 +38,7 @@ def aggregate(job: Job) -> None:
     model = aggregation.assemble(recipe, dataset, split, banks, stores, fitted, record)
     model.save(folder / "model", [load_backbone(backbone) for backbone in recipe.backbone_values])
     write_atomic(folder / "category_weights.csv", _weights_csv(model.categories, model.names, fitted.category))
+    write_atomic(folder / "category_weights_history.csv", _history_csv(model.categories, model.names, fitted.category))
     write_atomic(folder / "out_of_fold.csv", _out_of_fold_csv(job, predictions, fitted.category.left_out))
     print(f"weights: prior strength {fitted.category.strength} images, chosen by cross-validation", flush=True)
 
@@ -52,7 +53,7 @@ def aggregate(job: Job) -> None:
             "crossvalidation_nats": {str(s): v for s, v in fitted.category.crossvalidation.items()},
             "global": dict(zip(model.names, model.global_weights.tolist(), strict=True)),
         },
-        "category_inference": {"accuracy": model.classifier.accuracy, "categories": len(model.categories)},
+        "category_inference": {"out_of_fold_accuracy": model.classifier.accuracy, "categories": len(model.categories)},
         "provenance": record,
     }
     write_json(folder / "evaluation.json", evaluation)
@@ -122,6 +123,14 @@ def _weights_csv(categories: list[str], backbones: list[str], weights: Any) -> s
             values = (weights.weights[c, b], weights.low[c, b], weights.high[c, b])
             rows.append([category, backbone, *(f"{value:.6f}" for value in values)])
     return _csv(["category", "backbone", "weight", "low", "high"], rows)
+
+
+def _history_csv(categories: list[str], backbones: list[str], weights: Any) -> str:
+    rows = []
+    for category, steps in zip(categories, weights.history, strict=True):
+        for step, values in enumerate(steps):
+            rows += [[category, str(step), b, f"{value:.6f}"] for b, value in zip(backbones, values, strict=True)]
+    return _csv(["category", "step", "backbone", "weight"], rows)
 
 
 def _out_of_fold_csv(job: Job, predictions: Any, left_out: np.ndarray) -> str:

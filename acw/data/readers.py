@@ -345,7 +345,7 @@ def _assemble(folder: Path, reader: str, stimuli: Sequence[Stimulus], found: _Fi
     if outside and not drop_outside:
         raise UserError(
             f"dataset {folder}: fixations outside their image: {len(outside)} of {len(inside)} "
-            f"({_listed(outside)}); correct them, or set drop_outside to leave them out"
+            f"({_listed(outside)}); correct them, or leave them out with --drop-outside (drop_outside=True)"
         )
     kept = np.flatnonzero(inside)
     kept = kept[np.argsort(image[kept], kind="stable")]
