@@ -74,8 +74,9 @@ class FeatureStore:
         return _open_shard(shard_path(self.folder, shard))
 
 
-# A shard is opened once a process: its tensors are views into the memory map.
-@functools.cache
+# Tensors are views into the memory map. Only some shards stay mapped, so that a process does not grow with the data set;
+# to open one again costs a fraction of a millisecond.
+@functools.lru_cache(maxsize=16)
 def _open_shard(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
