@@ -29,16 +29,13 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Job:
-    """A parsed command line: a recipe on a data set, under a root."""
+    """A parsed command line: a recipe on a data set and its split, under a root."""
 
     recipe: Recipe
     dataset: Dataset
+    split: Split
     root: Path
     tracking_uri: str | None
-
-    @property
-    def split(self) -> Split:
-        return split(self.dataset, self.recipe.seed, self.recipe.folds, self.recipe.holdout)
 
     @property
     def folder(self) -> Path:
@@ -64,6 +61,7 @@ def parse(argv: Sequence[str], description: str) -> Job:
     parser = Parser(
         prog=f"{Path(sys.argv[0]).name} {recipe_name}",
         description=RECIPES[recipe_name].__doc__,
+        epilog=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -77,7 +75,11 @@ def parse(argv: Sequence[str], description: str) -> Job:
     given = {f.name: options[f.name] for f in dataclasses.fields(Recipe)[1:] if options[f.name] is not None}
     recipe = derive(derive(base, overlay), given)
     root = writable_root(options["root"])
-    return Job(recipe, read_dataset(options), root, options["tracking_uri"])
+    dataset = read_dataset(options)
+    # A category too small to split is refused here, before hours of extraction.
+    return Job(
+        recipe, dataset, split(dataset, recipe.seed, recipe.folds, recipe.holdout), root, options["tracking_uri"]
+    )
 
 
 def _recipe_name(argv: Sequence[str], description: str) -> str:
@@ -161,10 +163,15 @@ def writable_root(location: str) -> Path:
     if "://" in location:
         raise UserError(f"--root {location}: results are kept in a folder; give a path, on a disk that all nodes share")
     root = local_path(location, "--root")
-    probe = root / ".writable"
+    check_writable(root)
+    return root
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError for a folder in which no file can be written, before anything is computed for it."""
+    probe = folder / ".writable"
     write_atomic(probe, b"")
     probe.unlink(missing_ok=True)
-    return root
 
 
 def user_error(error: BaseException | None) -> UserError | None:

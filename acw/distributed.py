@@ -47,9 +47,11 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
     if not waiting:
         print(f"training: all {sum(len(bank.members) for bank in banks)} heads are trained", flush=True)
         return
-    allocation = allocate(len(waiting), recipe.workers, recipe.accelerator)
+    # Cores are shared out as for all banks: a rerun then has the threads, and so the heads, of an uninterrupted run.
+    allocation = allocate(len(banks), recipe.workers, recipe.accelerator)
+    workers = min(allocation.workers, len(waiting))
     print(
-        f"training {sum(len(bank.members) for bank in waiting)} heads in {len(waiting)} banks on {allocation.workers} "
+        f"training {sum(len(bank.members) for bank in waiting)} heads in {len(waiting)} banks on {workers} "
         f"workers of {allocation.cpus} CPU and {allocation.gpus} GPU",
         flush=True,
     )
@@ -59,7 +61,7 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
         # Workers share no gradients, so the backend only has to come up, also where a GPU is a fraction or a fake.
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=allocation.workers,
+            num_workers=workers,
             use_gpu=allocation.gpus > 0,
             resources_per_worker={"CPU": allocation.cpus, "GPU": allocation.gpus},
         ),
@@ -73,7 +75,7 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
             ),
         ),
     )
-    with Progress(recipe, banks, folder, allocation.workers):
+    with Progress(recipe, banks, folder, workers):
         trainer.fit()
 
 

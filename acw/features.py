@@ -74,8 +74,8 @@ class FeatureStore:
         return _open_shard(shard_path(self.folder, shard))
 
 
-# Tensors are views into the memory map. Only some shards stay mapped, lest a process grow with the data set; opening one
-# again costs a fraction of a millisecond.
+# Tensors are views into the memory map. Only some shards stay mapped, lest a process grow with the data set;
+# opening one again costs a fraction of a millisecond.
 @functools.lru_cache(maxsize=16)
 def _open_shard(path: Path) -> safe_open:
     try:

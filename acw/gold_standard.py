@@ -51,6 +51,7 @@ def has_subjects(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> bool:
 
 def fit(dataset: Dataset, indices: Sequence[int] | np.ndarray, center_bias: CenterBias) -> GoldStandard:
     """Chooses bandwidth and mixture on the given images, each counting equally."""
+    assert has_subjects(dataset, indices), "every image needs two known subjects"
     best: tuple[float, float, np.ndarray] | None = None
     for bandwidth in BANDWIDTHS:
         log_p, image = [], []

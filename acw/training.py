@@ -297,12 +297,12 @@ def _train_epoch(
         parameters["log_sigma"].requires_grad_(False)
     total, count = torch.zeros(len(members), device=device), torch.zeros(len(members), device=device)
     for indices in epoch_batches(recipe, batches, len(state.history)):
-        fold = torch.from_numpy(batches.training_set.fold[indices]).to(device)
-        images_K = (fold[None, :] != folds[:, None]).sum(1)
-        for group in batches.groups(indices):
+        mask_KB = torch.from_numpy(batches.training_set.fold[indices]).to(device) != folds[:, None]
+        images_K = mask_KB.sum(1)
+        # Validation images of all the bank's heads are not even read.
+        for group in batches.groups(indices[mask_KB.any(0).cpu().numpy()]):
             batch = batches.load(group)
-            fold = torch.from_numpy(batches.training_set.fold[group]).to(device)
-            weight_KB = (fold[None, :] != folds[:, None]).float()
+            weight_KB = (torch.from_numpy(batches.training_set.fold[group]).to(device) != folds[:, None]).float()
             bias = batches.bias("finalizer_bias", batch.grid)[folds]
             nll_KB = -log_likelihood(parameters, batch, bias, recipe.density_cell)
             nll_K = (nll_KB * weight_KB).sum(1)
@@ -356,8 +356,8 @@ class BankAdam:
         """One step of the heads that are on; the others, which saw no image, keep parameters and moments."""
         self.steps += on_K
         beta1, beta2 = ADAM_BETAS
-        correction1 = 1 - beta1 ** self.steps.clamp_min(1)
-        correction2 = 1 - beta2 ** self.steps.clamp_min(1)
+        steps = self.steps.clamp_min(1).double()
+        correction1, correction2 = (1 - beta1**steps).float(), (1 - beta2**steps).float()
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue

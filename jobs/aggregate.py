@@ -74,11 +74,11 @@ def _held_out_scores(job: Job, model: Any, stores: list, fitted: Any) -> dict:
         source = [fitted.sources.index(stimulus.source or "") for stimulus in dataset.stimuli]
         by_image["source_weights"] = fitted.source.weights[source]
     gold = None
-    if gold_standard.has_subjects(dataset, held_out):
+    if gold_standard.has_subjects(dataset, range(len(dataset.stimuli))):
         development = np.flatnonzero(job.split.fold >= 0)
         gold = gold_standard.fit(dataset, development, model.center_bias)
     else:
-        print("no gold_standard: it needs subjects, which this data set does not name", flush=True)
+        print("no gold_standard: it needs two named subjects for every image", flush=True)
     sizes = [stimulus.size for stimulus in dataset.stimuli]
     scoring = Scoring(
         dataset=dataset,

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from acw.cli import Parser, add_dataset_options, local_path, read_dataset, run
+from acw.cli import Parser, add_dataset_options, check_writable, local_path, read_dataset, run
 from acw.data import Dataset
+from acw.storage import UserError
 
 SEED = 0  # of the bootstrap
 
@@ -59,6 +60,9 @@ def main(argv: Sequence[str]) -> None:
     add_dataset_options(parser)
     options = vars(parser.parse_args(argv))
     out = local_path(options["out"], "--out")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file in it")
+    check_writable(out.parent)
     location = options["model"] if ":/" in options["model"] else str(local_path(options["model"], "--model"))
     evaluate(location, read_dataset(options), out)
     print(out, flush=True)

@@ -16,21 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from acw.cli import Job, Parser, parse, run
-from acw.storage import UserError
+from acw.storage import UserError, write_json
 
 SPACES = Path(__file__).resolve().parents[1] / "tune_spaces"
 FOLD = 0
 
 
-def search(job: Job, space: str, samples: int) -> Path:
-    """Runs the search and writes the overlay; returns its path."""
+def search(job: Job, space: dict[str, Any], samples: int) -> dict[str, Any]:
+    """Runs the search and prints its trials; returns the best one's fields."""
     import ray
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
     from acw.aggregation import training_set
     from acw.cluster import allocate
-    from acw.storage import write_json
 
     recipe = job.recipe
     allocation = allocate(samples, recipe.workers, recipe.accelerator)
@@ -40,7 +39,7 @@ def search(job: Job, space: str, samples: int) -> Path:
             tune.with_parameters(trial, shared=shared, threads=allocation.cpus),
             {"cpu": allocation.cpus, "gpu": allocation.gpus},
         ),
-        param_space=_space(space),
+        param_space=space,
         tune_config=tune.TuneConfig(
             metric="ig",
             mode="max",
@@ -59,9 +58,7 @@ def search(job: Job, space: str, samples: int) -> Path:
     print(f"{'IG':>8}  {'epochs':>6}  configuration; IG in bit on the validation images of fold {FOLD}")
     for metrics, config in ranked:
         print(f"{metrics['ig']:8.4f}  {metrics['training_iteration']:6}  {config}")
-    path = job.folder / f"overlay-{space}.json"
-    write_json(path, ranked[0][1])
-    return path
+    return ranked[0][1]
 
 
 def trial(config: dict[str, Any], shared: Any, threads: int) -> None:
@@ -109,14 +106,20 @@ def main(argv: Sequence[str]) -> None:
     own.add_argument("--space", default="sigma_lr")
     own.add_argument("--samples", type=int, default=8)
     options, rest = own.parse_known_args(list(argv))
+    if options.samples < 1:
+        raise UserError(f"--samples {options.samples}: give the number of trials, 1 or more")
     job = parse(rest, __doc__.splitlines()[0] + "\n\n--space NAME (default sigma_lr), --samples N (default 8)")
+    space = _space(options.space)
     from extract import extract
 
     from acw.cluster import connect
 
     connect()
     extract(job)
-    print(search(job, options.space, options.samples), flush=True)
+    best = search(job, space, options.samples)
+    path = job.folder / f"overlay-{options.space}.json"
+    write_json(path, best)
+    print(path, flush=True)
 
 
 if __name__ == "__main__":
