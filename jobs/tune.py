@@ -24,7 +24,6 @@ FOLD = 0
 
 def search(job: Job, space: dict[str, Any], samples: int) -> dict[str, Any]:
     """Runs the search and prints its trials; returns the best one's fields."""
-    import ray
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -33,7 +32,7 @@ def search(job: Job, space: dict[str, Any], samples: int) -> dict[str, Any]:
 
     recipe = job.recipe
     allocation = allocate(samples, recipe.workers, recipe.accelerator)
-    shared = ray.put((recipe, training_set(job.dataset, job.split, recipe), job.stores()))
+    shared = (recipe, training_set(job.dataset, job.split, recipe), job.stores())
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(trial, shared=shared, threads=allocation.cpus),
@@ -72,7 +71,7 @@ def trial(config: dict[str, Any], shared: Any, threads: int) -> None:
     from acw.recipes import derive
     from acw.training import Bank, train_epochs
 
-    recipe, training_set, stores = ray.get(shared)
+    recipe, training_set, stores = shared
     recipe = derive(recipe, config)
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")

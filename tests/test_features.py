@@ -143,24 +143,38 @@ def test_a_shard_without_its_checksum_is_not_there(extraction: Extraction) -> No
     assert extraction.written == [1]
 
 
-@pytest.mark.parametrize("damage", ["flipped byte", "truncated", "gone", "other content"])
+@pytest.mark.parametrize("damage", ["flipped bit", "flipped bits", "truncated", "gone", "other content"])
 def test_a_damaged_shard_is_found_and_computed_again(extraction: Extraction, damage: str) -> None:
     store = extraction()
-    expected = store.load([SHARD_IMAGES]).taps[0].clone()
+    images = range(SHARD_IMAGES, 2 * SHARD_IMAGES)
+    expected = [store.load([index]) for index in images]
     path = shard_path(extraction.folder, 1)
     content = bytearray(path.read_bytes())
     path.unlink()
-    if damage == "flipped byte":
+    if damage == "flipped bit":
         content[-9] ^= 1
+    if damage == "flipped bits":
+        half = len(content) // 2
+        content[half:] = bytes(byte ^ 1 for byte in content[half:])
     if damage == "truncated":
         content = content[: len(content) // 2]
     if damage == "other content":
         content = bytearray(shard_path(extraction.folder, 0).read_bytes())
     if damage != "gone":
         path.write_bytes(content)
+    features._open_shard.cache_clear()
+    if damage == "flipped bits":
+        damaged = [store.load([index]) for index in images]  # this process has the damaged file open from now on
+        assert any(not one.taps[0].equal(other.taps[0]) for one, other in zip(damaged, expected, strict=True))
+    if damage in ("truncated", "gone"):
+        with pytest.raises(UserError, match=r"unreadable features .* run jobs/extract\.py again"):
+            store.load([SHARD_IMAGES])
     repaired = extraction()
     assert extraction.written == [1]
-    assert repaired.load([SHARD_IMAGES]).taps[0].equal(expected)
+    for index, before in zip(images, expected, strict=True):
+        after = repaired.load([index])
+        assert all(one.equal(other) for one, other in zip(after.taps, before.taps, strict=True))
+        assert after.variance.equal(before.variance)
 
 
 def test_the_folder_is_named_after_all_that_decides_the_content(tmp_path: Path) -> None:

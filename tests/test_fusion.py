@@ -86,7 +86,7 @@ def hard_problem(seed: int) -> tuple[Likelihoods, np.ndarray, np.ndarray]:
 
 
 def test_em_arrives_whatever_the_problem() -> None:
-    """By the optimality conditions: no weight could gain by more than a twenty-thousandth of a nat per fixation."""
+    """By the optimality conditions: no weight could gain by more than the gap that EM promises."""
     for seed in range(300):
         likelihoods, counts, prior = hard_problem(seed)
         weights = em(likelihoods, counts[:, None], prior[None])[0]
@@ -96,7 +96,7 @@ def test_em_arrives_whatever_the_problem() -> None:
         p = np.exp(likelihoods.log_p - likelihoods.log_p.max(1, keepdims=True))
         slope = p.T @ (share / (p @ weights))
         slope[prior > 0] += prior[prior > 0] / weights[prior > 0]
-        assert slope.max() / (counts.sum() + prior.sum()) - 1 < 5e-5, seed
+        assert slope.max() / (counts.sum() + prior.sum()) - 1 < 2 * EM_GAP, seed
 
 
 def test_em_finds_a_vertex_and_a_needle() -> None:

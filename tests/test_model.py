@@ -1,4 +1,4 @@
-"""The finished model and its classifier: what was saved is what predicts, and every prediction is a density."""
+"""The finished model: what was saved is what predicts, and every prediction is a density."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from acw import categories, heads, load
+from acw import heads, load
 from acw.backbones import BACKBONES, Backbone, load_backbone
 from acw.categories import CategoryClassifier
 from acw.center_bias import fixed_gaussian, kde
@@ -157,50 +157,3 @@ def test_what_is_no_model_says_so(tmp_path: Path, folder: Path) -> None:
 def test_what_is_no_image_is_refused(model: Model, pixels: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"an image is uint8 \(H, W, 3\) RGB, not"):
         model.predict(pixels)
-
-
-def clusters(count: int, dimensions: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features of two to five overlapping clusters of very different scales, the category and fold of each."""
-    generator = np.random.default_rng(seed)
-    category = np.arange(30 * count) % count
-    centres = generator.normal(0, 0.7, (count, dimensions))
-    scale = 10.0 ** generator.integers(-3, 4, dimensions)
-    pooled = (centres[category] + generator.normal(size=(30 * count, dimensions))) * scale + 5 * scale
-    return pooled, category, generator.permutation(30 * count) % 5
-
-
-@pytest.mark.parametrize("count", [2, 5])
-def test_inferred_categories_are_scikit_learns_softmax_regression(count: int) -> None:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    pooled, category, fold = clusters(count, 20, seed=count)
-    classifier = categories.fit(pooled, category, count, fold)
-    standard = StandardScaler().fit(pooled)
-    fresh, truth, _ = clusters(count, 20, seed=count)
-    candidates = [
-        LogisticRegression(C=penalty, max_iter=1000).fit(standard.transform(pooled), category)
-        for penalty in categories.PENALTIES
-    ]
-    actual = classifier.probabilities(fresh)
-    np.testing.assert_allclose(actual.sum(1), 1, atol=1e-12)
-    differences = [np.abs(one.predict_proba(standard.transform(fresh)) - actual).max() for one in candidates]
-    assert min(differences) < 1e-3
-    assert (actual.argmax(1) == truth).mean() > 0.7
-    assert 1 / count + 0.2 < classifier.accuracy <= (actual.argmax(1) == truth).mean() + 0.05
-
-
-def test_labels_that_mean_nothing_are_inferred_at_chance() -> None:
-    """More features than images: only a classifier that never saw an image's fold is honest about it."""
-    generator = np.random.default_rng(0)
-    pooled, category = generator.normal(size=(300, 400)), np.arange(300) % 5
-    classifier = categories.fit(pooled, category, 5, generator.permutation(300) % 5)
-    assert abs(classifier.accuracy - 0.2) < 0.07
-    assert (classifier.probabilities(pooled).argmax(1) == category).mean() > 0.5
-
-
-def test_a_single_category_is_certain() -> None:
-    pooled = np.random.default_rng(0).normal(size=(10, 4))
-    classifier = categories.fit(pooled, np.zeros(10, dtype=np.int64), 1, np.arange(10) % 5)
-    np.testing.assert_array_equal(classifier.probabilities(pooled), np.ones((10, 1)))
-    assert classifier.accuracy == 1

@@ -72,6 +72,7 @@ def test_values_may_be_strings_or_python_values() -> None:
         ("learn_sigma", "maybe"),
         ("learn_sigma", []),
         ("sigma", 0),
+        ("sigma", -16.0),
         ("sigma", math.inf),
         ("density_cell", math.nan),
         ("holdout", 1.5),

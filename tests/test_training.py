@@ -267,6 +267,43 @@ def test_heads_in_one_bank_end_as_each_head_alone(
         )
 
 
+def test_an_epoch_is_a_plain_loop_over_the_folds_training_images(
+    tmp_path: Path, training_set: TrainingSet, store: FeatureStore
+) -> None:
+    """One image after the other, the mean of a batch's losses, and PyTorch's Adam."""
+    recipe = dataclasses.replace(RECIPE, max_epochs=1)
+    members = ((1, 0), (3, 2))
+    state = train(tmp_path, training_set, store, Bank("stub", members), recipe)
+    start = BankState.new(recipe, Bank("stub", members), 12)
+    batches = Batches(training_set, store, recipe.density_cell, CPU)
+    for k, (fold, _) in enumerate(members):
+        head = {name: value.requires_grad_(True) for name, value in heads.select(start.parameters, [k]).items()}
+        adam = torch.optim.Adam(head.values(), lr=recipe.learning_rate)
+        losses = []
+        for indices in training.epoch_batches(recipe, batches, 0):
+            own = [index for index in indices if training_set.fold[index] not in (-1, fold)]
+            for index in own:
+                batch = batches.load(np.array([index]))
+                bias = batches.bias("finalizer_bias", batch.grid)[[fold]]
+                loss = -training.log_likelihood(head, batch, bias, recipe.density_cell)[0, 0]
+                (loss / len(own)).backward()
+                losses.append(loss.item())
+            if own:
+                adam.step()
+                adam.zero_grad()
+        for name, value in head.items():
+            torch.testing.assert_close(state.parameters[name][k], value[0], rtol=1e-3, atol=1e-4, msg=f"{fold} {name}")
+        assert state.history[0]["loss"][k] == pytest.approx(np.mean(losses), abs=1e-3)
+        gains = []
+        for index in np.flatnonzero(training_set.fold == fold):
+            batch = batches.load(np.array([index]))
+            bias = batches.bias("finalizer_bias", batch.grid)[[fold]]
+            kde = training_set.baseline[fold].of_size(batch.grid).ravel() - batch.log_area_B.item()
+            log_likelihood = training.log_likelihood(head, batch, bias, recipe.density_cell)[0, 0].item()
+            gains.append(log_likelihood - float(kde @ batch.target_BP[0].numpy()))
+        assert state.history[0]["ig"][k] == pytest.approx(np.mean(gains) / np.log(2), abs=1e-3)
+
+
 def test_training_learns(trained: BankState) -> None:
     first, last = (np.array(trained.history[epoch]["loss"]) for epoch in (0, -1))
     assert (last < first).all()
