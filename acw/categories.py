@@ -41,15 +41,19 @@ def fit(pooled: np.ndarray, category: np.ndarray, categories: int, fold: np.ndar
     mean, scale = pooled.mean(0), pooled.std(0) + 1e-6
     if categories == 1:
         return CategoryClassifier(mean, scale, np.zeros((1, pooled.shape[1])), np.zeros(1), 1.0)
+    # With an L2 penalty the weights lie in the span of the images, which are fewer than the features: rotated into an
+    # orthonormal basis of it, the same problem is an order of magnitude smaller.
     standard = (pooled - mean) / scale
+    basis = np.linalg.svd(standard, full_matrices=False)[2]
+    rotated = standard @ basis.T
 
     def fitted(penalty: float, chosen: np.ndarray) -> CategoryClassifier:
-        regression = LogisticRegression(C=penalty, max_iter=1000).fit(standard[chosen], category[chosen])
+        regression = LogisticRegression(C=penalty, max_iter=1000).fit(rotated[chosen], category[chosen])
         weight, bias = regression.coef_, regression.intercept_
         if categories == 2:  # scikit-learn keeps only the second class's row of a symmetric pair
             weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
         assert weight.shape[0] == categories
-        return CategoryClassifier(mean, scale, weight, bias, 0.0)
+        return CategoryClassifier(mean, scale, weight @ basis, bias, 0.0)
 
     results = {}
     for penalty in PENALTIES:

@@ -197,6 +197,10 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except Exception as error:
         if (known := user_error(error)) is None:
             raise
+        from acw.cluster import disconnect
+
+        # Ray may have complaints of its own about work that is given up: ours is the last line.
+        disconnect()
         message = " ".join(str(known).split())
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from dataclasses import dataclass
 
 from acw.storage import UserError
@@ -25,6 +26,8 @@ def connect() -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # The first error ends a job. What other workers say of the same damaged file would bury its one line.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     import ray
 
     # Ray says at each start that its token authentication is on, which is what we want.
@@ -36,6 +39,14 @@ def connect() -> None:
             # Workers chatter into Ray's log files: errors come as exceptions, progress is the driver's to print.
             log_to_driver=False,
         )
+
+
+def disconnect() -> None:
+    """Leaves the cluster, or ends the Ray that `connect` started here; nothing where there is none."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
 
 
 def allocate(tasks: int, workers: int, accelerator: str) -> Allocation:

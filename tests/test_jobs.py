@@ -223,6 +223,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         started.clear()
         monkeypatch.syspath_prepend(str(JOBS))
         monkeypatch.setattr("acw.cluster.connect", lambda: started.append(None))
+        monkeypatch.setattr("acw.cluster.disconnect", lambda: None)  # another test's Ray may run in this process
         monkeypatch.setattr(sys, "argv", [f"{job}.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             run_job(importlib.import_module(job).main)
@@ -453,7 +454,10 @@ def test_a_damaged_picture_that_a_worker_meets_is_one_line(tmp_path: Path) -> No
     content[len(content) // 2] ^= 0xFF  # its end is as it should be, so that only decoding it shows the damage
     picture.write_bytes(content)
     result = run("extract", *RECIPE, *options, "--root", tmp_path / "root")
-    assert_one_line((result.returncode, result.stdout, result.stderr), "003.png: the image is damaged")
+    *before, last = result.stderr.splitlines(keepends=True)
+    assert_one_line((result.returncode, result.stdout, last), "003.png: the image is damaged")
+    # Ray's core may note that it could not pass on what the other worker said of the same picture.
+    assert [line for line in before if "task_manager.cc" not in line] == []
     assert list(tmp_path.glob("root/*/features.json")) == []
 
 
