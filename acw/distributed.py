@@ -15,11 +15,14 @@ from safetensors import SafetensorError, safe_open
 from acw.cluster import allocate
 from acw.features import FeatureStore
 from acw.recipes import Recipe
+from acw.storage import UserError, write_atomic
 from acw.training import Bank, TrainingSet, checkpoint_path, plan_banks, train_epochs, unfinished
 
 # Ray Train starts all its workers anew when one dies; each goes on from its banks' checkpoints.
 MAX_FAILURES = 3
 PROGRESS_SECONDS = 5.0
+# What a worker leaves in the run's folder when only the user can help.
+COMPLAINT = "training-failed.txt"
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,12 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
             ),
         ),
     )
+    complaint = folder / COMPLAINT
+    complaint.unlink(missing_ok=True)
     with Progress(recipe, banks, folder, workers):
         trainer.fit()
+    if complaint.exists():
+        raise UserError(complaint.read_text())
 
 
 def run_worker(config: dict) -> None:
@@ -90,10 +97,14 @@ def run_worker(config: dict) -> None:
     # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
     banks = share(work.banks, work.stores, context.get_world_size())[context.get_world_rank()]
-    for bank in banks:
-        store = work.stores[bank.backbone]
-        for _ in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device):
-            pass
+    try:
+        for bank in banks:
+            store = work.stores[bank.backbone]
+            for _ in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device):
+                pass
+    except UserError as error:
+        # Raised, it would be tried again with the same end, as if a node had been lost.
+        write_atomic(work.folder / COMPLAINT, str(error))
 
 
 def share(banks: Sequence[Bank], stores: dict[str, FeatureStore], workers: int) -> list[list[Bank]]:

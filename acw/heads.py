@@ -23,6 +23,8 @@ WIDTHS = (8, 16, 1, 128, 16, 1)
 LAYER_NORM_EPS = 1e-12
 # Layers whose input is normalised first: all but the last.
 NORMALISED = range(len(WIDTHS) - 1)
+# Of the smoothing, in cells: flat on any grid, and a diverging width must not ask for all the memory.
+LONGEST_RADIUS = 4096
 # The convolution from one channel to many: its output is most of what a readout computes.
 WIDE = 3
 
@@ -211,7 +213,7 @@ def finalize(parameters: Mapping[str, Tensor], priority_KBhw: Tensor, center_bia
 
 def _smoothing(sigma_K: Tensor, target: int, source: int) -> Tensor:
     """(K, target, source): bilinear upsampling, a Gaussian cut at ceil(3 sigma), edges replicated (the original)."""
-    radius_K = torch.ceil(3 * sigma_K.detach())
+    radius_K = torch.ceil(3 * sigma_K.detach().nan_to_num()).clamp_max(LONGEST_RADIUS)
     radius = int(radius_K.max())
     offset = torch.arange(-radius, radius + 1, device=sigma_K.device)
     kernel_KR = torch.exp(-0.5 * (offset / sigma_K[:, None]) ** 2)
