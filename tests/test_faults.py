@@ -76,7 +76,9 @@ def kill_driver(script: str, arguments: Sequence[str], log: Path, when: Callable
         assert job.poll() is None, log.read_text()
         job.kill()
         job.wait()
-        wait_for(lambda: not processes(job.pid), "for Ray's processes to end after their driver")
+        # Ray's two idle agents go a minute after their raylet; `started` ends them by their pids.
+        agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+        wait_for(lambda: all(line.startswith(agents) for line in processes(job.pid).values()), "for Ray to end")
 
 
 def kill_worker(script: str, arguments: Sequence[str], log: Path, name: str, when: Callable[[], bool]) -> None:
