@@ -85,6 +85,7 @@ def write_run(folder: Path, model: Model, ig: np.ndarray, fingerprint: str = "da
     (folder / "per_image.csv").write_text("image,IG\n")
     rows = [(c, b, 0.5, 0.4, 0.6) for c in CATEGORIES for b in ("lite0", "second")]
     write_csv(folder / "category_weights.csv", [("category", "backbone", "weight", "low", "high"), *rows])
+    (folder / "category_weights_history.csv").write_text("category,step,backbone,weight\n")
     scores = [(f"{i}.jpg", CATEGORIES[i % 2], value) for i, value in enumerate(ig)]
     write_csv(folder / "out_of_fold.csv", [("image", "category", "IG"), *scores])
     return folder
