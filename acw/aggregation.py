@@ -169,7 +169,7 @@ def assemble(
     provenance: dict[str, Any],
 ) -> Model:
     """The finished model; its centre bias is the KDE of all five folds' images."""
-    development = np.flatnonzero(split.fold >= 0)
+    development = split.development
     center_bias = kde_of(dataset, development)
     pooled = np.hstack([store.pooled(development).double().numpy() for store in stores])
     classifier = categories.fit(

@@ -178,7 +178,8 @@ class FrozenBackbone:
 
         assert images.dtype == torch.uint8, images.dtype
         assert images.shape[3:] == (3,), images.shape
-        with torch.inference_mode():
+        # TF32 convolutions, cuDNN's default, would make a GPU's features others than a CPU's.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             inputs = self._input(images.to(self.device).permute(0, 3, 1, 2))
             return tap_outputs(self._network, self.backbone.taps, inputs)
 

@@ -73,13 +73,26 @@ def parse(argv: Sequence[str], description: str) -> Job:
     options = vars(parser.parse_args(argv[1:]))
     overlay = _read_overlay(options["overlay"]) if options["overlay"] else {}
     given = {f.name: options[f.name] for f in dataclasses.fields(Recipe)[1:] if options[f.name] is not None}
-    recipe = derive(derive(base, overlay), given)
+    recipe = _with_absolute_weights(derive(derive(base, overlay), given))
     root = writable_root(options["root"])
     dataset = read_dataset(options)
     # A category too small to split is refused here, before hours of extraction.
     return Job(
         recipe, dataset, split(dataset, recipe.seed, recipe.folds, recipe.holdout), root, options["tracking_uri"]
     )
+
+
+def _with_absolute_weights(recipe: Recipe) -> Recipe:
+    """Files of weights by their absolute paths, which mean the same to workers in other folders."""
+
+    def absolute(entry: str) -> str:
+        name, _, source = entry.partition("=")
+        scheme, separator, path = source.rpartition("deepgaze2e:")
+        if path in ("timm", "random") or path.startswith(("pypi:", "s3://")):
+            return entry
+        return f"{name}={scheme}{separator}{local_path(path, '--weights')}"
+
+    return dataclasses.replace(recipe, weights=tuple(absolute(entry) for entry in recipe.weights))
 
 
 def _recipe_name(argv: Sequence[str], description: str) -> str:
@@ -152,9 +165,7 @@ def local_path(location: str, option: str) -> Path:
     """An absolute path; on a cluster a relative one is refused, as a job's folder is not the one it was typed in."""
     path = Path(location).expanduser()
     if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        raise UserError(
-            f"{option} {location}: a relative path means nothing on a cluster; use an absolute path or s3://"
-        )
+        raise UserError(f"{option} {location}: a relative path means nothing on a cluster; use an absolute path")
     return path.resolve()
 
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from acw.storage import UserError
 
+# How many a job asks of an autoscaling cluster that has none yet; --workers asks for another number.
+GPUS_TO_START = 4
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -49,23 +52,34 @@ def disconnect() -> None:
         ray.shutdown()
 
 
-def allocate(tasks: int, workers: int, accelerator: str) -> Allocation:
-    """Workers for `tasks` independent tasks: `workers` of them, or as many as the cluster has GPUs or cores (0).
+def wants_gpus(accelerator: str) -> bool:
+    """Whether work goes to GPUs: `gpu` always, `cpu` never, `auto` where the cluster has any now.
 
-    accelerator: `gpu` demands a GPU a worker, which an autoscaling cluster may start with none of; `cpu` uses none;
-    `auto` takes GPUs where the cluster has them now. Cores are shared out evenly within each node.
+    Raises UserError for `gpu` on a Ray that was started here and has none; a cluster's autoscaler may bring them.
     """
     import ray
 
-    resources = ray.cluster_resources()
-    present = int(resources.get("GPU", 0))
-    gpu = accelerator == "gpu" or (accelerator == "auto" and present > 0)
+    present = ray.cluster_resources().get("GPU", 0) > 0
+    if accelerator == "gpu" and not present and "RAY_ADDRESS" not in os.environ:
+        raise UserError("no GPU on this machine; submit the job to a cluster that has some, or give --accelerator cpu")
+    return accelerator == "gpu" or (accelerator == "auto" and present)
+
+
+def allocate(tasks: int, workers: int, accelerator: str) -> Allocation:
+    """Workers that run side by side for `tasks` tasks: `workers` of them, or as many as there are GPUs or cores (0).
+
+    Where GPUs are demanded and none is there yet, GPUS_TO_START are. Cores are shared out evenly within each node.
+    """
+    import ray
+
+    if wants_gpus(accelerator):
+        present = int(ray.cluster_resources().get("GPU", 0))
+        return Allocation(min(tasks, workers or present or GPUS_TO_START), 1, 1)
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    if gpu:
-        # With no GPU yet, asking for a worker a task is what makes the autoscaler bring them.
-        return Allocation(min(tasks, workers or present or tasks), 1, 1)
     if not sum(cores):
-        raise UserError("the Ray cluster has no CPU to work on; add a node, or set num-cpus when starting it")
+        raise UserError(
+            "the Ray cluster has no CPU to work on; add a node, or give --accelerator gpu to have one started"
+        )
     count = min(tasks, workers or sum(cores), sum(cores))
     cpus = max(c for c in range(1, max(cores) + 1) if c == 1 or sum(n // c for n in cores) >= count)
     return Allocation(count, cpus, 0)

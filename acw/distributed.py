@@ -18,8 +18,10 @@ from acw.recipes import Recipe
 from acw.storage import UserError, write_atomic
 from acw.training import Bank, TrainingSet, checkpoint_path, plan_banks, train_epochs, unfinished
 
-# Ray Train starts all its workers anew when one dies; each goes on from its banks' checkpoints.
-MAX_FAILURES = 3
+# Ray Train starts all its workers anew when one dies; each goes on from its banks' checkpoints. Spot machines are lost
+# often in a long run, and each loss costs an epoch at most.
+MAX_FAILURES = 10
+CONTROLLER_FAILURES = 3
 PROGRESS_SECONDS = 5.0
 # What a worker leaves in the run's folder when only the user can help.
 COMPLAINT = "training-failed.txt"
@@ -74,7 +76,7 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
             storage_path=str(folder / "ray"),
             failure_config=ray.train.FailureConfig(
                 max_failures=MAX_FAILURES,
-                controller_failure_limit=MAX_FAILURES,  # type: ignore[call-arg]  # of Ray Train V2
+                controller_failure_limit=CONTROLLER_FAILURES,  # type: ignore[call-arg]  # of Ray Train V2
             ),
         ),
     )
@@ -101,7 +103,8 @@ def run_worker(config: dict) -> None:
         for bank in banks:
             store = work.stores[bank.backbone]
             for _ in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device):
-                pass
+                if (work.folder / COMPLAINT).exists():
+                    return  # another worker has met what ends the job
     except UserError as error:
         # Raised, it would be tried again with the same end, as if a node had been lost.
         write_atomic(work.folder / COMPLAINT, str(error))
@@ -158,12 +161,13 @@ class Progress:
 
     def line(self) -> str:
         """Heads done, epoch, validation IG, time left."""
-        histories = {bank: _history(checkpoint_path(self.folder, bank)) for bank in self.banks}
+        states = {bank: _read(checkpoint_path(self.folder, bank)) for bank in self.banks}
+        histories = {bank: history for bank, (history, _) in states.items()}
         heads = sum(len(bank.members) for bank in self.banks)
         done, epochs, best, left = 0, [], [], 0.0
         seconds = [entry["seconds"] for history in histories.values() for entry in history]
         for bank, history in histories.items():
-            finished = _finished(self.recipe, history, len(bank.members))
+            finished = _finished(self.recipe, *states[bank])
             done += finished
             epochs.append(len(history))
             best += [
@@ -184,18 +188,17 @@ class Progress:
         )
 
 
-def _history(path: Path) -> list[dict]:
+def _read(path: Path) -> tuple[list[dict], list[float]]:
+    """A checkpoint's history and each head's learning rate; nothing where there is none yet."""
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["history"])
+            return json.loads(file.metadata()["history"]), file.get_tensor("learning_rate").tolist()
     except (OSError, SafetensorError):
-        return []
+        return [], []
 
 
-def _finished(recipe: Recipe, history: list[dict], heads: int) -> int:
-    """Heads that train no more: those that the last epoch left out, or all after the last epoch there may be."""
-    if not history:
-        return 0
+def _finished(recipe: Recipe, history: list[dict], rates: list[float]) -> int:
+    """Heads that train no more: their rate has fallen to the minimum, or there may be no more epochs."""
     if len(history) >= recipe.max_epochs:
-        return heads
-    return sum(value is None for value in history[-1]["ig"])
+        return len(rates)
+    return sum(rate <= recipe.min_learning_rate for rate in rates)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acw.backbones import Backbone, FrozenBackbone, load_backbone
-from acw.cluster import Allocation, allocate
+from acw.cluster import wants_gpus
 from acw.data import Stimulus
 from acw.heads import Features, nearest_index
 from acw.storage import UserError, fingerprint, sha256_file, write_atomic, write_json
@@ -187,7 +187,7 @@ def extract(
     workers: int = 0,
     accelerator: str = "auto",
 ) -> dict[str, FeatureStore]:
-    """Fills the backbones' stores by workers on the Ray cluster, chosen as `cluster.allocate` does.
+    """Fills the backbones' stores by tasks on the Ray cluster, on GPUs where `cluster.wants_gpus`.
 
     Shards that are there and intact are kept. Returns the stores by the backbones' names. Raises UserError for weights
     that cannot be had, an image that cannot be decoded, or a root that cannot be written.
@@ -199,7 +199,7 @@ def extract(
     for backbone in {backbone for backbone, _ in missing}:
         (folders[backbone.name] / "manifest.json").unlink(missing_ok=True)
     if missing:
-        _extract_shards(missing, stimuli, folders, hashes, allocate(len(missing), workers, accelerator))
+        _extract_shards(missing, stimuli, folders, hashes, workers, wants_gpus(accelerator))
         _open_shard.cache_clear()
     stores = {}
     for backbone in backbones:
@@ -233,40 +233,45 @@ def _extract_shards(
     stimuli: Sequence[Stimulus],
     folders: dict[str, Path],
     hashes: dict[str, str],
-    allocation: Allocation,
+    workers: int,
+    gpu: bool,
 ) -> None:
-    """Has a pool of Ray actors write the missing shards, backbone by backbone, and prints how far they are."""
+    """Has Ray tasks write the missing shards, backbone by backbone, and prints how far they are.
+
+    Tasks take whatever nodes the cluster has or starts; at most `workers` are out at a time, unless that is 0.
+    """
     import ray
-    from ray.util import ActorPool
 
-    class Extractor:
-        def __init__(self) -> None:
-            torch.set_num_threads(allocation.cpus)
-            # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
-            self.device = "cuda" if allocation.gpus and torch.cuda.is_available() else "cpu"
-            self.model: FrozenBackbone | None = None
+    @ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=3, max_calls=0)
+    def write(stimuli: Sequence[Stimulus], backbone: Backbone, shard: int) -> str:
+        torch.set_num_threads(1)
+        # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
+        model = _loaded_backbone(backbone, "cuda" if gpu and torch.cuda.is_available() else "cpu")
+        if model.weights_sha256 != hashes[backbone.name]:
+            raise UserError(f"{backbone.name}: the weights on this node differ from those on the head node")
+        write_shard(model, backbone, stimuli, shard, folders[backbone.name])
+        return backbone.name
 
-        def write(self, task: tuple[Backbone, int]) -> str:
-            backbone, shard = task
-            if self.model is None or self.model.backbone != backbone:
-                self.model = None  # frees its memory before the next one is loaded
-                self.model = load_backbone(backbone, self.device)
-                if self.model.weights_sha256 != hashes[backbone.name]:
-                    raise UserError(f"{backbone.name}: the weights on this node differ from those on the head node")
-            write_shard(self.model, backbone, stimuli, shard, folders[backbone.name])
-            return backbone.name
-
-    actor = ray.remote(Extractor).options(
-        num_cpus=allocation.cpus, num_gpus=allocation.gpus, max_restarts=3, max_task_retries=3
-    )
-    pool: Any = ActorPool([actor.remote() for _ in range(allocation.workers)])
-    start, shown, images = time.monotonic(), time.monotonic(), 0
-    for done, name in enumerate(pool.map_unordered(lambda worker, task: worker.write.remote(task), missing), start=1):
-        images += SHARD_IMAGES
+    shared = ray.put(stimuli)
+    waiting = list(missing)[::-1]
+    out: list[Any] = []
+    start = shown = time.monotonic()
+    done = 0
+    while waiting or out:
+        while waiting and (not workers or len(out) < workers):
+            out.append(write.remote(shared, *waiting.pop()))
+        (ready, *_), out = ray.wait(out)
+        name, done = ray.get(ready), done + 1
         if time.monotonic() - shown > PROGRESS_SECONDS or done == len(missing):
             shown = time.monotonic()
-            rate, left = images / (shown - start), (len(missing) - done) * (shown - start) / done / 60
+            rate, left = done * SHARD_IMAGES / (shown - start), (len(missing) - done) * (shown - start) / done / 60
             print(
                 f"features: {done}/{len(missing)} shards, now {name}, {rate:.1f} images/s, {left:.1f} min left",
                 flush=True,
             )
+
+
+# Tasks run in processes that Ray keeps, backbone by backbone: one is loaded once a process, and alone in memory.
+@functools.lru_cache(maxsize=1)
+def _loaded_backbone(backbone: Backbone, device: str) -> FrozenBackbone:
+    return load_backbone(backbone, device)

@@ -190,7 +190,7 @@ class CategoryWeights:
 def fit(likelihoods: Likelihoods, group: np.ndarray, groups: int, seed: int) -> CategoryWeights:
     """Weights per group (category, source) with prior alpha = 1 + s * w_global, s by cross-validation over images.
 
-    group: (N,) int64 of each image, in 0..groups-1, each with an image at least.
+    group: (N,) int64 of each image, in 0..groups-1; a group without one has the global weights.
     """
     left_out = _crossvalidate(likelihoods, group, groups, seed)
     scores = {strength: float(values.mean()) for strength, values in left_out.items()}

@@ -47,7 +47,7 @@ FILES = (
     "category_weights_history.csv",
     "out_of_fold.csv",
 )
-EPOCH_METRICS = ("loss", "ig", "learning_rate", "sigma")
+EPOCH_METRICS = ("loss", "ig", "learning_rate", "sigma", "center_bias_weight")
 # What loading and prediction import; pinned to the versions in use, with which the scores were measured.
 REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "scipy", "timm", "torch", "torchvision")
 METRICS_PER_CALL = 1000

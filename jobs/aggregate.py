@@ -26,7 +26,7 @@ def aggregate(job: Job) -> None:
     from acw import aggregation, tracking
     from acw.backbones import load_backbone
     from acw.evaluation import per_image_csv, summarise
-    from acw.storage import write_atomic, write_json
+    from acw.storage import fingerprint, write_atomic, write_json
 
     recipe, dataset, split, folder = job.recipe, job.dataset, job.split, job.folder
     stores = list(job.stores().values())
@@ -61,7 +61,7 @@ def aggregate(job: Job) -> None:
     registration = tracking.log_run(uri, folder, recipe, banks, evaluation)
     print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
     # Last: it says that the run is finished.
-    write_json(folder / "registration.json", dataclasses.asdict(registration))
+    write_json(folder / "registration.json", dataclasses.asdict(registration) | {"store": fingerprint(uri)})
 
 
 def _held_out_scores(job: Job, model: Any, stores: list, fitted: Any) -> dict:
@@ -75,8 +75,7 @@ def _held_out_scores(job: Job, model: Any, stores: list, fitted: Any) -> dict:
         by_image["source_weights"] = fitted.source.weights[source]
     gold = None
     if gold_standard.has_subjects(dataset, range(len(dataset.stimuli))):
-        development = np.flatnonzero(job.split.fold >= 0)
-        gold = gold_standard.fit(dataset, development, model.center_bias)
+        gold = gold_standard.fit(dataset, job.split.development, model.center_bias)
     else:
         print("no gold_standard: it needs two named subjects for every image", flush=True)
     sizes = [stimulus.size for stimulus in dataset.stimuli]

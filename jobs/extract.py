@@ -6,6 +6,7 @@ python jobs/extract.py demo                     # the embedded displays, on a CP
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from acw.cli import Job, parse, run
@@ -14,7 +15,7 @@ from acw.cli import Job, parse, run
 def extract(job: Job) -> None:
     """Fills the feature stores and notes in the run's folder which they are."""
     from acw import features
-    from acw.storage import write_json
+    from acw.storage import UserError, write_json
 
     recipe, dataset = job.recipe, job.dataset
     stores = features.extract(
@@ -27,7 +28,14 @@ def extract(job: Job) -> None:
     )
     for name, store in stores.items():
         print(f"features {name}: {store.images} images in {store.folder}", flush=True)
-    write_json(job.folder / "features.json", {name: store.folder.name for name, store in stores.items()})
+    found = {name: store.folder.name for name, store in stores.items()}
+    path = job.folder / "features.json"
+    if (job.folder / "banks").exists() and path.exists() and json.loads(path.read_text()) != found:
+        raise UserError(
+            f"{path}: a backbone's weights have changed since this run's heads were trained on the old ones; "
+            f"bring those back, or delete {job.folder}"
+        )
+    write_json(path, found)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -116,12 +116,22 @@ def _environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "ACW_COMMIT": _commit(),
         "PYTHONUNBUFFERED": "1",
         "NO_PROXY": loopback_only,
         "no_proxy": loopback_only,
         # The job says `python`; it has to be the one that has Ray and the project's dependencies.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}",
     }
+
+
+def _commit() -> str:
+    """The commit of the current folder: what is submitted has no .git, so the job cannot ask itself."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _ray(*arguments: str) -> list[str]:

@@ -13,13 +13,25 @@ import json
 import time
 from collections.abc import Sequence
 
-from acw.cli import parse, run
+from acw.cli import Job, parse, run
+
+
+def _registered(job: Job) -> bool:
+    """Whether this run's model is in the registry that was asked for."""
+    from acw.storage import fingerprint
+    from acw.tracking import tracking_uri
+
+    # As a hash, since a server's URI may hold a password.
+    store = fingerprint(tracking_uri(job.root, job.tracking_uri))
+    path = job.folder / "registration.json"
+    return path.exists() and json.loads(path.read_text()).get("store") == store
 
 
 def main(argv: Sequence[str]) -> None:
     job = parse(argv, __doc__.splitlines()[0])
     print(f"run: {job.folder}", flush=True)
-    if not (job.folder / "registration.json").exists():
+    result = job.folder / "evaluation.json"
+    if not (result.exists() and _registered(job)):
         from aggregate import aggregate
         from extract import extract
         from train import train
@@ -36,7 +48,6 @@ def main(argv: Sequence[str]) -> None:
             print(f"{step.__name__}: {time.monotonic() - start:.0f} s", flush=True)
     from acw.evaluation import table
 
-    result = job.folder / "evaluation.json"
     print(table(json.loads(result.read_text())))
     print(result, flush=True)
 

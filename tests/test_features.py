@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from acw import features
 from acw.backbones import Backbone
-from acw.cluster import Allocation
 from acw.data import Stimulus
 from acw.features import SHARD_IMAGES, FeatureStore, extract, open_store, shard_path
 from acw.storage import UserError
@@ -54,7 +53,7 @@ STIMULI = [Noise(f"{i}.png", "", SIZES[i % len(SIZES)], "all", None, str(i)) for
 
 
 class Extraction:
-    """`extract` with the pool of Ray actors replaced by a loop, which counts shards and can be killed after some."""
+    """`extract` with the Ray tasks replaced by a loop, which counts shards and can be killed after some."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
@@ -70,7 +69,7 @@ class Extraction:
                 self.written.append(shard)
 
         monkeypatch.setattr(features, "load_backbone", lambda *args: Stub())
-        monkeypatch.setattr(features, "allocate", lambda *args: Allocation(1, 1, 0))
+        monkeypatch.setattr(features, "wants_gpus", lambda accelerator: False)
         monkeypatch.setattr(features, "_extract_shards", write_all)
 
     def __call__(self, kill_after: int = IMAGES) -> FeatureStore:

@@ -104,7 +104,7 @@ def banks(recipe: Recipe = RECIPE) -> dict[Bank, BankState]:
     state = BankState.new(recipe, BANK, 4)
     for epoch in range(600):  # more metrics than MLflow takes in one call
         second = 0.5 if epoch < 10 else None
-        values = {name: [epoch / 600, second] for name in ("loss", "ig", "learning_rate", "sigma")}
+        values = {name: [epoch / 600, second] for name in tracking.EPOCH_METRICS}
         state.history.append({"epoch": epoch, "seconds": 1.0, **values})
     return {BANK: state}
 
