@@ -33,7 +33,7 @@ class Densities(Protocol):
     """Where a backbone's densities of an image come from."""
 
     def of(self, index: int) -> tuple[Tensor, np.ndarray]:
-        """(B, H, W) log-densities of the backbones on the density grid, and (D,) pooled features."""
+        """(B, H, W) log-densities of the backbones on the density grid, on the CPU, and (D,) pooled features."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class StoredDensities:
         for name, store in zip(self.model.names, self.stores, strict=True):
             densities.append(self.model.ensemble(name, store.load([index], self.model.device), grid)[0])
             pooled.append(store.pooled([index])[0].double().numpy())
-        return torch.stack(densities), np.concatenate(pooled)
+        return torch.stack(densities).cpu(), np.concatenate(pooled)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class ImageDensities:
     dataset: Dataset
 
     def of(self, index: int) -> tuple[Tensor, np.ndarray]:
-        return self.model.backbone_log_densities(self.dataset.stimuli[index].pixels())
+        log_densities, pooled = self.model.backbone_log_densities(self.dataset.stimuli[index].pixels())
+        return log_densities.cpu(), pooled
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,15 @@ class Scoring:
         target = self._target(index)
         log_densities, pooled = self.densities.of(index)
         full = upsample(log_densities, stimulus.size)
-        density = full.exp()
-        blurred = gaussian_blur(density, target.blur_sigma, "constant")
+        # In float64 no density underflows to 0, whose logarithm would be -inf.
+        density = full.double().exp()
+        blurred = gaussian_blur(density.float(), target.blur_sigma, "constant")
 
         def mixture(weights: np.ndarray) -> dict[str, float]:
-            w = torch.from_numpy(weights).float().to(density.device)
+            w = torch.from_numpy(weights)
             # Every density and its blur is linear in the weights: nothing is blurred twice.
             mixed = normalise(torch.tensordot(w, density, 1).log())
-            return score(mixed, target, torch.tensordot(w, blurred, 1))
+            return score(mixed.float(), target, torch.tensordot(w.float(), blurred, 1))
 
         weights = {f"backbone:{name}": row for name, row in zip(self.model.names, np.eye(len(full)), strict=True)}
         weights |= {"uniform": np.full(len(full), 1 / len(full)), "global_weights": self.model.global_weights}

@@ -117,6 +117,11 @@ class Model:
         bias = torch.from_numpy(self.finalizer_bias.of_size(grid)).to(self.device)
         return ensemble(self.heads[backbone], features, bias, self.density_cell)
 
+    def load_backbones(self) -> None:
+        """Loads all networks now, so that a copy of the model on another machine needs no file."""
+        for backbone in self.backbones:
+            self._network(backbone)
+
     def _network(self, backbone: Backbone) -> FrozenBackbone:
         if backbone.name not in self._loaded:
             self._loaded[backbone.name] = load_backbone(backbone, self.device)

@@ -39,6 +39,7 @@ def evaluate(location: str, dataset: Dataset, out: Path) -> None:
     gold = None
     if gold_standard.has_subjects(dataset, images):
         gold = gold_standard.fit(dataset, images, model.center_bias)
+    model.load_backbones()
     connect()
     scoring = Scoring(dataset, images, ImageDensities(model, dataset), model, {}, labelled, gold)
     scores = score_images(scoring, images)
