@@ -84,6 +84,9 @@ def gaze() -> Recipe:
     """Any data set, with the small backbones whose weights the package registry carries: a laptop is enough.
 
     python jobs/pipeline.py gaze --dataset FOLDER
+
+    Cost: 959 photographs of 800x600 px in 20 minutes and 5 GiB on 2 cores. There it reached 1.52 bit per fixation over
+    the centre bias on the 192 held-out images, where other people's fixations reach 1.59.
     """
     return Recipe("gaze", backbones=("lite0", "lite1", "lite2", "lite2_fine"))
 
@@ -93,6 +96,8 @@ def demo() -> Recipe:
     """The `gaze` recipe cut short, on the embedded synthetic displays: every step of a real run in minutes.
 
     make demo, or: python jobs/pipeline.py demo
+
+    Cost: 3 minutes on 2 cores. Expect 1.73 bit on the held-out displays, where 2.59 is possible.
     """
     return dataclasses.replace(gaze(), name="demo", max_epochs=6)
 
@@ -103,7 +108,7 @@ def cat2000() -> Recipe:
 
     python jobs/pipeline.py cat2000 --dataset CAT2000 --weights shapenet_c=deepgaze2e:deepgaze2e.pth
 
-    Cost: 74 GB of features for the 2,000 images. Hours and scores are not measured yet: it has never run on GPUs.
+    Cost: about 46 GB of features (23 MB an image). Hours and scores are not measured yet: it has never run on GPUs.
     """
     return dataclasses.replace(
         gaze(),
