@@ -117,7 +117,8 @@ def store_folder(root: Path, backbone: Backbone, stimuli_fingerprint: str, weigh
 
 def compute(model: FrozenBackbone, backbone: Backbone, pixels: np.ndarray) -> tuple[Features, Tensor]:
     """Features of uint8 images (B, H, W, 3) of one size, and their pooled features (B, C)."""
-    taps = model.features(torch.from_numpy(pixels))
+    # Views that PyTorch cannot share, such as read-only or mirrored ones, are copied.
+    taps = model.features(torch.from_numpy(np.require(pixels, requirements=["C", "W"])))
     readout = backbone.readout_size((pixels.shape[1], pixels.shape[2]))
     return describe(taps, readout), torch.cat([tap.mean((1, 2)) for tap in taps], dim=1)
 

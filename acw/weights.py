@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import tempfile
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
@@ -114,6 +115,8 @@ def _from_hub(name: str, timm_name: str) -> dict[str, torch.Tensor]:
     # Without a tag timm would take its default, which is not what the backbone's name promises.
     if "." not in timm_name:
         raise UserError(f"{name}: the model hub has no copy of its weights; set its weights to {SOURCES}")
+    # The hub's client tells of each of its ten retries; our one line says what came of them.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return timm.create_model(timm_name, pretrained=True).state_dict()
     # The hub's client, its transport and timm each raise classes of their own.
