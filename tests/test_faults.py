@@ -163,7 +163,7 @@ def assert_whole(root: Path) -> None:
 @pytest.mark.faults
 def test_worker_killed_in_extraction(extraction: list[str], tmp_path: Path) -> None:
     root = tmp_path / "runs"
-    kill_worker("extract", extraction, tmp_path / "log", "ray::Extractor", lambda: bool(shards(root)))
+    kill_worker("extract", extraction, tmp_path / "log", "ray::write", lambda: bool(shards(root)))
     assert_whole(root)
 
 
