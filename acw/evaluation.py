@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,7 +85,15 @@ class Scoring:
     def image(self, index: int) -> Scores:
         """Scores of every model and reference on one image."""
         stimulus = self.dataset.stimuli[index]
-        target = self._target(index)
+        x, y, _ = self.dataset.fixations_of(index)
+        bias = torch.from_numpy(self.model.center_bias.of_size(stimulus.size))
+        # For every subject of the gold standard they are the same, and are found once.
+        negatives = self._negatives(index)
+
+        def target_of(mine: np.ndarray | slice) -> Target:
+            return Target.of(stimulus.size, x[mine], y[mine], negatives, bias, self.dataset.blur_sigma)
+
+        target = target_of(slice(None))
         log_densities, pooled = self.densities.of(index)
         full = upsample(log_densities, stimulus.size)
         # In float64 no density underflows to 0, whose logarithm would be -inf.
@@ -105,7 +113,6 @@ class Scoring:
         weights |= {name: rows[index] for name, rows in self.by_image.items()}
         if self.labelled:
             weights["category_weights"] = self.model.mixing_weights(stimulus.category, probabilities)
-        bias = torch.from_numpy(self.model.center_bias.of_size(stimulus.size))
         result = {"center_bias": score(bias, target)}
         result |= {name: mixture(row) for name, row in weights.items()}
         if self.labelled and len(self.model.categories) > 1:
@@ -117,35 +124,31 @@ class Scoring:
         if optimum is not None:
             result["optimum"] = score(torch.from_numpy(optimum), target)
         if self.gold_standard is not None:
-            result["gold_standard"] = self._gold_standard(index, self.gold_standard)
+            result["gold_standard"] = self._gold_standard(index, self.gold_standard, target_of)
         return result
 
-    def _target(self, index: int, mine: np.ndarray | None = None) -> Target:
-        """Of all of an image's fixations, or of those in the mask."""
+    def _negatives(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns of sAUC's negatives: the other images' fixations, scaled to this one."""
         dataset = self.dataset
-        size = dataset.stimuli[index].size
-        x, y, _ = dataset.fixations_of(index)
         among = np.isin(dataset.image, self.among)
         sizes = np.array([stimulus.size for stimulus in dataset.stimuli])
-        negatives = shuffled_fixations(sizes, dataset.image[among], dataset.x[among], dataset.y[among], index)
-        bias = torch.from_numpy(self.model.center_bias.of_size(size))
-        if mine is not None:
-            x, y = x[mine], y[mine]
-        return Target.of(size, x, y, negatives, bias, dataset.blur_sigma)
+        return shuffled_fixations(sizes, dataset.image[among], dataset.x[among], dataset.y[among], index)
 
     @staticmethod
     def _oracle(full: Tensor, target: Target) -> np.ndarray:
         log_p = full[:, target.rows, target.cols].T.double().numpy()
         return oracle(Likelihoods(log_p, np.zeros(len(log_p), dtype=np.int64), 1))[0]
 
-    def _gold_standard(self, index: int, gold: GoldStandard) -> dict[str, float]:
+    def _gold_standard(
+        self, index: int, gold: GoldStandard, target_of: Callable[[np.ndarray], Target]
+    ) -> dict[str, float]:
         """Each subject scored by the others' density, averaged over fixations."""
         total = dict.fromkeys(METRICS, 0.0)
         size = self.dataset.stimuli[index].size
         people = gold.leave_one_out(self.dataset, index)
         count = sum(int(mine.sum()) for mine, _ in people)
         for mine, log_density in people:
-            scores = score(upsample(log_density, size), self._target(index, mine))
+            scores = score(upsample(log_density, size), target_of(mine))
             for metric in METRICS:
                 total[metric] += scores[metric] * int(mine.sum()) / count
         return total
