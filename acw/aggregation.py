@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from acw import categories, fusion
+from acw.banks import Bank, BankState, checkpoint_path, plan_banks
+from acw.batches import TrainingSet, density_grid, group_by_shape
 from acw.center_bias import CenterBias, fixed_gaussian, kde
 from acw.data import Dataset, Split
 from acw.evaluation import sample
@@ -20,16 +22,7 @@ from acw.heads import Parameters, select, stack
 from acw.model import Model, ensemble
 from acw.recipes import Recipe
 from acw.storage import UserError
-from acw.training import (
-    EVALUATION_BATCH,
-    Bank,
-    BankState,
-    TrainingSet,
-    checkpoint_path,
-    density_grid,
-    group_by_shape,
-    plan_banks,
-)
+from acw.training import EVALUATION_BATCH
 
 
 def training_set(dataset: Dataset, split: Split, recipe: Recipe) -> TrainingSet:
@@ -69,7 +62,7 @@ def best_heads(banks: Mapping[Bank, BankState], backbone: str, fold: int | None 
     chosen = []
     for bank, state in banks.items():
         if bank.backbone == backbone:
-            members = [k for k, (of, _) in enumerate(bank.members) if fold is None or of == fold]
+            members = [k for k, head in enumerate(bank.members) if fold is None or head.fold == fold]
             chosen += [{name: value[0] for name, value in select(state.best, [k]).items()} for k in members]
     return stack(chosen)
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from acw.banks import Bank, checkpoint_path, plan_banks, unfinished
+from acw.batches import TrainingSet
 from acw.cluster import allocate
 from acw.features import FeatureStore
 from acw.recipes import Recipe
 from acw.storage import UserError, write_atomic
-from acw.training import Bank, TrainingSet, checkpoint_path, plan_banks, train_epochs, unfinished
+from acw.training import train_epochs
 
 # Ray Train starts all its workers anew when one dies; each goes on from its banks' checkpoints. Spot machines are lost
 # often in a long run, and each loss costs an epoch at most.

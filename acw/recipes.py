@@ -45,6 +45,8 @@ class Recipe:
     learn_sigma: bool = field(True, "true|false", "learn the smoothing width, or keep it fixed at its initial value")
     batch_size: int = field(8, "images", "per optimiser step")
     learning_rate: float = field(2e-3, "", "Adam's initial learning rate")
+    weight_decay: float = field(0.0, "", "decoupled weight decay of the readout's convolutions, times the rate a step")
+    initial_scale: float = field(1.0, "", "factor on the initial weights of the readout's last convolution")
     lr_factor: float = field(0.1, "", "by which the rate falls when validation IG stands still")
     lr_patience: int = field(1, "epochs", "without a better validation IG that are tolerated before the rate falls")
     min_learning_rate: float = field(1e-5, "", "a head stops when its rate would fall to this or below")
@@ -183,7 +185,8 @@ def _check(recipe: Recipe) -> None:
     require(0 < recipe.min_learning_rate < recipe.learning_rate, "min_learning_rate", "between 0 and learning_rate")
     for name in ("seeds", "batch_size", "max_epochs", "heads_per_worker"):
         require(getattr(recipe, name) >= 1, name, "1 or more")
-    for name in ("density_cell", "sigma"):
+    require(0 <= recipe.weight_decay < float("inf"), "weight_decay", "0 or more")
+    for name in ("density_cell", "sigma", "initial_scale"):
         require(0 < getattr(recipe, name) < float("inf"), name, "positive")
 
 

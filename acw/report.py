@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from acw.training import Bank
+    from acw.banks import Bank
 
 INK, FAINT, LINE = "#22272e", "#8a929c", "#3b6ea5"
 STYLE: dict[Any, Any] = {

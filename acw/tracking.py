@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
     from mlflow.entities.model_registry import ModelVersion
 
-    from acw.training import Bank, BankState
+    from acw.banks import Bank, BankState
 
 NAME = "acw"  # of the experiment and of the registered model
 DEFAULT_ROOT = Path("runs")
@@ -233,7 +233,7 @@ def _log(
 
 def _log_bank(client: MlflowClient, experiment: str, parent: str, bank: Bank, state: BankState) -> None:
     child = client.create_run(experiment, run_name=bank.name, tags={"mlflow.parentRunId": parent}).info.run_id
-    folds, seeds = (sorted(set(numbers)) for numbers in zip(*bank.members, strict=True))
+    folds, seeds = sorted({head.fold for head in bank.members}), sorted({head.seed for head in bank.members})
     _log_params(client, child, {"backbone": bank.backbone, "folds": folds, "seeds": seeds, "heads": len(bank.members)})
     _log_metrics(client, child, _curves(bank, state))
     client.set_terminated(child, "FINISHED")
@@ -244,9 +244,9 @@ def _curves(bank: Bank, state: BankState) -> Iterator[Metric]:
     for entry in state.history:
         for name in EPOCH_METRICS:
             yield _metric(name, float(np.mean([value for value in entry[name] if value is not None])), entry["epoch"])
-        for (fold, seed), ig in zip(bank.members, entry["ig"], strict=True):
+        for head, ig in zip(bank.members, entry["ig"], strict=True):
             if ig is not None:
-                yield _metric(f"ig/fold{fold}-seed{seed}", ig, entry["epoch"])
+                yield _metric(f"ig/fold{head.fold}-seed{head.seed}", ig, entry["epoch"])
 
 
 def _scores(evaluation: Mapping[str, Any]) -> Iterator[Metric]:
