@@ -17,6 +17,7 @@ from acw.batches import TrainingSet
 from acw.cluster import allocate
 from acw.features import FeatureStore
 from acw.recipes import Recipe
+from acw.resources import Cost, peak_rss
 from acw.storage import UserError, write_atomic
 from acw.training import train_epochs
 
@@ -25,6 +26,7 @@ from acw.training import train_epochs
 MAX_FAILURES = 10
 CONTROLLER_FAILURES = 3
 PROGRESS_SECONDS = 5.0
+UNIT = "heads x images"
 # What a worker leaves in the run's folder when only the user can help.
 COMPLAINT = "training-failed.txt"
 
@@ -41,9 +43,10 @@ class Work:
     threads: int
 
 
-def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureStore], folder: Path) -> None:
+def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureStore], folder: Path) -> Cost:
     """Trains all heads of a recipe that have epochs left; leaves their checkpoints in the run's folder.
 
+    Returns the cost, in which an image counts once for every head that trained or was validated on it.
     Raises UserError for what a user can mend, and Ray's TrainingFailedError after too many lost workers.
     """
     import ray.train
@@ -53,7 +56,8 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
     waiting = unfinished(recipe, folder)
     if not waiting:
         print(f"training: all {sum(len(bank.members) for bank in banks)} heads are trained", flush=True)
-        return
+        return Cost(0.0, 0, peak_rss(), UNIT)
+    start, before = time.monotonic(), _work(banks, folder)[0]
     # Cores are shared out as for all banks: a rerun then has the threads, and so the heads, of an uninterrupted run.
     allocation = allocate(len(banks), recipe.workers, recipe.accelerator)
     workers = min(allocation.workers, len(waiting))
@@ -88,6 +92,15 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
         trainer.fit()
     if complaint.exists():
         raise UserError(complaint.read_text())
+    after, peak = _work(banks, folder)
+    return Cost(time.monotonic() - start, after - before, max(peak, peak_rss()), UNIT)
+
+
+def _work(banks: Sequence[Bank], folder: Path) -> tuple[int, int]:
+    """(head, image) pairs that the banks' checkpoints tell of, and the largest resident memory of a worker, bytes."""
+    epochs = [entry for bank in banks for entry in _read(checkpoint_path(folder, bank))[0]]
+    pairs = sum(entry["head_images_per_second"] * entry["seconds"] for entry in epochs)
+    return round(pairs), max((entry["peak_rss"] for entry in epochs), default=0)
 
 
 def run_worker(config: dict) -> None:

@@ -34,9 +34,12 @@ PLATEAU_THRESHOLD = 1e-4
 EVALUATION_BATCH = 16
 # The loss's normaliser is a sum over cells this many times as long as the density grid's, the first whose error is
 # within the tolerance (nats per fixation, of the mean over images, for the worst head), measured on some images.
-STRIDES = (4, 3, 2, 1)
+STRIDES = (4.0, 3.0, 2.0, 1.0, 0.5)
+REFERENCE_STRIDE = 0.25
 LOSS_TOLERANCE = 1e-4
 CHECKED_IMAGES = 16
+# Of the reference's fine cells there are many.
+CHECKED_AT_ONCE = 2
 
 
 def train_epochs(
@@ -128,19 +131,19 @@ def log_likelihood(
 
 @torch.no_grad()
 def coarsest(parameters: Parameters, members: Sequence[Head], batches: Batches, fresh: bool) -> tuple[Tensor, Tensor]:
-    """(K,) each head's first of STRIDES with which its loss is within LOSS_TOLERANCE, or 1; (K,) the errors in nats.
+    """(K,) each head's first of STRIDES with a loss within LOSS_TOLERANCE, or the last; (K,) the errors, nats.
 
-    The reference is the normaliser summed over half the density grid's cells. Fresh heads are smoother than they will
-    be at the end of their first epoch, so what is measured on them promises nothing.
+    The reference is the normaliser summed over much finer cells. Fresh heads are smoother than they will be at the end
+    of their first epoch, so what is measured on them promises nothing: they have 1.
     """
     folds = torch.tensor([head.fold for head in members])
     development = np.flatnonzero(batches.training_set.fold >= 0)
     chosen = development[np.linspace(0, len(development) - 1, min(CHECKED_IMAGES, len(development))).astype(int)]
     strides = torch.tensor([1.0] if fresh else STRIDES)
     difference_SK = torch.zeros(len(strides), len(members), device=batches.device)
-    for group in batches.groups(chosen):
-        batch = batches.load(group)
-        exact = log_likelihood(parameters, folds, batch, batches, 0.5)
+    groups = batches.groups(chosen)
+    for batch in batches.ahead(g[k : k + CHECKED_AT_ONCE] for g in groups for k in range(0, len(g), CHECKED_AT_ONCE)):
+        exact = log_likelihood(parameters, folds, batch, batches, REFERENCE_STRIDE)
         for row, stride in zip(difference_SK, strides.tolist(), strict=True):
             row += (log_likelihood(parameters, folds, batch, batches, stride) - exact).sum(1) / len(chosen)
     errors_SK = difference_SK.abs().cpu()

@@ -16,12 +16,14 @@ def train(job: Job) -> None:
     from acw.aggregation import training_set
     from acw.distributed import train as train_banks
     from acw.provenance import provenance
+    from acw.resources import note
     from acw.storage import write_json
 
     stores = job.stores()
     record = provenance(job.recipe) | {"dataset": job.dataset.summary(), "split_hash": job.split.hash}
     write_json(job.folder / "recipe.json", record)
-    train_banks(job.recipe, training_set(job.dataset, job.split, job.recipe), stores, job.folder)
+    cost = train_banks(job.recipe, training_set(job.dataset, job.split, job.recipe), stores, job.folder)
+    note(job.folder, "train", cost)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,0 +1,101 @@
+"""The grid on which the loss is normalised: its cost and its error against the density at full resolution.
+
+    python benchmarks/grid.py                   # trains 15 heads on the built-in displays first; a minute
+    python benchmarks/grid.py --json grid.json
+
+Each row sums over cells `stride` times as long as the density grid's 8 px; the error is that of the loss, averaged over
+images as training does, for the worst of the trained heads. `acw.training.coarsest` takes the first within 1e-4 nat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import harness
+import torch
+
+from acw import heads
+from acw.aggregation import training_set
+from acw.banks import plan_banks
+from acw.batches import Batches
+from acw.data import load_dataset, split
+from acw.features import FeatureStore, write_shard
+from acw.recipes import derive, named_recipe
+from acw.training import REFERENCE_STRIDE, STRIDES, coarsest, log_likelihood, train_epochs
+
+BACKBONE = "lite0"
+
+
+def benchmark(arguments: argparse.Namespace) -> harness.Figures:
+    from acw.backbones import load_backbone
+
+    recipe = derive(named_recipe("demo"), {"backbones": BACKBONE, "max_epochs": arguments.epochs})
+    dataset = load_dataset("synthetic", reader=None, fixations=None, drop_outside=False)
+    training = training_set(dataset, split(dataset, recipe.seed, recipe.folds, recipe.holdout), recipe)
+    (backbone,), (bank,) = recipe.backbone_values, plan_banks(recipe)
+    cpu = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_backbone(backbone)
+        for shard in range(-(-len(dataset.stimuli) // 16)):
+            write_shard(model, backbone, dataset.stimuli, shard, Path(folder))
+        sizes = [stimulus.size for stimulus in dataset.stimuli]
+        with torch.inference_mode():
+            taps = {size: [tuple(tap.shape[1:3]) for tap in _taps(model, size)] for size in set(sizes)}
+        readouts = tuple(backbone.readout_size(size) for size in sizes)
+        store = FeatureStore(
+            Path(folder), len(sizes), tuple(model.channels), tuple(tuple(taps[size]) for size in sizes), readouts
+        )
+        *_, state = train_epochs(recipe, bank, training, store, Path(folder), cpu)
+        batches = Batches(training, store, recipe.density_cell, cpu)
+        images = batches.groups([i for i in range(len(sizes)) if training.fold[i] >= 0][: arguments.images])[0]
+        batch = batches.load(images)
+    folds = torch.tensor([head.fold for head in bank.members])
+
+    def loss(stride: float, gradient: bool = False) -> torch.Tensor:
+        parameters = {name: value.clone().requires_grad_(gradient) for name, value in state.parameters.items()}
+        value = -log_likelihood(parameters, folds, batch, batches, stride)
+        if gradient:
+            value.sum().backward()
+        return value.detach()
+
+    with torch.no_grad():
+        bias = batches.bias("finalizer_bias", batch.grid)[folds]
+        priority = heads.readout(state.parameters, batch.features)
+        coarse = heads.finalize(state.parameters, priority, bias, recipe.density_cell)
+        exact = torch.stack([_at_pixels(coarse[:, k], training, index) for k, index in enumerate(images)], 1)
+    cases = {
+        str(stride): (lambda stride=stride: loss(stride, gradient=True))
+        for stride in (REFERENCE_STRIDE, *STRIDES[::-1])
+    }
+    seconds = harness.alternate(cases, arguments.rounds)
+    figures: harness.Figures = {
+        "heads": len(folds),
+        "images": len(images),
+        "validation IG": float(state.best_ig.mean()),
+    }
+    for stride in (REFERENCE_STRIDE, *STRIDES[::-1]):
+        error = float((loss(stride) - exact).mean(1).abs().max())
+        cell = recipe.density_cell * stride
+        figures[f"{cell:g} px: ms an image"] = seconds[str(stride)] / len(images) * 1e3
+        figures[f"{cell:g} px: error of the loss, nat"] = error
+    strides, errors = coarsest(state.parameters, bank.members, batches, fresh=False)
+    figures["chosen, px"] = ", ".join(f"{recipe.density_cell * s:g}" for s in sorted(set(strides.tolist())))
+    figures["its measured error, worst head, nat"] = float(errors.max())
+    return figures
+
+
+def _taps(model, size: tuple[int, int]) -> list[torch.Tensor]:
+    return model.features(torch.zeros(1, *size, 3, dtype=torch.uint8))
+
+
+def _at_pixels(coarse: torch.Tensor, training, index: int) -> torch.Tensor:
+    """(K,) the loss of one image, from its density at full resolution."""
+    mine = training.image == index
+    full = heads.upsample(coarse, training.sizes[index])
+    return -full[:, training.y[mine].astype(int), training.x[mine].astype(int)].mean(1)
+
+
+if __name__ == "__main__":
+    harness.run(__doc__, benchmark, epochs=6, images=16, rounds=5)

@@ -1,0 +1,171 @@
+"""Training's step: a bank of heads against one head at a time, a population, and the original's way of doing it.
+
+    python benchmarks/training.py                              # the paper's readout, 8x15 cells of a full-HD image
+    python benchmarks/training.py --readout 34x60              # DeepGaze IIE's
+    python benchmarks/training.py --json training.json --naive 0
+
+Features are random numbers of the four backbones' shapes, as they come from the store (float16); a step is what
+`acw.training` does with a batch: features to float32, readout, loss, backward pass, Adam. `--naive 1` (a minute) adds
+the plain way: a network's forward pass in every step, each head by itself, its density at the image's full resolution.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import time
+from collections.abc import Callable
+
+import harness
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from acw import heads
+from acw.backbones import BACKBONES
+from acw.banks import Bank, BankState, Head
+from acw.heads import Features, Parameters
+from acw.recipes import named_recipe
+from acw.training import STRIDES, BankAdam
+
+IMAGE, CELL, BATCH, FIXATIONS = (1080, 1920), 8.0, 8, 300
+GRID = (135, 240)
+# Channels of each backbone's taps, and by how much the tap is coarser than the readout.
+TAPS = {
+    "shapenet_c": ((256, 1), (256, 1), (256, 1), (256, 1), (512, 2), (512, 2)),
+    "efficientnet_b5": ((1056, 1), (1056, 1), (304, 2)),
+    "densenet201": ((1888, 2), (128, 2), (32, 2)),
+    "resnext50_32x4d": ((512, 1), (512, 1), (512, 1), (1024, 2)),
+}
+FOLDS, SEEDS = 5, 3
+
+
+class Step:
+    """Training steps of K heads on one backbone's features; `on` of them see the batch."""
+
+    def __init__(self, backbone: str, readout: tuple[int, int], count: int, on: int, stride: int) -> None:
+        recipe = named_recipe("cat2000")
+        bank = Bank(backbone, tuple(Head.of(recipe, 0, seed) for seed in range(count)))
+        generator = torch.Generator().manual_seed(0)
+        self.taps = [
+            torch.rand(BATCH, math.ceil(readout[0] / by), math.ceil(readout[1] / by), channels, generator=generator)
+            for channels, by in TAPS[backbone]
+        ]
+        self.stored = [tap.half() for tap in self.taps]
+        self.readout, self.on = readout, torch.arange(on)
+        state = BankState.new(recipe, bank, sum(channels for channels, _ in TAPS[backbone]))
+        self.adam = BankAdam(state, torch.arange(count), bank.members, torch.device("cpu"))
+        target = torch.rand(BATCH, *GRID, generator=generator)
+        self.target = target / target.sum((1, 2), keepdim=True)
+        self.bias = heads.normalise(torch.zeros(on, *GRID))
+        self.coarse = torch.zeros(on, *(math.ceil(length / stride) for length in GRID)) + float(self.bias[0, 0, 0])
+
+    def __call__(self) -> None:
+        flat = self.adam.flat[self.on].requires_grad_(True)
+        parameters = heads.unflatten(flat, self.adam.like)
+        features = Features(
+            [tap.float() for tap in self.stored], torch.full((BATCH,), 0.5), torch.full((BATCH,), 1 / 12), self.readout
+        )
+        priority = heads.readout(parameters, features)
+        loss = -heads.log_likelihood(parameters, priority, self.bias, self.coarse, self.target, CELL)
+        loss.mean(1).sum().backward()
+        self.adam.step(self.on, flat)
+
+
+def roofline(readout: tuple[int, int]) -> tuple[float, float]:
+    """Multiplications and additions an image of all 60 heads' first layers, which no way of computing avoids (forward
+    and weight gradients, 12 of 15 heads on, taps at their own resolution), and this machine's matrix products a second.
+    """
+    cells = {by: math.ceil(readout[0] / by) * math.ceil(readout[1] / by) for by in (1, 2)}
+    values = sum(channels * cells[by] for taps in TAPS.values() for channels, by in taps)
+    operations = values * heads.WIDTHS[0] * SEEDS * (FOLDS - 1) * 2 * 2
+    x, w = torch.rand(2048, 2048), torch.rand(128, 2048)
+    seconds = harness.alternate({"product": lambda: F.linear(x, w)}, 15)["product"]
+    return operations, 2 * x.numel() * len(w) / seconds
+
+
+def naive_head(parameters: Parameters, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """One head's loss on one image's concatenated features (1, C, h, w), as the original computes it: not smoothed."""
+
+    def norm(x: Tensor, layer: int) -> Tensor:
+        x = F.layer_norm(x, x.shape[1:], eps=heads.LAYER_NORM_EPS)
+        affine = parameters[f"norm{layer}.weight"], parameters[f"norm{layer}.bias"]
+        return x * affine[0][0, :, None, None] + affine[1][0, :, None, None]
+
+    for layer in range(len(heads.WIDTHS)):
+        last = layer == len(heads.WIDTHS) - 1
+        x = x if last else norm(x, layer)
+        bias = None if last else parameters[f"conv{layer}.bias"][0]
+        x = F.conv2d(x, parameters[f"conv{layer}.weight"][0, :, :, None, None], bias)
+        x = x if last else F.softplus(x)
+    full = F.interpolate(x, IMAGE, mode="bilinear", align_corners=False)
+    log_density = full - full.logsumexp((2, 3), keepdim=True)
+    return -log_density[0, 0, rows, columns].mean()
+
+
+def naive_seconds(readout: tuple[int, int]) -> tuple[float, float]:
+    """Seconds an image of ResNeXt-50 and its 15 heads, one after the other, forward and backward; the network's part.
+
+    The other backbones' steps cost about the same; all four have 60 heads.
+    """
+    import timm
+
+    network = timm.create_model("resnext50_32x4d", pretrained=False).eval().requires_grad_(False)
+    found: dict[str, Tensor] = {}
+    for tap in BACKBONES["resnext50_32x4d"].taps:
+        module = network.get_submodule(tap)
+        module.register_forward_hook(lambda module, args, output, tap=tap: found.update({tap: output.clone()}))
+    bank = [heads.new_heads(2560, 16.0, [seed]) for seed in range(FOLDS * SEEDS)]
+    for parameters in bank:
+        for value in parameters.values():
+            value.requires_grad_(True)
+    pixels = torch.rand(1, 3, readout[0] * 16, readout[1] * 16)
+    rows, columns = (torch.randint(length, (FIXATIONS,)) for length in IMAGE)
+    start = time.perf_counter()
+    network(pixels)
+    x = torch.cat([F.interpolate(found[tap], readout) for tap in BACKBONES["resnext50_32x4d"].taps], 1)
+    after_network = time.perf_counter()
+    for parameters in bank:
+        naive_head(parameters, x, rows, columns).backward()
+    return time.perf_counter() - start, after_network - start
+
+
+def benchmark(arguments: argparse.Namespace) -> harness.Figures:
+    height, _, width = arguments.readout.partition("x")
+    readout = int(height), int(width)
+    on = SEEDS * (FOLDS - 1)
+    make: Callable[..., Step] = functools.partial(Step, readout=readout, stride=arguments.stride)
+    cases: dict[str, Step] = {name: make(name, count=FOLDS * SEEDS, on=on) for name in TAPS}
+    one = "efficientnet_b5"
+    cases |= {f"{k} heads": make(one, count=k, on=k) for k in (1, 5, 30, 60)}
+    cases["population of 32"] = make(one, count=32, on=32)
+    seconds = {name: value / BATCH for name, value in harness.alternate(dict(cases), arguments.rounds).items()}
+    operations, rate = roofline(readout)
+    sixty = sum(seconds[name] for name in TAPS)
+    figures: harness.Figures = {
+        "readout": arguments.readout,
+        "normaliser's cells, px": CELL * arguments.stride,
+        "60 heads, ms an image": sixty * 1e3,
+        "60 heads, heads x images a second": 4 * on / sixty,
+        "first layers' arithmetic, ms an image": operations / rate * 1e3,
+        "share of the roofline": operations / rate / sixty,
+        "matrix products, GFLOP/s": rate / 1e9,
+        f"bank of 15 ({one}), ms an image": seconds[one] * 1e3,
+        "1 head, ms an image": seconds["1 heads"] * 1e3,
+        # A single head skips the images of its own fold, as the bank does for each of its heads.
+        "15 single runs / bank of 15": on * seconds["1 heads"] / seconds[one],
+        "32 single runs / population of 32": 32 * seconds["1 heads"] / seconds["population of 32"],
+    }
+    for k in (1, 5, 30, 60):
+        figures[f"{k} heads, ms a head and image"] = seconds[f"{k} heads"] / k * 1e3
+    if arguments.naive:
+        whole, network = naive_seconds(readout)
+        figures["naive step, 4 x 15 heads, s an image"] = 4 * whole
+        figures["of it networks, s"] = 4 * network
+        figures["naive / 60 heads"] = 4 * whole / sixty
+    return figures
+
+
+if __name__ == "__main__":
+    harness.run(__doc__, benchmark, readout="8x15", stride=STRIDES[0], rounds=5, naive=1)
