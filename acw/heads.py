@@ -31,7 +31,7 @@ LONGEST_RADIUS = 4096
 # The convolution from one channel to many: its output is most of what a readout computes.
 WIDE = 3
 # Of the knots at which it is tabulated: change of a channel's argument from one to the next.
-KNOT_STEP = 0.1
+KNOT_STEP = 0.0625
 SMALLEST_SLOPE = 1e-2
 
 Parameters = dict[str, Tensor]
@@ -266,7 +266,7 @@ def finalize(parameters: Mapping[str, Tensor], priority_KBhw: Tensor, center_bia
     vertical_KHh = smoothing(parameters, height, priority_KBhw.shape[2], cell)
     horizontal_KWw = smoothing(parameters, width, priority_KBhw.shape[3], cell)
     smooth_KBHW = vertical_KHh[:, None] @ (priority_KBhw @ horizontal_KWw.mT[:, None])
-    return smooth_KBHW + (parameters["center_bias_weight"][:, None, None] * center_bias_KHW)[:, None]
+    return torch.addcmul(smooth_KBHW, parameters["center_bias_weight"][:, None, None, None], center_bias_KHW[:, None])
 
 
 def log_likelihood(
@@ -300,7 +300,7 @@ def log_likelihood(
         vertical_KHh = spline_matrix(height, coarse[0], vertical_KHh.device) @ vertical_KHh
         horizontal_KWw = spline_matrix(width, coarse[1], vertical_KHh.device) @ horizontal_KWw
     scores_KBHW = vertical_KHh[:, None] @ (priority_KBhw @ horizontal_KWw.mT[:, None])
-    scores_KBHW = scores_KBHW + (bias_weight_K[:, None, None] * coarse_bias_KHW)[:, None]
+    scores_KBHW = torch.addcmul(scores_KBHW, bias_weight_K[:, None, None, None], coarse_bias_KHW[:, None])
     return at_fixations - torch.logsumexp(scores_KBHW, (2, 3)) - math.log(height * width / coarse.numel())
 
 
@@ -343,7 +343,7 @@ def upsample(log_density: Tensor, size: tuple[int, int]) -> Tensor:
     return normalise(vertical @ (log_density @ horizontal.T))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def spline_matrix(source: int, target: int, device: torch.device | str = "cpu") -> Tensor:
     """(target, source) float32: values at `target` cells' centres of the cubic spline through `source` ones.
 

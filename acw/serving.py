@@ -31,8 +31,8 @@ class DensityModel(PythonModel):
             raise UserError(f"input {images.dtype} {images.shape}: give a batch of RGB images, uint8 (B, H, W, 3)")
         category = (params or {}).get("category") or None
         result = np.empty(images.shape[:3], np.float32)
-        for image, density in zip(images, result, strict=True):
-            density[:] = self.model.predict(image, category).log_density
+        for density, prediction in zip(result, self.model.predict_batch(images, [category] * len(images)), strict=True):
+            density[:] = prediction.log_density
         return result
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,15 @@ import torch
 from scipy.special import logsumexp
 
 from acw import heads, load
+from acw import model as prediction
 from acw.backbones import BACKBONES, Backbone, load_backbone
 from acw.categories import CategoryClassifier
 from acw.center_bias import fixed_gaussian, kde
-from acw.model import HEADS_AT_ONCE, Model
+from acw.features import compute
+from acw.model import Model, ensemble, mixture
 from acw.storage import UserError
 
+HEADS = 7
 NAMES = ("lite0", "smaller")
 CATEGORIES = ["Art", "Street", "Zoo"]
 WEIGHTS = np.array([[0.9, 0.1], [0.25, 0.75], [0.0, 1.0]])
@@ -32,15 +37,15 @@ def image(height: int, width: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """Two views by one random network; more heads than predict at once, all of them moved from where they start."""
+    """Two views by one random network; heads that are moved from where they start."""
     backbones = [backbone(NAMES[0], 96), backbone(NAMES[1], 64)]
     channels = load_backbone(backbones[0]).channels
     generator = torch.Generator().manual_seed(0)
     banks = {}
     for number, name in enumerate(NAMES):
-        bank = heads.new_heads(sum(channels), 10.0, [100 * number + seed for seed in range(HEADS_AT_ONCE + 2)])
+        bank = heads.new_heads(sum(channels), 10.0, [100 * number + seed for seed in range(HEADS)])
         bank["conv5.weight"] *= 30
-        bank["center_bias_weight"] += 0.1 * torch.randn(HEADS_AT_ONCE + 2, generator=generator)
+        bank["center_bias_weight"] += 0.1 * torch.randn(HEADS, generator=generator)
         banks[name] = bank
     numbers = np.random.default_rng(0)
     dimensions = 2 * sum(channels)
@@ -120,18 +125,102 @@ def test_without_a_category_the_weights_are_those_expected(model: Model) -> None
     assert list(prediction.weights.values()) == pytest.approx(list(probabilities @ WEIGHTS))
 
 
-def test_an_ensemble_is_the_mean_density_of_all_its_heads(model: Model) -> None:
-    """More than predict at once, each as if it were the only one."""
-    pixels = image(80, 96)
-    bank = model.heads["lite0"]
-    alone = []
-    for k in range(HEADS_AT_ONCE + 2):
-        one = dataclasses.replace(model, heads=model.heads | {"lite0": heads.select(bank, [k])})
-        alone.append(one.backbone_log_densities(pixels)[0][0])
-    expected = torch.stack(alone).double().exp().mean(0).log()
-    actual = model.backbone_log_densities(pixels)[0][0]
-    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4)
-    assert actual.logsumexp((0, 1)).item() == pytest.approx(0, abs=1e-5)
+@pytest.mark.parametrize("maps_at_once", [0.5, 3, 18, 1000])
+def test_an_ensemble_is_the_mean_density_of_all_its_heads(
+    model: Model, maps_at_once: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many heads and images are worked on at a time, as the finalizer and float64 have it."""
+    grid = (10, 12)
+    monkeypatch.setitem(prediction.CELLS_AT_ONCE, "cpu", int(maps_at_once * grid[0] * grid[1]))
+    pixels = np.stack([image(80, 96), image(80, 96)[::-1], image(80, 96)[:, ::-1]])
+    features, _ = compute(load_backbone(model.backbones[0]), model.backbones[0], pixels)
+    bank, bias = model.heads["lite0"], torch.from_numpy(model.finalizer_bias.of_size(grid))
+    scores = heads.finalize(bank, heads.readout(bank, features), bias.expand(HEADS, -1, -1), 8.0)
+    expected = heads.log_mean_exp(heads.normalise(scores.double()))
+    actual = ensemble(bank, features, bias, 8.0)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("depth", [1.0, 20.0, 60.0, 300.0, 3000.0])
+def test_a_mixture_is_right_also_where_float32_cannot_hold_the_densities(depth: float) -> None:
+    """Wells in which no density is within e^-depth of its maximum; beside them only some are so low."""
+    generator = torch.Generator().manual_seed(0)
+    log_p = torch.randn(5, 2, 9, 11, generator=generator)
+    log_p[:, 0, 2:5] -= depth
+    log_p[1:3, 1, 6:] -= depth
+    weights = torch.tensor([0.1, 0.0, 0.4, 0.3, 0.2])
+    log_p[1, :, 0] = -torch.inf  # where the density that is left out has no mass at all
+    constants = 1e3 * torch.randn(5, 2, 1, 1, generator=generator).round()
+    expected = torch.logsumexp(heads.normalise(log_p.double()) + weights.double().log()[:, None, None, None], 0)
+    unnormalised = (log_p + constants).double() - constants.double()  # rounded as what the mixture is given
+
+    def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return zip((log_p + constants).split(2), weights.split(2), strict=True)
+
+    rounding = float((unnormalised - log_p).nan_to_num().abs().max())
+    actual = mixture(parts)
+    assert expected[0, 2:5].max() < -depth
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=2e-6 + 2 * rounding)
+
+
+def test_a_batch_is_what_its_images_are_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes mixed, in order, whatever shares a window or a pass through the backbones."""
+    sizes = [(90, 130), (64, 64), (90, 130), (40, 200), (90, 130), (64, 64), (90, 130)]
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    categories = [None, "Zoo", "Art", None, "Street", None, None]
+    expected = [model.predict(*pair) for pair in zip(images, categories, strict=True)]
+    own = model._pixels((90, 130))
+    for room, one_at_a_time in ((10 * own, False), (3 * own, False), (2 * own, True), (1, False)):
+        monkeypatch.setitem(prediction.PIXELS_AT_ONCE, "cpu", room)
+        batched = dataclasses.replace(model, one_backbone_at_a_time=one_at_a_time)
+        actual = list(batched.predict_batch(iter(images), iter(categories)))
+        for one, other in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(one.log_density, other.log_density, rtol=0, atol=2e-5)
+            assert one.weights == pytest.approx(other.weights, abs=1e-6)
+    unlabelled = list(model.predict_batch(images))
+    np.testing.assert_allclose(unlabelled[3].log_density, expected[3].log_density, rtol=0, atol=2e-5)
+
+
+def test_a_batch_reads_images_only_as_it_predicts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = image(64, 64)
+    monkeypatch.setitem(prediction.PIXELS_AT_ONCE, "cpu", 3 * model._pixels((64, 64)))
+    read = []
+    stream = (read.append(number) or pixels for number in range(10**9))  # type: ignore[func-returns-value]
+    batch = model.predict_batch(stream)
+    ahead = [len(read) - done for done, _ in zip(range(8), batch, strict=False)]
+    assert max(ahead) <= 4, "a window of three, and the one that did not fit into it"
+
+
+def test_one_backbone_at_a_time_keeps_no_other(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    networks: list[weakref.ref] = []
+
+    def load_and_look(*arguments: object) -> object:
+        assert not any(network() for network in networks), "the one before is still in memory"
+        network = load_backbone(*arguments)  # type: ignore[arg-type]
+        networks.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(prediction, "load_backbone", load_and_look)
+    one = dataclasses.replace(model, one_backbone_at_a_time=True, _loaded={})
+    monkeypatch.setitem(prediction.PIXELS_AT_ONCE, "cpu", 2 * model._pixels((64, 64)))
+    in_a_window = 2 * prediction.PASSES_PER_LOAD
+    assert len(list(one.predict_batch([image(64, 64)] * 2 * in_a_window))) == 2 * in_a_window
+    assert len(networks) == 4, "two windows, two backbones"
+
+
+def test_a_batch_stops_at_what_it_cannot_predict(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(prediction.PIXELS_AT_ONCE, "cpu", 1)
+    images = [image(64, 64)] * 3
+    for categories, error, message in (
+        (["Zoo", "Art", "street"], UserError, "unknown category 'street'"),
+        (["Zoo", "Art"], ValueError, "shorter"),
+    ):
+        done = []
+        with pytest.raises(error, match=message):
+            done.extend(model.predict_batch(images, categories))
+        assert len(done) >= 1, "windows before the wrong one are predicted"
 
 
 def test_an_unknown_category_is_named_with_the_known_ones(model: Model) -> None:

@@ -17,6 +17,7 @@ import pytest
 import acw
 from acw import tracking
 from acw.backbones import BACKBONES, load_backbone
+from acw.banks import Bank, BankState, Head
 from acw.categories import CategoryClassifier
 from acw.center_bias import fixed_gaussian
 from acw.heads import new_heads
@@ -24,11 +25,10 @@ from acw.model import Model
 from acw.recipes import Recipe, derive, named_recipe
 from acw.storage import UserError, write_json
 from acw.tracking import log_run, tracking_uri
-from acw.training import Bank, BankState
 
 CATEGORIES = ["faces", "text"]
 RECIPE = derive(named_recipe("gaze"), {"backbones": "lite0", "seeds": 1, "folds": 2})
-BANK = Bank("lite0", ((0, 0), (1, 0)))
+BANK = Bank("lite0", (Head.of(RECIPE, 0, 0), Head.of(RECIPE, 1, 0)))
 
 
 @pytest.fixture(scope="module")
