@@ -28,6 +28,7 @@ import numpy as np
 from acw import report
 from acw.bootstrap import interval
 from acw.recipes import Recipe
+from acw.resources import FILE, noted
 from acw.storage import UserError
 
 if TYPE_CHECKING:
@@ -222,11 +223,12 @@ def _log(
     import mlflow
 
     _log_metrics(client, parent, _scores(evaluation))
+    _log_metrics(client, parent, _costs(run))
     for bank, state in banks.items():
         _log_bank(client, experiment, parent, bank, state)
     report.weights_figure(run / "category_weights.csv", run / "weights.png")
     report.curves_figure({bank: state.history for bank, state in banks.items()}, run / "curves.png")
-    for file in (*(run / name for name in FILES), *sorted(run.glob("*.png"))):
+    for file in (*(run / name for name in FILES), *run.glob(FILE), *sorted(run.glob("*.png"))):
         client.log_artifact(parent, str(file))
     return mlflow.register_model(_log_model(run), NAME, tags=_origin(run, record))
 
@@ -255,6 +257,14 @@ def _scores(evaluation: Mapping[str, Any]) -> Iterator[Metric]:
         for name, score in scores["overall"].items():
             # MLflow takes no colon on every system: backbone:lite0 is backbone.lite0 here.
             yield _metric(f"{name}.{model.replace(':', '.')}", score["mean"], 0)
+
+
+def _costs(run: Path) -> Iterator[Metric]:
+    """What the steps took, such as cost.heads.seconds."""
+    for step, cost in noted(run).items():
+        yield _metric(f"cost.{step}.seconds", cost["seconds"], 0)
+        yield _metric(f"cost.{step}.images_per_second", cost["images"] / cost["seconds"], 0)
+        yield _metric(f"cost.{step}.peak_rss_gib", cost["peak_rss"] / 2**30, 0)
 
 
 def _metric(name: str, value: float, step: int) -> Metric:

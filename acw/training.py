@@ -19,7 +19,7 @@ from torch import Tensor
 
 from acw import heads as bank_of_heads
 from acw.banks import Bank, BankState, Head, checkpoint_path
-from acw.batches import Batch, Batches, TrainingSet, density_grid, group_by_shape  # noqa: F401
+from acw.batches import Batch, Batches, TrainingSet
 from acw.features import FeatureStore
 from acw.heads import Parameters
 from acw.recipes import Recipe
@@ -301,27 +301,3 @@ def _record(
     fall = active[state.bad_epochs[active] > recipe.lr_patience]
     state.learning_rate[fall] *= recipe.lr_factor
     state.bad_epochs[fall] = 0
-
-
-def spread(y: np.ndarray, x: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """(H * W,) float32: points in relative coordinates as bilinear weights on a grid's cell centres, sum 1.
-
-    The product with a map is the mean over the points of the map interpolated linearly, constant beyond the outermost
-    centres: just what `upsample` makes of it.
-    """
-    target = np.zeros(grid[0] * grid[1])
-    low_y, share_y = _neighbours(y, grid[0])
-    low_x, share_x = _neighbours(x, grid[1])
-    for dy in (0, 1):
-        for dx in (0, 1):
-            row = np.minimum(low_y + dy, grid[0] - 1)
-            column = np.minimum(low_x + dx, grid[1] - 1)
-            weight = (share_y if dy else 1 - share_y) * (share_x if dx else 1 - share_x)
-            target += np.bincount(row * grid[1] + column, weight, grid[0] * grid[1])
-    return (target / len(y)).astype(np.float32)
-
-
-def _neighbours(relative: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    position = np.clip(relative.astype(np.float64) * cells - 0.5, 0, cells - 1)
-    low = position.astype(int)
-    return low, position - low

@@ -23,7 +23,7 @@ def train(job: Job) -> None:
     record = provenance(job.recipe) | {"dataset": job.dataset.summary(), "split_hash": job.split.hash}
     write_json(job.folder / "recipe.json", record)
     cost = train_banks(job.recipe, training_set(job.dataset, job.split, job.recipe), stores, job.folder)
-    note(job.folder, "train", cost)
+    note(job.folder, "heads", cost)
 
 
 def main(argv: Sequence[str]) -> None:
