@@ -199,10 +199,16 @@ def test_a_finished_model_is_scored_on_a_data_set_of_other_categories(done: Run,
 
 
 def test_a_search_ends_with_an_overlay_that_a_recipe_takes(done: Run) -> None:
-    arguments = [*done.arguments, "--max_epochs", "1"]
-    lines = succeed("tune", *arguments, "--space", "sigma_lr", "--samples", "2")
+    """Six configurations in one bank a backbone, of which after three epochs a third goes on."""
+    arguments = [*done.arguments, "--max_epochs", "4", "--heads_per_worker", "6"]
+    lines = succeed("tune", *arguments, "--space", "sigma_lr", "--samples", "6")
     overlay = json.loads(Path(lines[-1]).read_text())
     assert set(overlay) == {"sigma", "learn_sigma", "learning_rate"}
+    table = [line.split(maxsplit=2) for line in lines[-7:-1]]
+    assert [float(ig) for ig, _, _ in table] == sorted((float(ig) for ig, _, _ in table), reverse=True)
+    assert sorted(int(epochs) for _, epochs, _ in table) == [3, 3, 3, 3, 4, 4]
+    assert len({config for _, _, config in table}) == 6
+    assert table[0][2] == str(overlay)
     recipe = parse([*arguments, "--overlay", lines[-1]], "").recipe
     assert {name: getattr(recipe, name) for name in overlay} == overlay
     # What is typed wins over the file.
