@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,19 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acw.batches import density_grid
 from acw.bootstrap import interval
 from acw.data import Dataset
 from acw.features import FeatureStore
 from acw.fusion import Likelihoods, oracle
 from acw.gold_standard import GoldStandard
-from acw.heads import normalise, upsample
-from acw.metrics import METRICS, Target, gaussian_blur, score, shuffled_fixations
+from acw.heads import spline_matrix, upsample
+from acw.metrics import METRICS, Components, ShuffledFixations, Target, score, score_mixtures
 from acw.model import Model
-from acw.training import density_grid
+from acw.resources import Cost, peak_rss
 
 # Names in `references`: scores that no model could have, or that look at the answer.
 REFERENCES = ("gold_standard", "optimum", "oracle_weights")
-IMAGES_PER_TASK = 4
+# Images that Ray knows of at a time: enough for a cluster to see that it should grow.
+TASKS_AT_ONCE = 500
 Scores = dict[str, dict[str, float]]
 
 
@@ -65,7 +70,7 @@ class ImageDensities:
         return log_densities.cpu(), pooled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scoring:
     """What to score, and against what.
 
@@ -86,101 +91,113 @@ class Scoring:
         """Scores of every model and reference on one image."""
         stimulus = self.dataset.stimuli[index]
         x, y, _ = self.dataset.fixations_of(index)
-        bias = torch.from_numpy(self.model.center_bias.of_size(stimulus.size))
-        # For every subject of the gold standard they are the same, and are found once.
-        negatives = self._negatives(index)
-
-        def target_of(mine: np.ndarray | slice) -> Target:
-            return Target.of(stimulus.size, x[mine], y[mine], negatives, bias, self.dataset.blur_sigma)
-
-        target = target_of(slice(None))
+        bias, shuffled = _of_size(self, stimulus.size)
+        negatives = shuffled.without(x, y) if index in self.among else shuffled
+        target = Target.of(x, y, negatives, bias)
         log_densities, pooled = self.densities.of(index)
-        full = upsample(log_densities, stimulus.size)
-        # In float64 no density underflows to 0, whose logarithm would be -inf.
-        density = full.double().exp()
-        blurred = gaussian_blur(density.float(), target.blur_sigma, "constant")
+        components = Components.of(upsample(log_densities, stimulus.size), target.blur_sigma)
 
-        def mixture(weights: np.ndarray) -> dict[str, float]:
-            w = torch.from_numpy(weights)
-            # Every density and its blur is linear in the weights: nothing is blurred twice.
-            mixed = normalise(torch.tensordot(w, density, 1).log())
-            return score(mixed.float(), target, torch.tensordot(w.float(), blurred, 1))
-
-        weights = {f"backbone:{name}": row for name, row in zip(self.model.names, np.eye(len(full)), strict=True)}
-        weights |= {"uniform": np.full(len(full), 1 / len(full)), "global_weights": self.model.global_weights}
-        probabilities = self.model.classifier.probabilities(pooled[None])[0]
-        weights["inferred_category"] = self.model.mixing_weights(None, probabilities)
-        weights |= {name: rows[index] for name, rows in self.by_image.items()}
-        if self.labelled:
-            weights["category_weights"] = self.model.mixing_weights(stimulus.category, probabilities)
-        result = {"center_bias": score(bias, target)}
-        result |= {name: mixture(row) for name, row in weights.items()}
-        if self.labelled and len(self.model.categories) > 1:
-            wrong = [c for c in self.model.categories if c != stimulus.category]
-            scores = [mixture(self.model.mixing_weights(category, probabilities)) for category in wrong]
-            result["wrong_category"] = {m: float(np.mean([s[m] for s in scores])) for m in METRICS}
-        result["oracle_weights"] = mixture(self._oracle(full, target))
+        weights, wrong = self._weights(index, pooled)
+        weights["oracle_weights"] = self._oracle(components, target)
+        # Categories may share their weights, all of them under an infinite prior.
+        rows, place = np.unique(np.stack([*weights.values(), *wrong]), axis=0, return_inverse=True)
+        distinct = score_mixtures(components, torch.from_numpy(rows), target)
+        scores = [distinct[k] for k in place.ravel()]
+        of_wrong = scores[len(weights) :]
+        result = {"center_bias": score_mixtures(bias, torch.ones((1, 1), dtype=torch.float64), target)[0]}
+        result |= dict(zip(weights, scores[: len(weights)], strict=True))
+        if of_wrong:
+            result["wrong_category"] = {m: float(np.mean([one[m] for one in of_wrong])) for m in METRICS}
         optimum = self.dataset.optimum_log_density(index)
         if optimum is not None:
             result["optimum"] = score(torch.from_numpy(optimum), target)
         if self.gold_standard is not None:
-            result["gold_standard"] = self._gold_standard(index, self.gold_standard, target_of)
+            result["gold_standard"] = self._gold_standard(index, self.gold_standard, negatives, bias)
         return result
 
-    def _negatives(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and columns of sAUC's negatives: the other images' fixations, scaled to this one."""
-        dataset = self.dataset
-        among = np.isin(dataset.image, self.among)
-        sizes = np.array([stimulus.size for stimulus in dataset.stimuli])
-        return shuffled_fixations(sizes, dataset.image[among], dataset.x[among], dataset.y[among], index)
+    def _weights(self, index: int, pooled: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+        """Name -> (B,) weights of the mixtures to score on an image, and those of the wrong categories."""
+        model, category = self.model, self.dataset.stimuli[index].category
+        backbones = len(model.names)
+        weights = {f"backbone:{name}": row for name, row in zip(model.names, np.eye(backbones), strict=True)}
+        weights |= {"uniform": np.full(backbones, 1 / backbones), "global_weights": model.global_weights}
+        probabilities = model.classifier.probabilities(pooled[None])[0]
+        weights["inferred_category"] = model.mixing_weights(None, probabilities)
+        weights |= {name: rows[index] for name, rows in self.by_image.items()}
+        if not self.labelled:
+            return weights, []
+        weights["category_weights"] = model.mixing_weights(category, probabilities)
+        return weights, [model.mixing_weights(one, probabilities) for one in model.categories if one != category]
 
     @staticmethod
-    def _oracle(full: Tensor, target: Target) -> np.ndarray:
-        log_p = full[:, target.rows, target.cols].T.double().numpy()
+    def _oracle(components: Components, target: Target) -> np.ndarray:
+        log_p = components.density[:, target.pixels].T.log().numpy()
         return oracle(Likelihoods(log_p, np.zeros(len(log_p), dtype=np.int64), 1))[0]
 
     def _gold_standard(
-        self, index: int, gold: GoldStandard, target_of: Callable[[np.ndarray], Target]
+        self, index: int, gold: GoldStandard, negatives: ShuffledFixations, bias: Components
     ) -> dict[str, float]:
         """Each subject scored by the others' density, averaged over fixations."""
         total = dict.fromkeys(METRICS, 0.0)
-        size = self.dataset.stimuli[index].size
-        people = gold.leave_one_out(self.dataset, index)
-        count = sum(int(mine.sum()) for mine, _ in people)
-        for mine, log_density in people:
-            scores = score(upsample(log_density, size), target_of(mine))
+        x, y, _ = self.dataset.fixations_of(index)
+        for mine, log_density in gold.leave_one_out(self.dataset, index):
+            scores = score(upsample(log_density, bias.size), Target.of(x[mine], y[mine], negatives, bias))
             for metric in METRICS:
-                total[metric] += scores[metric] * int(mine.sum()) / count
+                total[metric] += scores[metric] * int(mine.sum()) / len(x)
         return total
 
 
-def score_images(scoring: Scoring, indices: Sequence[int] | np.ndarray) -> dict[int, Scores]:
-    """Scores of all the images, computed by all cores of the Ray cluster; index -> name -> metric -> score."""
+# Images are scored in the order of their sizes, and many data sets have but one.
+@functools.lru_cache(maxsize=1)
+def _of_size(scoring: Scoring, size: tuple[int, int]) -> tuple[Components, ShuffledFixations]:
+    """The baseline on images of a size, and sAUC's negatives for them before their own fixations are taken out."""
+    dataset = scoring.dataset
+    bias = torch.from_numpy(scoring.model.center_bias.of_size(size))
+    sizes = np.array([stimulus.size for stimulus in dataset.stimuli])
+    among = np.isin(np.arange(len(sizes)), scoring.among)
+    negatives = ShuffledFixations.of(size, sizes, among, dataset.image, dataset.x, dataset.y)
+    return Components.of(bias[None], dataset.blur_sigma), negatives
+
+
+def score_images(scoring: Scoring, indices: Sequence[int] | np.ndarray) -> tuple[dict[int, Scores], Cost]:
+    """Scores of all the images, index -> name -> metric -> score, computed by all cores of the Ray cluster.
+
+    The cost's peak is the workers': the model, and some 400 MB at full HD, whatever the size of the data set, whose
+    columns they share.
+    """
     import ray
 
     @ray.remote(num_cpus=1, max_retries=3)
-    def some(scoring: Scoring, chunk: list[int]) -> dict[int, Scores]:
+    def one(shared: list[Any], index: int) -> tuple[int, Scores, int]:
         torch.set_num_threads(1)
+        scoring = _received(*shared)
         with torch.inference_mode():
-            return {index: scoring.image(index) for index in chunk}
+            return index, scoring.image(index), peak_rss()
 
-    shared = ray.put(scoring)
-    images = [int(index) for index in indices]
-    chunks = [images[start : start + IMAGES_PER_TASK] for start in range(0, len(images), IMAGES_PER_TASK)]
+    start = time.monotonic()
+    # In a list it comes as a reference, so that a worker unpickles it once and not for every image.
+    shared = [ray.put(scoring)]
+    images = sorted(map(int, indices), key=lambda index: scoring.dataset.stimuli[index].size)
+    waiting = iter(images)
+    out = [one.remote(shared, index) for index in itertools.islice(waiting, TASKS_AT_ONCE)]
     result: dict[int, Scores] = {}
-    for scores in _as_completed([some.remote(shared, chunk) for chunk in chunks]):
-        result |= scores
-        if len(result) * 10 // len(images) > (len(result) - len(scores)) * 10 // len(images):
+    peak = 0
+    while out:
+        (ready, *_), out = ray.wait(out)
+        index, scores, worker_peak = ray.get(ready)
+        result[index] = scores
+        peak = max(peak, worker_peak)
+        out += [one.remote(shared, index) for index in itertools.islice(waiting, 1)]
+        if len(result) * 10 // len(images) > (len(result) - 1) * 10 // len(images):
             print(f"scoring: {len(result)}/{len(images)} images", flush=True)
-    return {index: result[index] for index in images}
+    return {int(index): result[int(index)] for index in indices}, Cost(time.monotonic() - start, len(images), peak)
 
 
-def _as_completed(tasks: list[Any]) -> Iterator[dict[int, Scores]]:
+@functools.lru_cache(maxsize=1)
+def _received(reference: Any) -> Scoring:
     import ray
 
-    while tasks:
-        done, tasks = ray.wait(tasks)
-        yield ray.get(done[0])
+    return ray.get(reference)
 
 
 def per_image_csv(dataset: Dataset, scores: dict[int, Scores]) -> str:
@@ -265,10 +282,12 @@ def table(evaluation: dict[str, Any]) -> str:
 
 
 def sample(log_density: Tensor, x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(n,) float64 log-density per px at fixations (px), from a normalised one (H, W) on a grid over the image."""
-    position = np.stack([x / size[1] * 2 - 1, y / size[0] * 2 - 1], -1).astype(np.float32)
-    values = torch.nn.functional.grid_sample(
-        log_density[None, None], torch.from_numpy(position)[None, None], padding_mode="border", align_corners=False
-    )
+    """(n,) float64 log-density per px at fixations (px), from a normalised one (H, W) on a grid over the image.
+
+    Of the pixels that they fall on, as in `upsample`'s map, but without making one.
+    """
     grid = log_density.shape
-    return values[0, 0, 0].double().numpy() - math.log(size[0] * size[1] / (grid[0] * grid[1]))
+    rows = spline_matrix(grid[0], size[0])[torch.from_numpy(y.astype(np.int64))]
+    columns = spline_matrix(grid[1], size[1])[torch.from_numpy(x.astype(np.int64))]
+    values = ((rows @ log_density) * columns).sum(1)
+    return values.double().numpy() - math.log(size[0] * size[1] / (grid[0] * grid[1]))

@@ -22,8 +22,9 @@ EM_STEPS = 10_000
 ROUNDING = 1e-13
 HALVINGS = 12
 NEGLIGIBLE = 1e-12
-# Problems that are solved side by side: as many as the cache holds.
-EM_COLUMNS = 25
+# Problems that are solved side by side, and how many numbers are worked on at a time: as many as the cache holds.
+EM_COLUMNS = 100
+EM_CELLS = 1 << 15
 CROSSVALIDATION_FOLDS = 5
 BOOTSTRAP_SAMPLES = 200
 
@@ -75,70 +76,97 @@ def em(
     fixations = np.bincount(likelihoods.image, minlength=likelihoods.images)
     scaled, _ = likelihoods._scaled()
     results = []
-    for start in range(0, counts.shape[1], EM_COLUMNS):
-        columns = slice(start, start + EM_COLUMNS)
-        share = (counts[:, columns] / fixations[:, None])[likelihoods.image]
-        results.append(_em(scaled, share, prior[columns], steps))
+    for first in range(0, counts.shape[1], EM_COLUMNS):
+        columns = slice(first, first + EM_COLUMNS)
+        mass = counts[:, columns].sum(0) + prior[columns].sum(1)
+        assert (mass > 0).all()
+        share = counts[:, columns] / mass / fixations[:, None]
+        objectives = _Objectives(scaled, likelihoods.image, share, prior[columns] / mass[:, None])
+        results.append(_em(objectives, steps))
     return np.concatenate(results)
 
 
-def _em(scaled: np.ndarray, share: np.ndarray, prior: np.ndarray, steps: list[np.ndarray] | None) -> np.ndarray:
-    """EM whose steps are replaced by Newton's where those climb: near twins need thousands of EM's own.
+@dataclass(frozen=True)
+class _Objectives:
+    """R objectives, over the sum of all that counts in them: where one is best, its slope is 1 in all that may grow.
 
-    scaled: (F, B) densities up to a factor a fixation; share: (F, R) how much each fixation counts; prior: (R, B).
+    scaled: (F, B) densities up to a factor a fixation; image: (F,); share: (N, R) how much each fixation of an image
+    counts; prior: (R, B).
     """
-    mass = share.sum(0) + prior.sum(1)
-    assert (mass > 0).all()
+
+    scaled: np.ndarray
+    image: np.ndarray
+    share: np.ndarray
+    prior: np.ndarray
+
+    def at(self, weights: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Height (S,), slope (S, B) and, of the likelihood alone, negative curvature (S, B, B) at weights (S, B)."""
+        models = weights.shape[1]
+        rows, other = np.triu_indices(models)
+        share, prior = self.share[:, columns], self.prior[columns]
+        with np.errstate(divide="ignore", invalid="ignore"):  # where a shorter step has to be taken
+            height = np.where(prior > 0, prior * np.log(weights), 0).sum(1)
+            slope = np.where(prior > 0, prior / weights, 0)
+            products = np.zeros((len(columns), len(rows)))
+            at_once = -(-EM_CELLS // len(columns))
+            for first in range(0, len(self.scaled), at_once):
+                part = slice(first, first + at_once)
+                scaled, weight = self.scaled[part], share[self.image[part]]
+                mixed = scaled @ weights.T
+                height += np.einsum("fs,fs->s", weight, np.log(mixed))
+                weight /= mixed
+                slope += weight.T @ scaled
+                weight /= mixed
+                products += weight.T @ (scaled[:, rows] * scaled[:, other])
+        curvature = np.empty((len(columns), models, models))
+        curvature[:, rows, other] = curvature[:, other, rows] = products
+        return height, slope, curvature
+
+
+def _em(objectives: _Objectives, steps: list[np.ndarray] | None) -> np.ndarray:
+    """EM whose steps are replaced by Newton's where those climb: near twins need thousands of EM's own."""
+    prior = objectives.prior
     result = np.full(prior.shape, 1 / prior.shape[1])
     open_ = np.arange(len(prior))  # columns that have not converged
+    height, slope, curvature = objectives.at(result, open_)
     for _ in range(EM_STEPS):
         if steps is not None:
             steps.append(result.copy())
-        weights = result[open_]
-        mixed = scaled @ weights.T
-        gradient = (scaled.T @ (share[:, open_] / mixed)).T
-        pull = np.divide(prior[open_], weights, out=np.zeros_like(weights), where=prior[open_] > 0)
         # For a concave objective on the simplex, max slope - 1 bounds the distance to the optimum (Frank-Wolfe gap).
-        slope = (gradient + pull) / mass[open_, None]
         going = slope.max(1) - 1 > EM_GAP
         if not going.any():
             break
-        open_ = open_[going]
-        weights, mixed, slope = weights[going], mixed[:, going], slope[going]
-        step = _newton(
-            scaled, share[:, open_] / mixed**2 / mass[open_], weights, slope, prior[open_] / mass[open_, None]
-        )
-        height = _objective(scaled, share[:, open_], prior[open_], weights)
-        # EM's own step where not even a small part of Newton's climbs.
-        point, down = weights * slope, np.arange(len(open_))
-        for halving in range(HALVINGS):
-            shorter = np.maximum(weights[down] + step[down] / 2**halving, 0)
-            shorter /= shorter.sum(1, keepdims=True)
-            reached = _objective(scaled, share[:, open_[down]], prior[open_[down]], shorter)
+        open_, height, slope, curvature = open_[going], height[going], slope[going], curvature[going]
+        weights = result[open_]
+        step = _newton(curvature, weights, slope, prior[open_])
+        down, before, own = np.arange(len(open_)), height.copy(), weights * slope
+        for halving in range(HALVINGS + 1):
+            # EM's own step where not even a small part of Newton's climbs.
+            point = np.maximum(weights[down] + step[down] / 2**halving, 0) if halving < HALVINGS else own[down]
+            point /= point.sum(1, keepdims=True)
+            reached = objectives.at(point, open_[down])
             # Near the optimum all heights are equal up to rounding, and Newton's step is the one that arrives.
-            climbs = reached >= height[down] - ROUNDING * np.abs(height[down])
-            point[down[climbs]] = shorter[climbs]
+            climbs = reached[0] >= before[down] - ROUNDING * np.abs(before[down])
+            climbs |= halving == HALVINGS
+            there = down[climbs]
+            result[open_[there]] = point[climbs]
+            height[there], slope[there], curvature[there] = (values[climbs] for values in reached)
             down = down[~climbs]
             if not len(down):
                 break
-        result[open_] = point
     return result / result.sum(1, keepdims=True)
 
 
-def _newton(
-    scaled: np.ndarray, curvature: np.ndarray, weights: np.ndarray, slope: np.ndarray, prior: np.ndarray
-) -> np.ndarray:
+def _newton(curvature: np.ndarray, weights: np.ndarray, slope: np.ndarray, prior: np.ndarray) -> np.ndarray:
     """(R, B) Newton's step towards slope 1, cut where the first weight reaches 0.
 
     Without the constraint that weights sum to 1, the objective less its mass times their sum has the same maximum, so
     only the signs are left as constraints: an active-set method, in which weights of 0 that want to fall stay there.
     """
-    models = weights.shape[1]
-    pairs = (scaled[:, :, None] * scaled[:, None, :]).reshape(len(scaled), -1)
-    hessian = (curvature.T @ pairs).reshape(-1, models, models)
-    prior_curvature = np.divide(prior, weights**2, out=np.zeros_like(weights), where=prior > 0)
-    diagonal = np.arange(models)
-    hessian[:, diagonal, diagonal] += prior_curvature + 1e-12 * np.trace(hessian, axis1=1, axis2=2)[:, None]
+    diagonal = np.arange(weights.shape[1])
+    hessian = curvature.copy()
+    hessian[:, diagonal, diagonal] += 1e-12 * np.trace(curvature, axis1=1, axis2=2)[:, None]
+    hessian[:, diagonal, diagonal] += np.divide(prior, weights**2, out=np.zeros_like(weights), where=prior > 0)
     zero = (weights < NEGLIGIBLE) & (prior == 0)
     fixed = zero & (slope <= 1)
     while True:
@@ -154,12 +182,6 @@ def _newton(
     # With a prior no weight may reach 0, where its logarithm ends.
     length = np.minimum(1, (room * np.where(prior > 0, 0.99, 1)).min(1, keepdims=True))
     return np.where(fixed | (room <= length), -weights, length * step)
-
-
-def _objective(scaled: np.ndarray, share: np.ndarray, prior: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        prior_part = np.where(prior > 0, prior * np.log(weights), 0).sum(1)
-        return (share * np.log(scaled @ weights.T)).sum(0) + prior_part
 
 
 def global_weights(likelihoods: Likelihoods) -> np.ndarray:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from acw.batches import density_grid, target_map
 from acw.center_bias import CenterBias
 from acw.data import Dataset
 from acw.fusion import Likelihoods, em
-from acw.training import density_grid, spread
+from acw.metrics import gaussian_blur
 
 # Bandwidths to choose from, in image px, and the grid's cell: the kernel is wider than the cell everywhere.
 BANDWIDTHS = (12.0, 16.0, 20.0, 25.0, 32.0, 40.0, 50.0, 64.0)
@@ -38,11 +38,11 @@ class GoldStandard:
     def leave_one_out(self, dataset: Dataset, index: int) -> list[tuple[np.ndarray, Tensor]]:
         """Per subject: which fixations are theirs (bool (n,)), and the others' log-density on the grid."""
         subject = dataset.fixations_of(index)[2]
-        components = _components(dataset, index, self.bandwidth, self.center_bias)
-        return [
-            (subject == one, torch.from_numpy(np.log(np.tensordot(self.weights, densities, 1)).astype(np.float32)))
-            for one, densities in components
-        ]
+        seen = _Seen.of(dataset, index, self.center_bias)
+        others, bias, uniform = self.weights
+        mixed = others * seen.others(self.bandwidth) + (bias * seen.bias + uniform / seen.bias.size)
+        log_densities = torch.from_numpy(np.log(mixed).astype(np.float32))
+        return [(subject == one, density) for one, density in zip(seen.people, log_densities, strict=True)]
 
 
 def has_subjects(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> bool:
@@ -55,19 +55,27 @@ def fit(dataset: Dataset, indices: Sequence[int] | np.ndarray, center_bias: Cent
     """Chooses bandwidth and mixture on the given images, or an even choice of them, each counting equally."""
     assert has_subjects(dataset, indices), "every image needs two known subjects"
     indices = indices[:: -(-len(indices) // FITTING_IMAGES)]
+    log_p: dict[float, list[np.ndarray]] = {bandwidth: [] for bandwidth in BANDWIDTHS}
+    fixations = []
+    for index in indices:
+        size = dataset.stimuli[index].size
+        x, y, subject = dataset.fixations_of(index)
+        seen = _Seen.of(dataset, index, center_bias)
+        # At the fixations, subject by subject.
+        person = np.searchsorted(seen.people, subject)
+        rows, columns = (
+            (axis / length * cells).astype(int)
+            for axis, length, cells in zip((y, x), size, seen.counts.shape[1:], strict=True)
+        )
+        bias = seen.bias[rows, columns]
+        for bandwidth, parts in log_p.items():
+            others = seen.others(bandwidth)[person, rows, columns]
+            parts.append(np.log(np.stack([others, bias, np.full_like(bias, 1 / seen.bias.size)], 1) + 1e-30))
+        fixations.append(len(x))
+    image = np.repeat(np.arange(len(indices)), fixations)
     best: tuple[float, float, np.ndarray] | None = None
-    for bandwidth in BANDWIDTHS:
-        log_p, image = [], []
-        for position, index in enumerate(indices):
-            x, y, subject = dataset.fixations_of(index)
-            size = dataset.stimuli[index].size
-            for one, densities in _components(dataset, index, bandwidth, center_bias):
-                mine = subject == one
-                rows = (y[mine] / size[0] * densities.shape[1]).astype(int)
-                columns = (x[mine] / size[1] * densities.shape[2]).astype(int)
-                log_p.append(np.log(densities[:, rows, columns] + 1e-30).T)
-                image.append(np.full(int(mine.sum()), position))
-        likelihoods = Likelihoods(np.concatenate(log_p), np.concatenate(image), len(indices))
+    for bandwidth, parts in log_p.items():
+        likelihoods = Likelihoods(np.concatenate(parts), image, len(indices))
         weights = em(likelihoods, np.ones((len(indices), 1)), np.zeros((1, 3)))[0]
         # The optimum may lie on an edge; a trace of uniform keeps every log-density finite.
         weights = np.maximum(weights, [0, 0, 1e-6]) / np.maximum(weights, [0, 0, 1e-6]).sum()
@@ -78,23 +86,28 @@ def fit(dataset: Dataset, indices: Sequence[int] | np.ndarray, center_bias: Cent
     return GoldStandard(best[1], best[2], center_bias)
 
 
-def _components(
-    dataset: Dataset, index: int, bandwidth: float, center_bias: CenterBias
-) -> list[tuple[int, np.ndarray]]:
-    """Per subject (3, H, W): the other subjects' KDE, the centre bias and uniform, each with sum 1 over the grid."""
-    x, y, subject = dataset.fixations_of(index)
-    height, width = dataset.stimuli[index].size
-    grid = density_grid((height, width), CELL)
-    people = np.unique(subject)
-    maps = np.stack(
-        [
-            (subject == one).sum() * spread(y[subject == one] / height, x[subject == one] / width, grid).reshape(grid)
-            for one in people
-        ]
-    )
-    smooth = gaussian_filter(maps.astype(np.float64), (0, bandwidth / CELL, bandwidth / CELL), mode="constant")
-    others = smooth.sum(0) - smooth
-    others = np.maximum(others, 0) / np.maximum(others, 0).sum((1, 2), keepdims=True)
-    bias = np.exp(center_bias.of_size(grid).astype(np.float64))
-    uniform = np.full(grid, 1 / (grid[0] * grid[1]))
-    return [(int(one), np.stack([other, bias, uniform])) for one, other in zip(people, others, strict=True)]
+@dataclass(frozen=True)
+class _Seen:
+    """Where people looked in an image, on a grid over it.
+
+    people: (P,) the subjects, ascending. counts: (P, H, W) float64 of each one's fixations. bias: (H, W) centre bias.
+    """
+
+    people: np.ndarray
+    counts: np.ndarray
+    bias: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: Dataset, index: int, center_bias: CenterBias) -> _Seen:
+        x, y, subject = dataset.fixations_of(index)
+        size = dataset.stimuli[index].size
+        grid = density_grid(size, CELL)
+        people, number = np.unique(subject, return_counts=True)
+        maps = [target_map(x[subject == one], y[subject == one], size, grid).double().numpy() for one in people]
+        return cls(people, np.stack(maps) * number[:, None, None], np.exp(center_bias.of_size(grid).astype(np.float64)))
+
+    def others(self, bandwidth: float) -> np.ndarray:
+        """(P, H, W) for each subject: the KDE of all others' fixations, with sum 1."""
+        smooth = gaussian_blur(torch.from_numpy(self.counts), bandwidth / CELL, "constant").numpy()
+        others = np.maximum(smooth.sum(0) - smooth, 0)
+        return others / others.sum((1, 2), keepdims=True)

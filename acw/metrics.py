@@ -1,14 +1,17 @@
-"""The field's eight scores of one density on one image, equal to pysaliency 0.2.22's and fast enough for full-HD maps.
+"""The field's eight scores of many mixtures of one image's densities, equal to pysaliency 0.2.22's, at full HD.
 
-`Target` holds what depends on the image and its fixations alone, so that many models are scored against one; `score`
-takes a log-density and gives the eight numbers. All maps are float32: pysaliency computes in float64, the scores agree
-to 1e-4 (IG and LL to 1e-6), and the blur, which is most of the time, takes half as long. On CUDA the blur needs full
+Most of a score is linear or quadratic in the mixture's weights: likelihoods and means, variances, covariances and blurs
+of the components give those of any mixture. `Components` holds them, `Target` holds what depends on the image and its
+fixations alone, and `score_mixtures` makes one pass over the pixels, in blocks that stay in the cache, for what is
+left: ranks (AUC, sAUC), logarithms (KLDiv) and minima (SIM). Ranks come from float64 densities, the other maps are
+float32: pysaliency computes in float64, the scores agree to 1e-4 (IG and LL to 1e-6). On CUDA the blur needs full
 float32 matrix products, which is PyTorch's default (no TF32).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -23,7 +26,13 @@ METRICS = ("IG", "LL", "AUC", "sAUC", "NSS", "CC", "KLDiv", "SIM")
 
 # The regulariser of the Tuebingen/MIT saliency benchmark, as in pysaliency.metrics.MIT_KLDiv.
 _KLDIV_REGULARISER = 2.2204e-16
+# Relative standard deviation below which a map is flat: float32 log-densities of full-HD images cannot tell less.
+_FLAT = 1e-9
 _BAND = 64
+# Pixels that are worked on at a time: what is made of them stays in the cache.
+_BLOCK = 1 << 17
+# Fixations that are rescaled at a time.
+_FIXATIONS = 1 << 20
 
 
 def gaussian_blur(maps: Tensor, sigma: float, mode: Literal["constant", "reflect"]) -> Tensor:
@@ -60,161 +69,242 @@ def _bands(
         assert mode == "constant", mode
         weight = np.where((source >= 0) & (source < length), weight, 0)
         source = source.clip(0, length - 1)
-    entry = (np.arange(length)[:, None] * length + source).ravel()
-    matrix = np.bincount(entry, weight.ravel(), minlength=length**2).reshape(length, length)
     bands = []
     for start in range(0, length, _BAND):
+        rows = source[start : start + _BAND]
         first, last = max(0, start - radius), min(length, start + _BAND + radius)
-        block = np.ascontiguousarray(matrix[start : start + _BAND, first:last])
-        bands.append((first, last, torch.from_numpy(block).to(device, dtype)))
+        entry = np.arange(len(rows))[:, None] * (last - first) + (rows - first)
+        block = np.bincount(entry.ravel(), weight[start : start + _BAND].ravel(), minlength=len(rows) * (last - first))
+        bands.append((first, last, torch.from_numpy(block.reshape(len(rows), -1)).to(device, dtype)))
     return bands
 
 
-def auc(positives: Tensor, negatives: Tensor) -> float:
-    """Area under the ROC curve: the chance that a positive exceeds a negative, ties counted as one half.
+class Ranking:
+    """A few positives, against which the rank of any number of values is looked up.
 
-    Both are flat tensors of one dtype without NaN, on one device. Exact; equals pysaliency's `general_roc`.
+    A density is known by its leading 32 bits, which order like densities and are as fine as the logarithm of a full-HD
+    image's density in float32: what these do not tell apart is a tie. A table has the rank of every bin of the bits
+    that holds no positive; the few values in the other bins are searched for.
     """
-    assert len(positives)
-    assert len(negatives)
-    return _auc_sorted(positives, _sort(negatives))
+
+    BINS = 1 << 16
+
+    def __init__(self, positives: Tensor) -> None:
+        """positives: float64 (n,), n > 0, not negative, without NaN."""
+        assert len(positives)
+        self.count = len(positives)
+        self.keys = _keys(positives).sort().values
+        first, last = int(self.keys[0]), int(self.keys[-1])
+        shift = 0
+        while (last >> shift) - (first >> shift) >= self.BINS:
+            shift += 1
+        bins = (self.keys >> shift) - (first >> shift) + 1
+        # One bin on either side is for all that is below or above.
+        held = torch.bincount(bins, minlength=int(bins[-1]) + 2)
+        self.table = torch.where(held > 0, -1, 2 * (self.count - held.cumsum(0))).int()
+        self.shift = shift + 32
+        self.offset = _ROUND - (((first >> shift) - 1) << self.shift)
+
+    def doubled(self, values: Tensor) -> Tensor:
+        """(m,) int32: twice the number of positives above each value, plus the number of its ties; float64 (m,)."""
+        place = values.view(torch.int64) + self.offset
+        place.bitwise_right_shift_(self.shift).clamp_(0, len(self.table) - 1)
+        result = self.table.index_select(0, place)
+        unknown = (result < 0).nonzero()[:, 0]
+        keys = _keys(values[unknown])
+        below, not_above = (torch.searchsorted(self.keys, keys, right=right, out_int32=True) for right in (False, True))
+        result[unknown] = 2 * self.count - below - not_above
+        return result
 
 
-def _auc_sorted(positives: Tensor, negatives: Tensor) -> float:
-    below = torch.searchsorted(negatives, positives)
-    not_above = torch.searchsorted(negatives, positives, right=True)
-    return int((below + not_above).sum()) / (2 * len(positives) * len(negatives))
+_ROUND = 1 << 31
 
 
-def _sort(values: Tensor) -> Tensor:
-    # On a CPU NumPy's vectorised sort (8 ms for a full-HD map) beats torch.sort (153 ms), and also torch.bucketize of
-    # the pixels into the fixations' values (48 ms).
-    return torch.sort(values).values if values.is_cuda else torch.from_numpy(np.sort(values.numpy()))
+def _keys(densities: Tensor) -> Tensor:
+    """int64: the leading 32 bits, rounded, lest the rounding of a mixture part what is equal in all components."""
+    return (densities.view(torch.int64) + _ROUND) >> 32
 
 
-def shuffled_fixations(
-    sizes: np.ndarray, image: np.ndarray, x: np.ndarray, y: np.ndarray, i: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The negatives of sAUC: all other images' fixations, rescaled to the size of image `i`.
+@dataclass(frozen=True, eq=False)
+class ShuffledFixations:
+    """The negatives of sAUC for images of one size: fixations of many images, rescaled to that size.
 
-    `sizes` is int (N, 2), height and width of each image in px; `image` int (F,), `x` and `y` float (F,) in px say
-    where each fixation of the data set fell. Returns rows and columns, int64, truncated as pysaliency's
-    `FullShuffledNonfixationProvider` does (`nonfixations="shuffled"`).
+    `pixels` (int64, ascending) were fixated `counts` (int64) times: no more memory than the image takes, however many
+    fixations the data set has.
     """
-    height, width = (int(length) for length in sizes[i])
-    other = image != i
-    heights, widths = sizes[image[other]].astype(np.float64).T
-    rows = (y[other].astype(np.float64) * (height / heights)).astype(np.int64)
-    cols = (x[other].astype(np.float64) * (width / widths)).astype(np.int64)
-    # A fixation less than an ulp from the edge may be rounded onto it.
-    return np.minimum(rows, height - 1), np.minimum(cols, width - 1)
+
+    size: tuple[int, int]
+    pixels: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        size: tuple[int, int],
+        sizes: np.ndarray,
+        among: np.ndarray,
+        image: np.ndarray,
+        x: np.ndarray,
+        y: np.ndarray,
+    ) -> ShuffledFixations:
+        """Those of the images that are `among` (bool (N,)) the negatives' images.
+
+        `sizes` is int (N, 2), height and width of each image in px; `image` int (F,), `x` and `y` float (F,) in px say
+        where each fixation of the data set fell. Truncated as pysaliency's `FullShuffledNonfixationProvider` does
+        (`nonfixations="shuffled"`).
+        """
+        counts = np.zeros(size[0] * size[1], dtype=np.int64)
+        for start in range(0, len(image), _FIXATIONS):
+            some = start + np.flatnonzero(among[image[start : start + _FIXATIONS]])
+            scale = np.array(size) / sizes[image[some]]
+            # A fixation less than an ulp from the edge may be rounded onto it.
+            rows = np.minimum((y[some] * scale[:, 0]).astype(np.int64), size[0] - 1)
+            columns = np.minimum((x[some] * scale[:, 1]).astype(np.int64), size[1] - 1)
+            counts += np.bincount(rows * size[1] + columns, minlength=len(counts))
+        pixels = np.flatnonzero(counts)
+        return cls(size, pixels, counts[pixels])
+
+    def without(self, x: np.ndarray, y: np.ndarray) -> ShuffledFixations:
+        """Without the fixations of one of the images, which has this size."""
+        mine = y.astype(np.int64) * self.size[1] + x.astype(np.int64)
+        counts = self.counts.copy()
+        np.subtract.at(counts, np.searchsorted(self.pixels, mine), 1)
+        return ShuffledFixations(self.size, self.pixels, counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """B densities of one image or image size, and what is known of every mixture of them.
+
+    `density` (float64, (B, H * W)) is over uniform, so that it has mean 1, and `blurred` (float32) is it blurred by
+    `blur_sigma` px with zeros outside: at full HD 24 MB a component. `mean` (B,) and `covariance` (B, B), and those of
+    the blurred densities, are over pixels, float64.
+    """
+
+    size: tuple[int, int]
+    blur_sigma: float
+    density: Tensor
+    blurred: Tensor
+    mean: Tensor
+    covariance: Tensor
+    blurred_mean: Tensor
+    blurred_covariance: Tensor
+
+    @classmethod
+    def of(cls, log_densities: Tensor, blur_sigma: float) -> Components:
+        """`log_densities` are float32 (B, H, W) natural logs whose exp sums to 1 over the pixels; -inf is legal.
+
+        Raises ValueError for another shape or dtype, NaN, and densities that do not sum to 1 (within 1e-2 nat).
+        """
+        if log_densities.dtype != torch.float32 or log_densities.dim() != 3:
+            found = f"{log_densities.dtype} {tuple(log_densities.shape)}"
+            raise ValueError(f"log-densities are {found}, not float32 (B, H, W)")
+        components, height, width = log_densities.shape
+        logs = log_densities.reshape(components, -1)
+        # In float64 no density of a head underflows.
+        density = torch.empty(logs.shape, dtype=torch.float64, device=logs.device)
+        for part in _blocks(height * width):
+            density[:, part].copy_(logs[:, part]).add_(math.log(height * width)).exp_()
+        mean, covariance = _moments(density)
+        for mass in mean.tolist():
+            if math.isnan(mass):
+                raise ValueError("a log-density holds NaN")
+            if not math.exp(-1e-2) < mass < math.exp(1e-2):
+                raise ValueError(f"a log-density is not normalised: the density sums to {mass:.6g}, not 1")
+        blurred = torch.stack(
+            [gaussian_blur(one.float().view(height, width), blur_sigma, "constant").flatten() for one in density]
+        )
+        return cls((height, width), blur_sigma, density, blurred, mean, covariance, *_moments(blurred))
+
+
+def _blocks(pixels: int) -> Iterator[slice]:
+    return (slice(start, start + _BLOCK) for start in range(0, pixels, _BLOCK))
+
+
+def _moments(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (B,) and population covariance (B, B) of maps (B, pixels) with means near 1, float64."""
+    total = torch.zeros(len(maps), dtype=torch.float64, device=maps.device)
+    squares = torch.zeros(len(maps), len(maps), dtype=torch.float64, device=maps.device)
+    for part in _blocks(maps.shape[1]):
+        # With the mean nearly gone, nothing cancels later.
+        block = maps[:, part].double() - 1
+        total += block.sum(1)
+        squares += block @ block.T
+    mean = total / maps.shape[1]
+    return mean + 1, squares / maps.shape[1] - mean[:, None] * mean
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
     """What an image's scores need that does not depend on the model.
 
-    `rows`, `cols` (int64, (F,)) are the fixated pixels, `negative_rows`, `negative_cols` (int64) those of sAUC's
-    negatives; `baseline` (float64, (F,)) is the baseline's log-density at the fixations, in nats; `empirical`
-    (float32, (H, W)) the fixations blurred by `blur_sigma` px, with sum 1 (8 MB at full HD: keep few targets at
-    once). `empirical_std`, its standard deviation, and `empirical_entropy`, in nats, are the parts of CC and KLDiv
-    without the model.
+    `pixels` (int64, (F,)) were fixated, `negatives` are sAUC's; `baseline` (float64, (F,)) is the log of the baseline's
+    density over uniform at the fixations. `empirical` (float32, (H * W,)) are the fixations blurred by `blur_sigma` px,
+    over their mean (8 MB at full HD: keep few targets at once). `std`, its standard deviation, and `information`, in
+    nats, its divergence from uniform, are the parts of CC and KLDiv without the model.
     """
 
-    rows: Tensor
-    cols: Tensor
-    negative_rows: Tensor
-    negative_cols: Tensor
+    size: tuple[int, int]
+    blur_sigma: float
+    pixels: Tensor
+    negatives: tuple[Tensor, Tensor]
     baseline: Tensor
     empirical: Tensor
-    blur_sigma: float
-    empirical_std: float
-    empirical_entropy: float
+    std: float
+    information: float
 
     @classmethod
-    def of(
-        cls,
-        size: tuple[int, int],
-        x: np.ndarray,
-        y: np.ndarray,
-        negatives: tuple[np.ndarray, np.ndarray],
-        baseline_log_density: Tensor,
-        blur_sigma: float,
-        device: torch.device | str = "cpu",
-    ) -> Target:
-        """The target of an image of `size` (height, width) px with fixations at `x`, `y` (float (F,), px).
+    def of(cls, x: np.ndarray, y: np.ndarray, negatives: ShuffledFixations, baseline: Components) -> Target:
+        """The target of an image with fixations at `x`, `y` (float (F,), px), on the device of the baseline.
 
-        A fixation falls on the pixel (int(y), int(x)); repeats count. `negatives` are rows and columns as from
-        `shuffled_fixations`, `baseline_log_density` is float32 (H, W) as for `score`, `blur_sigma` is in px.
+        A fixation falls on the pixel (int(y), int(x)); repeats count. The image's size, and the blur's, are the
+        baseline's, which is one density.
         The empirical map is `pysaliency.FixationMap(stimuli, fixations, kernel_size=blur_sigma)`, whose blur reflects
-        at the borders, over its sum.
-        Raises UserError for an image without fixations or without negatives, or with one outside of the image, and
-        ValueError for a baseline that is no log-density.
+        at the borders, over its mean.
+        Raises UserError for an image without fixations or without negatives, or with a fixation outside of the image.
         """
-        rows, cols = _pixels(size, np.asarray(y), np.asarray(x), "fixation", device)
-        negative_rows, negative_cols = _pixels(size, *negatives, "shuffled fixation", device)
-        baseline_log_density = baseline_log_density.to(device)
-        _relative_density(baseline_log_density, size, "the baseline's log-density")
-        counts = torch.zeros(size, device=device).index_put_((rows, cols), torch.ones((), device=device), True)
-        empirical = gaussian_blur(counts, blur_sigma, "reflect")
-        empirical /= empirical.sum()
+        device, size = baseline.density.device, baseline.size
+        assert negatives.size == size
+        pixels = torch.from_numpy(_pixels(size, x, y)).to(device)
+        if not negatives.counts.any():
+            raise UserError("sAUC needs fixations of a second image; give a data set with more than one")
+        counts = torch.bincount(pixels, minlength=size[0] * size[1]).float()
+        empirical = gaussian_blur(counts.view(size), baseline.blur_sigma, "reflect").flatten()
+        empirical /= empirical.double().mean()
         return cls(
-            rows=rows,
-            cols=cols,
-            negative_rows=negative_rows,
-            negative_cols=negative_cols,
-            baseline=baseline_log_density[rows, cols].double(),
+            size=size,
+            blur_sigma=baseline.blur_sigma,
+            pixels=pixels,
+            negatives=(torch.from_numpy(negatives.pixels).to(device), torch.from_numpy(negatives.counts).to(device)),
+            baseline=(baseline.density[0, pixels] / baseline.mean[0]).log(),
             empirical=empirical,
-            blur_sigma=blur_sigma,
-            empirical_std=_centre(empirical)[1],
-            empirical_entropy=-float(torch.special.xlogy(empirical, empirical).sum()),
+            std=float(_moments(empirical[None])[1]) ** 0.5,
+            information=float(torch.special.xlogy(empirical, empirical).double().mean()),
         )
 
 
-def _pixels(
-    size: tuple[int, int], y: np.ndarray, x: np.ndarray, what: str, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
+def _pixels(size: tuple[int, int], x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if not len(x):
-        raise UserError(f"an image has no {what}s to be scored on; leave it out (sAUC also needs a second image)")
+        raise UserError("an image has no fixations to be scored on; leave it out")
     height, width = size
     # Written so that NaN fails too; the truncation takes -0.5 to pixel 0, as pysaliency does.
     inside = (y > -1) & (y < height) & (x > -1) & (x < width)
     if not inside.all():
         k = int(np.argmin(inside))
-        raise UserError(f"{what} {k} at x={x[k]}, y={y[k]} is outside of its image of {width} x {height} px; drop it")
-    return torch.as_tensor(y.astype(np.int64), device=device), torch.as_tensor(x.astype(np.int64), device=device)
+        raise UserError(f"fixation {k} at x={x[k]}, y={y[k]} is outside of its image of {width} x {height} px; drop it")
+    return y.astype(np.int64) * width + x.astype(np.int64)
 
 
-def _relative_density(log_density: Tensor, size: tuple[int, int], name: str) -> Tensor:
-    """density / uniform - 1, float32 (H, W), after a check that the argument is a log-density of this size.
-
-    For moments and as a check only: differences in a nearly flat map are below the resolution of float32 densities,
-    and small densities are below the resolution of this.
-    """
-    if log_density.shape != size or log_density.dtype != torch.float32:
-        found = f"{log_density.dtype} {tuple(log_density.shape)}"
-        raise ValueError(f"{name} is {found}, not float32 {tuple(size)} as its image")
-    relative = torch.expm1(log_density + math.log(log_density.numel()))
-    mass = 1 + float(relative.mean())
-    if math.isnan(mass):
-        raise ValueError(f"{name} holds NaN")
-    if not math.exp(-1e-2) < mass < math.exp(1e-2):
-        raise ValueError(f"{name} is not normalised: the density sums to {mass:.6g}, not 1")
-    return relative
+def score(log_density: Tensor, target: Target) -> dict[str, float]:
+    """The eight scores of one density, float32 (H, W): see `Components.of` and `score_mixtures`."""
+    weight = torch.ones(1, 1, dtype=torch.float64)
+    return score_mixtures(Components.of(log_density[None], target.blur_sigma), weight, target)[0]
 
 
-def _centre(values: Tensor) -> tuple[Tensor, float]:
-    """The values less their mean, and their population standard deviation."""
-    centred = values - values.mean()
-    return centred, float(centred.square().mean().sqrt())
+def score_mixtures(components: Components, weights: Tensor, target: Target) -> list[dict[str, float]]:
+    """The eight scores, in the order of METRICS, of M mixtures of the components, normalised, on an image.
 
-
-def score(log_density: Tensor, target: Target, blurred: Tensor | None = None) -> dict[str, float]:
-    """The eight scores of a model on an image, in the order of METRICS.
-
-    `log_density` is float32 (H, W) on the target's device: natural log, its exp sums to 1. `blurred` (float32 (H, W))
-    is `gaussian_blur(log_density.exp(), target.blur_sigma, "constant")`, computed here unless it is given; it need
-    not sum to 1.
+    `weights` is float64 (M, B), not negative, each row with a positive sum. The components are on the target's device.
 
     With pysaliency's model `m` of the same map, `density = DensitySaliencyMapModel(m)`,
     `smooth = BluringSaliencyMapModel(density, blur_sigma, mode="constant")` and
@@ -230,46 +320,73 @@ def score(log_density: Tensor, target: Target, blurred: Tensor | None = None) ->
       quotient_regularization=2.2204e-16)`, which is KL(empirical || model)
     - SIM: `smooth.SIM(stimuli, empirical)`
 
-    Raises ValueError for another shape or dtype, NaN, a density that does not sum to 1 (within 1e-2 nat), and a
-    `blurred` that cannot be a blurred density. A zero density (-inf) at a fixation is legal and gives IG = LL = -inf.
+    Raises ValueError for components of another size or blur. A zero density (-inf) at a fixation is legal and gives
+    IG = LL = -inf.
     """
-    size = (target.empirical.shape[0], target.empirical.shape[1])
-    relative = _relative_density(log_density, size, "the log-density")
-    if blurred is None:
-        blurred = gaussian_blur(log_density.exp(), target.blur_sigma, "constant")
-    # Zero padding loses mass and never adds any; a blurred log-density has a negative sum.
-    elif blurred.shape != size or not 0 < float(blurred.sum()) < math.exp(1e-2):
-        raise ValueError(f"blurred, {tuple(blurred.shape)} with sum {float(blurred.sum()):.6g}, is no blurred density")
-
-    at_fixations = log_density[target.rows, target.cols]
-    log_likelihood = at_fixations.double()
-    pixels = _sort(log_density.flatten())
-    negatives = log_density[target.negative_rows, target.negative_cols]
-    scores = {
-        "IG": float((log_likelihood - target.baseline).mean()) / math.log(2),
-        "LL": (float(log_likelihood.mean()) + math.log(log_density.numel())) / math.log(2),
-        "AUC": _auc_sorted(at_fixations, pixels),
-        "sAUC": auc(at_fixations, negatives),
-        "NSS": 0.0,
+    if (components.size, components.blur_sigma) != (target.size, target.blur_sigma):
+        found, expected = (f"{of.size}, blurred by {of.blur_sigma} px" for of in (components, target))
+        raise ValueError(f"densities are {found}, their image's are {expected}")
+    device = components.density.device
+    sharp = weights.to(device) / (weights.to(device) @ components.mean)[:, None]
+    smooth = weights.to(device) / (weights.to(device) @ components.blurred_mean)[:, None]
+    at_fixations = sharp @ components.density[:, target.pixels]
+    log_p = at_fixations.log()
+    std = _std(sharp, components.covariance)
+    columns = {
+        "IG": (log_p - target.baseline).mean(1) / math.log(2),
+        "LL": log_p.mean(1) / math.log(2),
+        **_rank_scores(components.density, sharp, at_fixations, target.negatives),
+        "NSS": torch.where(std > _FLAT, (at_fixations.mean(1) - 1) / std, 0),
+        **_map_scores(components, smooth, target),
     }
-    # A flat map's standard deviation is rounding noise, not always 0.
-    if pixels[0] < pixels[-1]:
-        centred, std = _centre(relative)
-        scores["NSS"] = float(centred[target.rows, target.cols].mean()) / std
-    return scores | _map_scores(blurred, target)
+    return [dict(zip(METRICS, row, strict=True)) for row in torch.stack([columns[m] for m in METRICS], 1).tolist()]
 
 
-def _map_scores(blurred: Tensor, target: Target) -> dict[str, float]:
-    """CC, KLDiv and SIM of a blurred density against the blurred fixations."""
-    density = blurred / blurred.sum()
-    centred, std = _centre(density)
-    # pysaliency's second regulariser, inside the logarithm of empirical / model, changes nothing: the empirical map
-    # times log(regulariser + q) differs from the map times log(q) by less than 1e-15. So the model's part stands alone.
-    cross_entropy = -float((torch.log(density + _KLDIV_REGULARISER) * target.empirical).sum())
+def _std(weights: Tensor, covariance: Tensor) -> Tensor:
+    """(M,) standard deviations of mixtures, from the components' covariance."""
+    return ((weights @ covariance) * weights).sum(1).clamp_min(0).sqrt()
+
+
+def _rank_scores(
+    density: Tensor, weights: Tensor, at_fixations: Tensor, negatives: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """AUC and sAUC, each (M,): the chance that a fixation exceeds a negative, ties counted as one half."""
+    rankings = [Ranking(positives) for positives in at_fixations]
+    totals = torch.zeros(2, len(weights), dtype=torch.int64, device=density.device)
+    pixels, counts = negatives
+    edges = torch.searchsorted(pixels, torch.arange(0, density.shape[1] + _BLOCK, _BLOCK, device=density.device))
+    for number, part in enumerate(_blocks(density.shape[1])):
+        shuffled = slice(int(edges[number]), int(edges[number + 1]))
+        here, count = pixels[shuffled] - part.start, counts[shuffled]
+        block = density[:, part].T
+        for k, ranking in enumerate(rankings):
+            doubled = ranking.doubled(block @ weights[k])
+            totals[0, k] += doubled.sum()
+            totals[1, k] += (doubled.index_select(0, here) * count).sum()
+    possible = 2 * at_fixations.shape[1] * counts.new_tensor([[density.shape[1]], [int(counts.sum())]])
+    return dict(zip(("AUC", "sAUC"), totals / possible, strict=True))
+
+
+def _map_scores(components: Components, weights: Tensor, target: Target) -> dict[str, Tensor]:
+    """CC, KLDiv and SIM, each (M,), of blurred mixtures against the blurred fixations."""
+    pixels = len(target.empirical)
+    # Of each component with the empirical map, and of each mixture: sum of logarithms and of minima.
+    products = torch.zeros(len(components.blurred), dtype=torch.float64, device=weights.device)
+    sums = torch.zeros(2, len(weights), dtype=torch.float64, device=weights.device)
+    rows = weights.float()
+    for part in _blocks(pixels):
+        blurred, empirical = components.blurred[:, part], target.empirical[part]
+        products += blurred.double() @ (empirical.double() - 1)
+        for k, row in enumerate(rows):
+            mixed = blurred.T @ row
+            sums[1, k] += torch.minimum(mixed, empirical).sum()
+            # pysaliency's second regulariser, inside the logarithm of empirical / model, changes nothing: the
+            # empirical map times log(regulariser + q) differs from the map times log(q) by less than 1e-15. So the
+            # model's part stands alone.
+            sums[0, k] += torch.dot(mixed.add_(_KLDIV_REGULARISER * pixels).log_(), empirical)
+    std = _std(weights, components.blurred_covariance) * target.std
     return {
-        "CC": float((centred * target.empirical).sum()) / (density.numel() * std * target.empirical_std)
-        if std
-        else 0.0,
-        "KLDiv": cross_entropy - target.empirical_entropy,
-        "SIM": float(torch.minimum(density, target.empirical).sum()),
+        "CC": torch.where(std > 0, weights @ products / pixels / std, 0),
+        "KLDiv": target.information - sums[0] / pixels,
+        "SIM": sums[1] / pixels,
     }

@@ -67,6 +67,7 @@ def aggregate(job: Job) -> None:
 def _held_out_scores(job: Job, model: Any, stores: list, fitted: Any) -> dict:
     from acw import gold_standard
     from acw.evaluation import Scoring, StoredDensities, score_images
+    from acw.resources import note
 
     dataset, held_out = job.dataset, job.split.held_out
     by_image = {"shuffled_labels": fitted.shuffled.weights[fitted.shuffled_index]}
@@ -88,7 +89,9 @@ def _held_out_scores(job: Job, model: Any, stores: list, fitted: Any) -> dict:
         labelled=True,
         gold_standard=gold,
     )
-    return score_images(scoring, held_out)
+    scores, cost = score_images(scoring, held_out)
+    note(job.folder, "scores", cost)
+    return scores
 
 
 def _draw_examples(job: Job, model: Any, stores: list) -> None:

@@ -9,6 +9,7 @@ bias, which never saw this data set. The last line on stdout is FILE's path.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,11 +43,13 @@ def evaluate(location: str, dataset: Dataset, out: Path) -> None:
     model.load_backbones()
     connect()
     scoring = Scoring(dataset, images, ImageDensities(model, dataset), model, {}, labelled, gold)
-    scores = score_images(scoring, images)
+    scores, cost = score_images(scoring, images)
+    print(f"scores: {cost}", flush=True)
     result = {
         "dataset": dataset.summary() | {"scored": "all images", "images_scored": len(scores)},
         **summarise(dataset, scores, SEED),
         "model": location,
+        "cost": dataclasses.asdict(cost),
         "provenance": model.provenance,
     }
     write_atomic(out.with_suffix(".per_image.csv"), per_image_csv(dataset, scores))

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from acw import pysaliency_compat
-from acw.metrics import METRICS, Target, auc, gaussian_blur, score, shuffled_fixations
+from acw import metrics, pysaliency_compat
+from acw.metrics import METRICS, Components, Ranking, ShuffledFixations, Target, gaussian_blur, score, score_mixtures
+from acw.storage import UserError
 
 GAZE = Path(__file__).parents[2] / "shared" / "gaze"
 SIZES = np.array([(48, 64), (60, 41), (33, 90)])
@@ -55,17 +56,18 @@ def random_fixations(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     return image, x, y
 
 
+def shuffled(sizes: np.ndarray, image: np.ndarray, x: np.ndarray, y: np.ndarray, i: int) -> ShuffledFixations:
+    """The negatives of image i: all others' fixations."""
+    everything = ShuffledFixations.of(tuple(sizes[i]), sizes, np.full(len(sizes), True), image, x, y)
+    return everything.without(x[image == i], y[image == i])
+
+
 def targets(
     sizes: np.ndarray, image: np.ndarray, x: np.ndarray, y: np.ndarray, baselines: list[Tensor], sigma: float
 ) -> list[Target]:
     return [
         Target.of(
-            tuple(sizes[i]),
-            x[image == i],
-            y[image == i],
-            shuffled_fixations(sizes, image, x, y, i),
-            baselines[i],
-            sigma,
+            x[image == i], y[image == i], shuffled(sizes, image, x, y, i), Components.of(baselines[i][None], sigma)
         )
         for i in range(len(sizes))
     ]
@@ -147,34 +149,69 @@ def test_scores_equal_pysaliency_on_real_fixations(pysaliency: ModuleType) -> No
     assert_equal_scores([score(m, t) for m, t in zip(maps, of_images, strict=True)], expected)
 
 
-def test_shuffled_fixations_equal_pysaliencys_to_the_pixel(pysaliency: ModuleType) -> None:
+def test_shuffled_fixations_equal_pysaliencys_to_the_pixel(
+    pysaliency: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_FIXATIONS", 50)  # so that they come in parts
     image, x, y = random_fixations(SIZES)
     stimuli = pysaliency.Stimuli([np.zeros(size, np.uint8) for size in SIZES])
     fixations = pysaliency.Fixations.create_without_history(x, y, image)
     provider = pysaliency.saliency_map_models.FullShuffledNonfixationProvider(stimuli, fixations)
     for i in range(len(SIZES)):
-        expected_cols, expected_rows = provider(stimuli, fixations, int(np.argmax(image == i)))
-        rows, cols = shuffled_fixations(SIZES, image, x, y, i)
-        np.testing.assert_array_equal(rows, expected_rows)
-        np.testing.assert_array_equal(cols, expected_cols)
+        columns, rows = provider(stimuli, fixations, int(np.argmax(image == i)))
+        found = shuffled(SIZES, image, x, y, i)
+        expected = np.bincount(rows * SIZES[i, 1] + columns, minlength=SIZES[i].prod())
+        actual = np.zeros_like(expected)
+        actual[found.pixels] = found.counts
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_only_the_chosen_images_give_shuffled_fixations() -> None:
+    image, x, y = random_fixations(SIZES)
+    chosen = ShuffledFixations.of(tuple(SIZES[0]), SIZES, np.array([True, False, True]), image, x, y)
+    without = shuffled(SIZES, image[image != 1], x[image != 1], y[image != 1], 0)
+    np.testing.assert_array_equal(chosen.without(x[image == 0], y[image == 0]).counts, without.counts)
+    assert chosen.counts.sum() == np.count_nonzero(image != 1)
 
 
 def test_shuffled_fixations_at_the_very_edge_stay_inside() -> None:
     sizes = np.array([(10, width) for width in range(1, 200)])
     x, y = np.nextafter(sizes[:, 1], 0.0), np.nextafter(sizes[:, 0], 0.0)
-    for i, (height, width) in enumerate(sizes):
-        rows, cols = shuffled_fixations(sizes, np.arange(len(sizes)), x, y, i)
-        assert (rows == height - 1).all()
-        assert (cols == width - 1).all()
+    everywhere = np.full(len(sizes), True)
+    for height, width in sizes:
+        found = ShuffledFixations.of((height, width), sizes, everywhere, np.arange(len(sizes)), x, y)
+        assert found.pixels.tolist() == [height * width - 1]
+        assert found.counts.tolist() == [len(sizes)]
+
+
+DENSITIES = [0.0, 5e-324, 1e-300, 1.0, 1.00001, 2.5, 1e9]
 
 
 @hypothesis.settings(deadline=None, max_examples=200)
 @hypothesis.given(
-    *[st.lists(st.sampled_from([-math.inf, -3.0, -1.0, -1e-45, 0.0, 1.0, 2.5]), min_size=1, max_size=30)] * 2
+    *[st.lists(st.sampled_from(DENSITIES), min_size=1, max_size=30)] * 2, st.sampled_from([8, 1000, 1 << 16])
 )
-def test_auc_is_the_chance_that_a_positive_exceeds_a_negative(positives: list[float], negatives: list[float]) -> None:
-    wins = [(p > n) + 0.5 * (p == n) for p in positives for n in negatives]
-    assert auc(torch.tensor(positives), torch.tensor(negatives)) == pytest.approx(np.mean(wins), abs=1e-12)
+def test_a_value_is_ranked_by_the_positives_above_it(positives: list[float], values: list[float], bins: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranking, "BINS", bins)
+        doubled = Ranking(torch.tensor(positives, dtype=torch.float64)).doubled(
+            torch.tensor(values, dtype=torch.float64)
+        )
+    # The smallest denormal number differs from 0 in its trailing bits alone, and ties.
+    order = [DENSITIES.index(value) if value > 1e-320 else 0 for value in DENSITIES]
+    place = dict(zip(DENSITIES, order, strict=True))
+    expected = [sum(2 * (place[p] > place[v]) + (place[p] == place[v]) for p in positives) for v in values]
+    assert doubled.tolist() == expected
+
+
+def test_rounding_in_a_mixture_parts_no_ties() -> None:
+    """Of plateaus at the same heights in all components, and of a flat map, whose relative density is just 1."""
+    generator = torch.Generator().manual_seed(0)
+    height = torch.randint(1, 5, (64 * 48,), generator=generator).double()
+    noise = 1 + 1e-15 * torch.randn(len(height), generator=generator, dtype=torch.float64)
+    for values in (height, torch.ones_like(height)):
+        clean, noisy = (Ranking(some[:40]).doubled(some) for some in (values, values * noise))
+        torch.testing.assert_close(noisy, clean)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -188,12 +225,13 @@ def test_blur_equals_scipys(dtype: torch.dtype, mode: Any, sigma: float) -> None
     np.testing.assert_allclose(blurred, expected, rtol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
-def one_target(repeats: int = 1, sigma: float = 4.0) -> Target:
+def one_target(repeats: int = 1, sigma: float = 4.0, device: str = "cpu") -> Target:
     size = (48, 64)
     rng = np.random.default_rng(0)
-    x, y = (np.tile(rng.uniform(0, n, 30), repeats) for n in (64, 48))
-    negatives = rng.integers(0, 48, 100), rng.integers(0, 64, 100)
-    return Target.of(size, x, y, negatives, log_density("smooth", size, seed=5), sigma)
+    x, y = (np.tile(rng.uniform(12, n - 12, 30), repeats) for n in (64, 48))
+    pixels, counts = np.unique(rng.integers(0, 48 * 64, 100), return_counts=True)
+    baseline = Components.of(log_density("smooth", size, seed=5)[None].to(device), sigma)
+    return Target.of(x, y, ShuffledFixations(size, pixels, counts), baseline)
 
 
 def test_every_score_is_an_average_over_fixations_not_a_sum() -> None:
@@ -202,28 +240,39 @@ def test_every_score_is_an_average_over_fixations_not_a_sum() -> None:
 
 
 def test_map_scores_compare_with_the_blurred_fixations() -> None:
-    target = one_target()
-    perfect = score(log_density("smooth", (48, 64)), target, blurred=target.empirical)
+    """A density on the fixations alone, once blurred, is the empirical map, but for what blurs over the border."""
+    target = one_target(sigma=2.0)
+    counts = torch.bincount(target.pixels, minlength=48 * 64).view(48, 64).double()
+    perfect = score((counts / counts.sum()).log().float(), target)
     assert [perfect[name] for name in ("CC", "KLDiv", "SIM")] == pytest.approx([1, 0, 1], abs=1e-5)
 
 
-def test_a_given_blurred_density_changes_nothing() -> None:
-    target, components = one_target(), [log_density("smooth", (48, 64), seed=i).exp() for i in range(2)]
-    mixture = 0.3 * components[0] + 0.7 * components[1]
-    blurred = gaussian_blur(torch.stack(components), target.blur_sigma, "constant")
-    assert score(mixture.log(), target, 0.3 * blurred[0] + 0.7 * blurred[1]) == pytest.approx(
-        score(mixture.log(), target), abs=1e-5
-    )
+@pytest.mark.parametrize("block", [1 << 17, 1000], ids=["one block", "blocks"])
+def test_a_mixture_is_scored_as_its_density_is(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(metrics, "_BLOCK", block)
+    target, logs = one_target(), torch.stack([log_density("smooth", (48, 64), seed=i) for i in range(3)])
+    weights = torch.tensor([[0.3, 0.7, 0.0], [0.2, 0.3, 0.5], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    found = score_mixtures(Components.of(logs, target.blur_sigma), weights, target)
+    for row, scores in zip(weights, found, strict=True):
+        mixture = torch.tensordot(row, logs.double().exp(), 1).log().float()
+        assert scores == pytest.approx(score(mixture, target), abs=1e-5)
+
+
+def test_densities_of_another_size_or_blur_are_refused() -> None:
+    target, weight = one_target(), torch.ones(1, 1, dtype=torch.float64)
+    for size, sigma in (((64, 48), 4.0), ((48, 64), 5.0)):
+        with pytest.raises(ValueError, match="their image's are"):
+            score_mixtures(Components.of(log_density("smooth", size)[None], sigma), weight, target)
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (torch.exp, "the log-density is not normalised"),
-        (lambda m: m + 0.02, "the log-density is not normalised"),
-        (lambda m: m.masked_fill(m == m.max(), torch.nan), "the log-density holds NaN"),
-        (lambda m: m.T, r"the log-density is torch.float32 \(64, 48\)"),
-        (lambda m: m.double(), "the log-density is torch.float64"),
+        (torch.exp, "not normalised"),
+        (lambda m: m + 0.02, "not normalised"),
+        (lambda m: m.masked_fill(m == m.max(), torch.nan), "holds NaN"),
+        (lambda m: m.T.contiguous(), r"\(64, 48\)"),
+        (lambda m: m.double(), "torch.float64"),
     ],
     ids=["density", "unnormalised", "NaN", "transposed", "float64"],
 )
@@ -232,26 +281,20 @@ def test_what_is_no_log_density_is_refused(spoil: Any, message: str) -> None:
         score(spoil(log_density("smooth", (48, 64))), one_target())
 
 
-@pytest.mark.parametrize("kind", KINDS[:4])
-def test_a_blurred_log_density_is_refused(kind: str) -> None:
-    model = log_density(kind, (48, 64))
-    with pytest.raises(ValueError, match="blurred"):
-        score(model, one_target(), blurred=gaussian_blur(model, 4.0, "constant"))
-
-
 @pytest.mark.parametrize(
     ("x", "message"), [([64.0], "outside"), ([-1.5], "outside"), ([math.nan], "outside"), ([], "no")]
 )
 def test_bad_fixations_are_refused(x: list[float], message: str) -> None:
-    negatives = np.array([0]), np.array([0])
-    with pytest.raises(ValueError, match=message):
-        Target.of((48, 64), np.array(x), np.ones(len(x)), negatives, log_density("smooth", (48, 64)), 4.0)
+    baseline = Components.of(log_density("smooth", (48, 64))[None], 4.0)
+    negatives = ShuffledFixations((48, 64), np.array([0]), np.array([1]))
+    with pytest.raises(UserError, match=message):
+        Target.of(np.array(x), np.ones(len(x)), negatives, baseline)
+    with pytest.raises(UserError, match="second image"):
+        Target.of(np.ones(1), np.ones(1), ShuffledFixations((48, 64), np.array([0]), np.array([0])), baseline)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_scores_on_cuda_equal_those_on_the_cpu() -> None:
-    size, model = (300, 400), log_density("smooth", (300, 400))
-    x, y, rows, cols = np.random.default_rng(0).integers(0, 300, (4, 50))
-    arguments = (size, x, y, (rows, cols), log_density("smooth", size, seed=5), 15.0)
-    on_cuda = score(model.cuda(), Target.of(*arguments, device="cuda"))
-    assert on_cuda == pytest.approx(score(model, Target.of(*arguments)), abs=1e-5)
+    model = log_density("smooth", (48, 64))
+    on_cuda = score(model.cuda(), one_target(device="cuda"))
+    assert on_cuda == pytest.approx(score(model, one_target()), abs=1e-5)
