@@ -21,7 +21,9 @@ from acw.aggregation import training_set
 from acw.banks import plan_banks
 from acw.batches import Batches
 from acw.data import load_dataset, split
-from acw.features import FeatureStore, write_shard
+from acw.extraction import write_shards
+from acw.features import SHARD_IMAGES, FeatureStore
+from acw.pace import Pace
 from acw.recipes import derive, named_recipe
 from acw.training import REFERENCE_STRIDE, STRIDES, coarsest, log_likelihood, train_epochs
 
@@ -38,8 +40,8 @@ def benchmark(arguments: argparse.Namespace) -> harness.Figures:
     cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         model = load_backbone(backbone)
-        for shard in range(-(-len(dataset.stimuli) // 16)):
-            write_shard(model, backbone, dataset.stimuli, shard, Path(folder))
+        shards = range(-(-len(dataset.stimuli) // SHARD_IMAGES))
+        write_shards(model, backbone, dataset.stimuli, shards, Path(folder), Pace(cpu))
         sizes = [stimulus.size for stimulus in dataset.stimuli]
         with torch.inference_mode():
             taps = {size: [tuple(tap.shape[1:3]) for tap in _taps(model, size)] for size in set(sizes)}

@@ -13,12 +13,13 @@ from acw.cli import Job, parse, run
 
 
 def extract(job: Job) -> None:
-    """Fills the feature stores and notes in the run's folder which they are."""
-    from acw import features
+    """Fills the feature stores and notes in the run's folder which they are, and what that cost."""
+    from acw import extraction
+    from acw.resources import note
     from acw.storage import UserError, write_json
 
     recipe, dataset = job.recipe, job.dataset
-    stores = features.extract(
+    stores, cost = extraction.extract(
         job.root,
         recipe.backbone_values,
         dataset.stimuli,
@@ -36,6 +37,7 @@ def extract(job: Job) -> None:
             f"bring those back, or delete {job.folder}"
         )
     write_json(path, found)
+    note(job.folder, "features", cost)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from acw import banks, features, heads, training
+from acw import banks, extraction, features, heads, training
 from acw.backbones import Backbone, FrozenBackbone
 from acw.banks import Bank, BankState, Head, plan_banks
 from acw.batches import Batches, TrainingSet, target_map
 from acw.center_bias import GRID, CenterBias
 from acw.data import Stimulus
 from acw.features import FeatureStore
+from acw.pace import Pace
 from acw.recipes import Recipe
 from acw.storage import UserError
 from acw.training import BankAdam, train_epochs
@@ -50,7 +51,7 @@ class StubNetwork:
 
     weights_sha256 = "0" * 64
 
-    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def features(self, images: torch.Tensor, channels_last: bool = True) -> list[torch.Tensor]:
         channels = images.permute(0, 3, 1, 2).float() / 64
         taps = [F.adaptive_avg_pool2d(channels, size) for size in ((10, 14), (3, 5))]
         return [torch.cat([tap, tap * tap.roll(1, 1)], 1).permute(0, 2, 3, 1).contiguous() for tap in taps]
@@ -64,8 +65,8 @@ def stimuli() -> list[Stimulus]:
 def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     folder = tmp_path_factory.mktemp("store")
     network, images = cast(FrozenBackbone, StubNetwork()), stimuli()
-    for shard in range(-(-IMAGES // features.SHARD_IMAGES)):
-        features.write_shard(network, BACKBONE, images, shard, folder)
+    shards = range(-(-IMAGES // features.SHARD_IMAGES))
+    extraction.write_shards(network, BACKBONE, images, shards, folder, Pace(CPU))
     readouts = tuple(BACKBONE.readout_size(image.size) for image in images)
     return FeatureStore(folder, IMAGES, (6, 6), (((10, 14), (3, 5)),) * IMAGES, readouts)
 
