@@ -54,12 +54,17 @@ class Job:
         return {name: open_store(self.root / "features" / folders[name]) for name in self.recipe.backbones}
 
 
-def parse(argv: Sequence[str], description: str) -> Job:
-    """Reads `RECIPE [--dataset D] [--root R] [--field value ...]`. Raises UserError for whatever is wrong in it."""
-    recipe_name = _recipe_name(argv, description)
+def parse(argv: Sequence[str], description: str, program: str | None = None, *, writes: bool = True) -> Job:
+    """Reads `RECIPE [--dataset D] [--root R] [--field value ...]`. Raises UserError for whatever is wrong in it.
+
+    program: how the command is typed, for its help; that of a script in jobs/ unless given. writes: whether something
+    will be written below the root, which is then tried out.
+    """
+    program = program or f"python jobs/{Path(sys.argv[0]).name}"
+    recipe_name = _recipe_name(argv, description, program)
     base = named_recipe(recipe_name)
     parser = Parser(
-        prog=f"{Path(sys.argv[0]).name} {recipe_name}",
+        prog=f"{program} {recipe_name}",
         description=RECIPES[recipe_name].__doc__,
         epilog=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -74,7 +79,9 @@ def parse(argv: Sequence[str], description: str) -> Job:
     overlay = _read_overlay(options["overlay"]) if options["overlay"] else {}
     given = {f.name: options[f.name] for f in dataclasses.fields(Recipe)[1:] if options[f.name] is not None}
     recipe = _with_absolute_weights(derive(derive(base, overlay), given))
-    root = writable_root(options["root"])
+    root = root_folder(options["root"])
+    if writes:
+        check_writable(root)
     dataset = read_dataset(options)
     # A category too small to split is refused here, before hours of extraction.
     return Job(
@@ -95,19 +102,18 @@ def _with_absolute_weights(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, weights=tuple(absolute(entry) for entry in recipe.weights))
 
 
-def _recipe_name(argv: Sequence[str], description: str) -> str:
+def _recipe_name(argv: Sequence[str], description: str, program: str) -> str:
     if argv and not argv[0].startswith("-"):
         return argv[0]
-    script = f"jobs/{Path(sys.argv[0]).name}"
     lines = [
-        f"usage: python {script} RECIPE [--dataset D] [--root R] [--field value ...]",
+        f"usage: {program} RECIPE [--dataset D] [--root R] [--field value ...]",
         "",
         description,
         "",
         "recipes:",
     ]
     lines += [f"  {name:12}{(function.__doc__ or '').splitlines()[0]}" for name, function in RECIPES.items()]
-    lines += ["", f"python {script} RECIPE --help lists every field with its default, unit and meaning."]
+    lines += ["", f"{program} RECIPE --help lists every field with its default, unit and meaning."]
     if argv and argv[0] in ("-h", "--help"):
         print("\n".join(lines))
         raise SystemExit(0)
@@ -169,13 +175,11 @@ def local_path(location: str, option: str) -> Path:
     return path.resolve()
 
 
-def writable_root(location: str) -> Path:
-    """The root as an absolute path, after a test that a file can be written there."""
+def root_folder(location: str) -> Path:
+    """The root as an absolute path; it need not be there."""
     if "://" in location:
         raise UserError(f"--root {location}: results are kept in a folder; give a path, on a disk that all nodes share")
-    root = local_path(location, "--root")
-    check_writable(root)
-    return root
+    return local_path(location, "--root")
 
 
 def check_writable(folder: Path) -> None:
