@@ -26,7 +26,7 @@ from acw.backbones import Backbone, FrozenBackbone
 from acw.heads import Features, nearest_index
 from acw.storage import UserError, fingerprint, sha256_file, write_atomic
 
-FORMAT = 1  # to be raised when the bytes of a shard change for the same stimuli and backbone
+FORMAT = 1  # to be raised when a shard changes by more than rounding for the same stimuli and backbone
 SHARD_IMAGES = 16
 
 

@@ -33,6 +33,7 @@ class Pace:
     """
 
     TRIES = 3
+    GAIN = 0.95  # of the time: for less, a larger batch is not worth its memory
 
     def __init__(self, device: torch.device) -> None:
         gpu = device.type == "cuda"
@@ -51,9 +52,9 @@ class Pace:
             for variant in (Variant(size, layout) for size in self.sizes if size <= available):
                 if len(self._seconds[variant]) < self.TRIES:
                     return variant
-                tried.append(variant)
-                if self._fastest(variant) >= before:
+                if self._fastest(variant) >= self.GAIN * before:
                     break
+                tried.append(variant)
                 before = self._fastest(variant)
         return min(tried, key=self._fastest)
 
@@ -70,7 +71,8 @@ class Pace:
                 return [begun]
             results = begun()
             seconds.append((time.perf_counter() - begin) / images.numel())
-            usable = len(seconds) > 1 or self._agree(results, start(images[:1], self.plainest)())
+            known = len(seconds) > 1 or variant == self.plainest
+            usable = known or self._agree(results, start(images[:1], self.plainest)())
         except torch.OutOfMemoryError:
             if variant == self.plainest:
                 raise
