@@ -1,7 +1,11 @@
-"""From trained heads to one model: out-of-fold predictions, category weights, category inference."""
+"""From trained heads to one model: out-of-fold predictions, category weights, category inference.
+
+Weights are fitted on out-of-fold predictions (EM), even, or learned with the heads (`acw.joint`), as the recipe says.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +16,16 @@ import torch
 
 from acw import categories, fusion
 from acw.banks import Bank, BankState, checkpoint_path, plan_banks
-from acw.batches import TrainingSet, density_grid, group_by_shape
+from acw.batches import TrainingSet, group_by_shape
 from acw.center_bias import CenterBias, fixed_gaussian, kde
 from acw.data import Dataset, Split
-from acw.evaluation import sample
+from acw.ensemble import ensemble
 from acw.features import FeatureStore
+from acw.finalizer import Finalizer
 from acw.fusion import CategoryWeights, Likelihoods
-from acw.heads import Parameters, select, stack
-from acw.model import Model, ensemble
+from acw.heads import Parameters, concatenate, select
+from acw.joint import SystemState, weights_history
+from acw.model import Model
 from acw.recipes import Recipe
 from acw.storage import UserError
 from acw.training import EVALUATION_BATCH
@@ -57,14 +63,18 @@ def trained_heads(recipe: Recipe, folder: Path) -> dict[Bank, BankState]:
     return result
 
 
-def best_heads(banks: Mapping[Bank, BankState], backbone: str, fold: int | None = None) -> Parameters:
-    """Best-validation parameters of a backbone's heads, of all folds or of one."""
-    chosen = []
-    for bank, state in banks.items():
-        if bank.backbone == backbone:
-            members = [k for k, head in enumerate(bank.members) if fold is None or head.fold == fold]
-            chosen += [{name: value[0] for name, value in select(state.best, [k]).items()} for k in members]
-    return stack(chosen)
+def best_heads(recipe: Recipe, banks: Mapping[Bank, BankState]) -> list[dict[str, Parameters]]:
+    """Per fold and backbone the best-validation parameters of its heads, stacked."""
+
+    def of(backbone: str, fold: int) -> Parameters:
+        chosen = []
+        for bank, state in banks.items():
+            if bank.backbone == backbone:
+                members = [k for k, head in enumerate(bank.members) if head.fold == fold]
+                chosen += [select(state.best, members)] if members else []
+        return concatenate(chosen)
+
+    return [{name: of(name, fold) for name in recipe.backbones} for fold in range(recipe.folds)]
 
 
 @dataclass(frozen=True)
@@ -86,92 +96,113 @@ def out_of_fold(
     dataset: Dataset,
     training: TrainingSet,
     split: Split,
-    banks: Mapping[Bank, BankState],
+    heads: Sequence[Mapping[str, Parameters]],
     stores: Sequence[FeatureStore],
 ) -> OutOfFold:
-    """Each development image predicted by the heads of the fold whose validation set it is in, averaged over seeds."""
+    """Each development image predicted by the heads of the fold whose validation set it is in, averaged over seeds.
+
+    heads: per fold and backbone.
+    """
+    finalizer = recipe.finalizer
     log_p: dict[int, np.ndarray] = {}
     baseline: dict[int, float] = {}
     for fold in range(recipe.folds):
         for backbone, store in zip(recipe.backbones, stores, strict=True):
-            heads = best_heads(banks, backbone, fold)
-            for group in group_by_shape(store, training.sizes, split.validation(fold), recipe.density_cell):
-                grid = density_grid(training.sizes[group[0]], recipe.density_cell)
-                bias = torch.from_numpy(training.finalizer_bias[fold].of_size(grid))
+            for group in group_by_shape(store, training.sizes, split.validation(fold), finalizer):
+                bias = torch.from_numpy(training.finalizer_bias[fold].of_size(finalizer.grid(training.sizes[group[0]])))
                 for start in range(0, len(group), EVALUATION_BATCH):
                     some = group[start : start + EVALUATION_BATCH]
-                    densities = ensemble(heads, store.load(some), bias, recipe.density_cell)
+                    densities = ensemble(heads[fold][backbone], store.load(some), bias, finalizer)
                     for index, log_density in zip(some, densities, strict=True):
-                        column = _at_fixations(dataset, index, log_density)[:, None]
+                        column = _at_fixations(dataset, index, log_density, finalizer)[:, None]
                         log_p[index] = np.hstack([log_p[index], column]) if index in log_p else column
         for index in split.validation(fold):
-            grid = density_grid(dataset.stimuli[index].size, recipe.density_cell)
-            bias = torch.from_numpy(training.baseline[fold].of_size(grid))
-            baseline[index] = float(_at_fixations(dataset, index, bias).mean())
+            bias = torch.from_numpy(training.baseline[fold].of_size(finalizer.grid(dataset.stimuli[index].size)))
+            baseline[index] = float(_at_fixations(dataset, index, bias, finalizer).mean())
     images = np.array(sorted(log_p))
     image = np.repeat(np.arange(len(images)), [len(log_p[index]) for index in images])
     likelihoods = Likelihoods(np.concatenate([log_p[index] for index in images]), image, len(images))
     return OutOfFold(images, likelihoods, np.array([baseline[index] for index in images]))
 
 
-def _at_fixations(dataset: Dataset, index: int, log_density: torch.Tensor) -> np.ndarray:
+def _at_fixations(dataset: Dataset, index: int, log_density: torch.Tensor, finalizer: Finalizer) -> np.ndarray:
     x, y, _ = dataset.fixations_of(index)
-    return sample(log_density, x, y, dataset.stimuli[index].size)
+    return finalizer.at_pixels(log_density, x, y, dataset.stimuli[index].size)
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """Fitted weights: per category; per source where every image has one (else None); per shuffled category."""
+    """A model's weights, and those of its controls.
+
+    category: per category and backbone. components: (G, C) the same for the model's components, where they are not the
+    backbones. controls: name -> (N, B) weights an image of the data set, fitted as the category weights are: by source,
+    where every image has one, and by shuffled labels.
+    """
 
     category: CategoryWeights
-    sources: list[str]
-    source: CategoryWeights | None
-    shuffled: CategoryWeights
-    shuffled_index: np.ndarray
+    controls: dict[str, np.ndarray]
+    components: np.ndarray | None = None
 
 
 def fit_weights(dataset: Dataset, predictions: OutOfFold, seed: int) -> Fusion:
-    """Category weights and their two controls: weights by source, and by labels that mean nothing."""
+    """Category weights by EM and their two controls: weights by source, and by labels that mean nothing."""
     images, likelihoods = predictions.images, predictions.likelihoods
     groups = len(dataset.categories)
     category = dataset.category_index
     # One permutation for all images, held-out ones too: every image has a label, and none says anything about it.
     shuffled = np.random.default_rng(seed).permutation(category)
+    controls = {"shuffled_labels": fusion.fit(likelihoods, shuffled[images], groups, seed).weights[shuffled]}
     known = [stimulus.source for stimulus in dataset.stimuli]
     sources = sorted({source for source in known if source})
-    by_source = None
     if sources and all(known):
         source = np.array([sources.index(name) for name in known if name])
-        by_source = fusion.fit(likelihoods, source[images], len(sources), seed)
-    return Fusion(
-        fusion.fit(likelihoods, category[images], groups, seed),
-        sources,
-        by_source,
-        fusion.fit(likelihoods, shuffled[images], groups, seed),
-        shuffled,
-    )
+        controls["source_weights"] = fusion.fit(likelihoods, source[images], len(sources), seed).weights[source]
+    return Fusion(fusion.fit(likelihoods, category[images], groups, seed), controls)
+
+
+def even_weights(dataset: Dataset, predictions: OutOfFold) -> Fusion:
+    """The same weight for every backbone, whatever the category."""
+    backbones = predictions.likelihoods.log_p.shape[1]
+    overall = np.full(backbones, 1 / backbones)
+    weights = np.tile(overall, (len(dataset.categories), 1))
+    left_out = predictions.likelihoods.mean_log_likelihood(overall)
+    history = [overall[None]] * len(dataset.categories)
+    return Fusion(CategoryWeights(weights, weights, weights, overall, math.inf, {}, left_out, history), {})
+
+
+def joint_weights(dataset: Dataset, split: Split, predictions: OutOfFold, systems: Sequence[SystemState]) -> Fusion:
+    """Those of jointly trained systems: their mean, with their range as its interval, and each system's own."""
+    by_system = np.stack([system.weights() for system in systems])
+    weights = by_system.mean(0)
+    images = predictions.images
+    mine = by_system[split.fold[images], dataset.category_index[images]]
+    left_out = predictions.likelihoods.mean_log_likelihood(mine)
+    overall = weights[dataset.category_index[images]].mean(0)
+    history = list(np.moveaxis(weights_history(systems), 1, 0))
+    category = CategoryWeights(weights, by_system.min(0), by_system.max(0), overall, math.inf, {}, left_out, history)
+    return Fusion(category, {}, np.moveaxis(by_system, 0, 2).reshape(len(weights), -1) / len(systems))
 
 
 def assemble(
     recipe: Recipe,
     dataset: Dataset,
     split: Split,
-    banks: Mapping[Bank, BankState],
+    heads: Sequence[Mapping[str, Parameters]],
     stores: Sequence[FeatureStore],
     fitted: Fusion,
     provenance: dict[str, Any],
 ) -> Model:
-    """The finished model; its centre bias is the KDE of all five folds' images."""
+    """The finished model; its centre bias is the KDE of all five folds' images. heads: per fold and backbone."""
     development = split.development
     center_bias = kde_of(dataset, development)
     pooled = np.hstack([store.pooled(development).double().numpy() for store in stores])
     classifier = categories.fit(
         pooled, dataset.category_index[development], len(dataset.categories), split.fold[development]
     )
-    return Model(
+    model = Model(
         backbones=recipe.backbone_values,
-        heads={name: best_heads(banks, name) for name in recipe.backbones},
-        density_cell=recipe.density_cell,
+        heads={},
+        finalizer=recipe.finalizer,
         categories=list(dataset.categories),
         weights=fitted.category.weights,
         global_weights=fitted.category.global_weights,
@@ -180,3 +211,11 @@ def assemble(
         classifier=classifier,
         provenance=provenance,
     )
+    if fitted.components is None:
+        model.heads = {name: concatenate([of_fold[name] for of_fold in heads]) for name in recipe.backbones}
+        return model
+    model.systems, model.weights = len(heads), fitted.components
+    model.global_weights = np.repeat(model.global_weights, model.systems) / model.systems
+    of_components = [of_fold[name] for name in recipe.backbones for of_fold in heads]
+    model.heads = {name: dict(bank) for name, bank in zip(model.components, of_components, strict=True)}
+    return model

@@ -5,6 +5,7 @@ A `Backbone` is a value and costs nothing; torch and timm are imported only wher
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
+LITE_LONG_SIDE = 400  # px, of the small backbones' input; one sees it finer
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Backbone:
         if self.downscale is not None:
             return _scaled(image_size, 1 / self.downscale / self.stride, _ceil)
         return _scaled(self.input_size(image_size), 1 / self.stride, _ceil)
+
+    def of_long_side(self, long_side: int) -> Backbone:
+        """The same view through an input of that long side in px, or of a longer one if its own is finer."""
+        finer = 1.0 if self.long_side is None else self.long_side / LITE_LONG_SIDE
+        return dataclasses.replace(self, downscale=None, long_side=round(long_side * finer))
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """All that changes the features except the weights, whose hash is `FrozenBackbone.weights_sha256`; for JSON."""
@@ -121,11 +128,15 @@ BACKBONES: dict[str, Backbone] = {
         _deepgaze_iie("densenet201", "densenet201.tv_in1k", _DENSENET201_TAPS, "timm"),
         _deepgaze_iie("resnext50_32x4d", "resnext50_32x4d.tv_in1k", _RESNEXT50_TAPS, "timm"),
         _deepgaze_iie("resnet50", "resnet50.tv_in1k", _RESNET50_TAPS, "timm"),
-        _lite("lite0", 0, _LITE0_TAPS, long_side=400),
-        _lite("lite1", 1, _LITE1_AND_2_TAPS, long_side=400),
-        _lite("lite2", 2, _LITE1_AND_2_TAPS, long_side=400),
+        _lite("lite0", 0, _LITE0_TAPS, long_side=LITE_LONG_SIDE),
+        _lite("lite1", 1, _LITE1_AND_2_TAPS, long_side=LITE_LONG_SIDE),
+        _lite("lite2", 2, _LITE1_AND_2_TAPS, long_side=LITE_LONG_SIDE),
         _lite("lite2_fine", 2, _LITE1_AND_2_TAPS, long_side=640),
     )
+}
+BACKBONE_SETS = {
+    "lite": ("lite0", "lite1", "lite2", "lite2_fine"),
+    "paper": ("shapenet_c", "efficientnet_b5", "densenet201", "resnext50_32x4d"),
 }
 
 

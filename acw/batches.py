@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from acw.center_bias import CenterBias
 from acw.features import FeatureStore
-from acw.heads import Features, spline_matrix
+from acw.finalizer import Finalizer
+from acw.heads import Features
 
 # Batches that are read while one is worked on.
 READ_AHEAD = 2
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,15 @@ class Batch:
         return self.target_BHW.shape[1], self.target_BHW.shape[2]
 
 
-def density_grid(size: tuple[int, int], cell: float) -> tuple[int, int]:
-    """(H, W) cells of the grid on which an image of `size` px is given a density."""
-    return math.ceil(size[0] / cell), math.ceil(size[1] / cell)
-
-
 def group_by_shape(
-    store: FeatureStore, sizes: Sequence[tuple[int, int]], indices: Sequence[int] | np.ndarray, cell: float
+    store: FeatureStore, sizes: Sequence[tuple[int, int]], indices: Sequence[int] | np.ndarray, finalizer: Finalizer
 ) -> list[list[int]]:
     """Images split into those whose features and density grids have one shape."""
     result: list[list[int]] = []
     for group in store.groups(indices):
         by_grid: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index in group:
-            by_grid[density_grid(sizes[index], cell)].append(index)
+            by_grid[finalizer.grid(sizes[index])].append(index)
         result += by_grid.values()
     return result
 
@@ -76,18 +74,21 @@ def group_by_shape(
 class Batches:
     """Serves one backbone's features with their targets."""
 
-    def __init__(self, training_set: TrainingSet, store: FeatureStore, cell: float, device: torch.device) -> None:
-        self.training_set, self.store, self.cell, self.device = training_set, store, cell, device
+    def __init__(
+        self, training_set: TrainingSet, store: FeatureStore, finalizer: Finalizer, device: torch.device
+    ) -> None:
+        self.training_set, self.store, self.finalizer, self.device = training_set, store, finalizer, device
         self.offsets = np.searchsorted(training_set.image, np.arange(len(training_set.sizes) + 1))
         self._biases: dict[tuple[str, tuple[int, int], float], Tensor] = {}
 
     def groups(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """The images split into those that fit one batch."""
-        return [np.array(group) for group in group_by_shape(self.store, self.training_set.sizes, indices, self.cell)]
+        groups = group_by_shape(self.store, self.training_set.sizes, indices, self.finalizer)
+        return [np.array(group) for group in groups]
 
     def load(self, indices: np.ndarray) -> Batch:
         sizes = [self.training_set.sizes[index] for index in indices]
-        grid = density_grid(sizes[0], self.cell)
+        grid = self.finalizer.grid(sizes[0])
         target = torch.stack([self._target(index, grid) for index in indices])
         log_area = torch.tensor([math.log(h * w / (grid[0] * grid[1])) for h, w in sizes])
         features = self.store.load(list(indices), self.device)
@@ -95,19 +96,12 @@ class Batches:
 
     def ahead(self, groups: Iterable[np.ndarray]) -> Iterator[Batch]:
         """The groups' batches in order, read by a thread while the last ones are worked on."""
-        with ThreadPoolExecutor(1, "features") as reader:
-            reading: list[Future[Batch]] = []
-            for group in groups:
-                reading.append(reader.submit(self.load, group))
-                if len(reading) > READ_AHEAD:
-                    yield reading.pop(0).result()
-            while reading:
-                yield reading.pop(0).result()
+        return read_ahead(groups, self.load)
 
     def _target(self, index: int, grid: tuple[int, int]) -> Tensor:
         fixations = slice(self.offsets[index], self.offsets[index + 1])
         x, y = self.training_set.x[fixations], self.training_set.y[fixations]
-        return target_map(x, y, self.training_set.sizes[index], grid)
+        return self.finalizer.target_map(x, y, self.training_set.sizes[index], grid)
 
     def bias(self, kind: str, grid: tuple[int, int], stride: float = 1) -> Tensor:
         """(folds, H, W) float32 on the device, normalised over the grid; kind is `finalizer_bias` or `baseline`.
@@ -120,18 +114,19 @@ class Batches:
                 maps = np.stack([bias.of_size(grid) for bias in getattr(self.training_set, kind)])
                 self._biases[key] = torch.from_numpy(maps).to(self.device)
             else:
-                rows = spline_matrix(grid[0], math.ceil(grid[0] / stride), self.device)
-                columns = spline_matrix(grid[1], math.ceil(grid[1] / stride), self.device)
+                rows = self.finalizer.sampling(grid[0], math.ceil(grid[0] / stride), self.device)
+                columns = self.finalizer.sampling(grid[1], math.ceil(grid[1] / stride), self.device)
                 self._biases[key] = rows @ self.bias(kind, grid) @ columns.T
         return self._biases[key]
 
 
-def target_map(x: np.ndarray, y: np.ndarray, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """(H, W) float32: fixations (px in an image of `size`) as weights on a grid over the image, sum 1.
-
-    The product with a map is the mean of the spline through it over the fixated pixels: just what `heads.upsample`
-    makes of it, and metrics read.
-    """
-    vertical = spline_matrix(grid[0], size[0])[torch.from_numpy(y.astype(np.int64))]
-    horizontal = spline_matrix(grid[1], size[1])[torch.from_numpy(x.astype(np.int64))]
-    return vertical.T @ horizontal / len(x)
+def read_ahead(groups: Iterable[np.ndarray], load: Callable[[np.ndarray], T]) -> Iterator[T]:
+    """What `load` makes of the groups, in order, by a thread that is READ_AHEAD of them ahead."""
+    with ThreadPoolExecutor(1, "features") as reader:
+        reading: list[Future[T]] = []
+        for group in groups:
+            reading.append(reader.submit(load, group))
+            if len(reading) > READ_AHEAD:
+                yield reading.pop(0).result()
+        while reading:
+            yield reading.pop(0).result()

@@ -100,3 +100,8 @@ def fixed_gaussian() -> CenterBias:
     axis = (np.arange(GRID) + 0.5) / GRID * 2 - 1
     log_density = -(axis[:, None] ** 2 + axis[None, :] ** 2) / (2 * 0.5**2)
     return CenterBias((log_density - logsumexp(log_density)).astype(np.float32), None, None)
+
+
+def flat() -> CenterBias:
+    """No bias at all: the uniform density."""
+    return CenterBias(np.full((GRID, GRID), -2 * np.log(GRID), np.float32), None, None)

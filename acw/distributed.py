@@ -1,4 +1,5 @@
-"""Training's entry on a Ray cluster: banks of heads spread over Ray Train's workers, and progress a person can read."""
+"""Training's entry on a Ray cluster: banks of heads spread over Ray Train's workers, systems of a joint training over
+Ray's tasks; and progress a person can read."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from acw.banks import Bank, checkpoint_path, plan_banks, unfinished
 from acw.batches import TrainingSet
 from acw.cluster import allocate
 from acw.features import FeatureStore
+from acw.heads import Parameters
+from acw.joint import JointSet, SystemState, system_path, train_system, unfinished_systems
 from acw.recipes import Recipe
 from acw.resources import Cost, peak_rss
 from acw.storage import UserError, write_atomic
@@ -94,6 +97,44 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
         raise UserError(complaint.read_text())
     after, peak = _work(banks, folder)
     return Cost(time.monotonic() - start, after - before, max(peak, peak_rss()), UNIT)
+
+
+def train_jointly(recipe: Recipe, data: JointSet, heads: Sequence[dict[str, Parameters]], folder: Path) -> Cost:
+    """Fine-tunes the folds' systems that have epochs left; leaves their checkpoints in the run's folder.
+
+    heads: per fold and backbone, where the systems start from. Returns the cost, in which an image counts once for
+    every head that trained or was validated on it. Raises UserError for what a user can mend.
+    """
+    import ray
+
+    waiting = unfinished_systems(recipe, folder)
+    if not waiting:
+        print(f"joint training: all {recipe.folds} systems are trained", flush=True)
+        return Cost(0.0, 0, peak_rss(), UNIT)
+    allocation = allocate(recipe.folds, recipe.workers, recipe.accelerator)
+
+    # A task that dies with its node starts again, from its checkpoint.
+    @ray.remote(num_cpus=allocation.cpus, num_gpus=allocation.gpus, max_retries=MAX_FAILURES)
+    def one(data: JointSet, heads: dict[str, Parameters], fold: int) -> tuple[int, int, int]:
+        torch.set_num_threads(allocation.cpus)
+        device = "cuda" if torch.cuda.is_available() and allocation.gpus else "cpu"
+        epochs = sum(1 for _ in train_system(recipe, fold, data, heads, folder, torch.device(device)))
+        return fold, epochs, peak_rss()
+
+    start, shared, trained, peak = time.monotonic(), ray.put(data), 0, peak_rss()
+    out = [one.remote(shared, heads[fold], fold) for fold in waiting]
+    while out:
+        ready, out = ray.wait(out, timeout=PROGRESS_SECONDS)
+        for fold, epochs, memory in ray.get(ready):
+            trained, peak = trained + epochs, max(peak, memory)
+            state = SystemState.load(system_path(folder, fold))
+            print(
+                f"joint training: fold {fold} done after {len(state.history)} epochs, {len(waiting) - len(out)}/"
+                f"{len(waiting)} systems, validation IG {state.best_ig:.4f} bit",
+                flush=True,
+            )
+    images = int((data.training.fold >= 0).sum()) * len(recipe.backbones) * recipe.seeds
+    return Cost(time.monotonic() - start, trained * images, peak, UNIT)
 
 
 def _work(banks: Sequence[Bank], folder: Path) -> tuple[int, int]:

@@ -6,7 +6,6 @@ import csv
 import functools
 import io
 import itertools
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acw.batches import density_grid
 from acw.bootstrap import interval
 from acw.data import Dataset
 from acw.features import FeatureStore
+from acw.finalizer import upsample
 from acw.fusion import Likelihoods, oracle
 from acw.gold_standard import GoldStandard
-from acw.heads import spline_matrix, upsample
 from acw.metrics import METRICS, Components, ShuffledFixations, Target, score, score_mixtures
 from acw.model import Model
 from acw.resources import Cost, peak_rss
@@ -38,7 +36,7 @@ class Densities(Protocol):
     """Where a backbone's densities of an image come from."""
 
     def of(self, index: int) -> tuple[Tensor, np.ndarray]:
-        """(B, H, W) log-densities of the backbones on the density grid, on the CPU, and (D,) pooled features."""
+        """(C, H, W) log-densities of the components on the density grid, on the CPU, and (D,) pooled features."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,9 @@ class StoredDensities:
     sizes: list[tuple[int, int]]
 
     def of(self, index: int) -> tuple[Tensor, np.ndarray]:
-        grid = density_grid(self.sizes[index], self.model.density_cell)
-        densities, pooled = [], []
-        for name, store in zip(self.model.names, self.stores, strict=True):
-            densities.append(self.model.ensemble(name, store.load([index], self.model.device), grid)[0])
-            pooled.append(store.pooled([index])[0].double().numpy())
-        return torch.stack(densities).cpu(), np.concatenate(pooled)
+        features = [store.load([index], self.model.device) for store in self.stores]
+        pooled = [store.pooled([index])[0].double().numpy() for store in self.stores]
+        return self.model.stored_log_densities(features, self.sizes[index]).cpu(), np.concatenate(pooled)
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class ImageDensities:
     dataset: Dataset
 
     def of(self, index: int) -> tuple[Tensor, np.ndarray]:
-        log_densities, pooled = self.model.backbone_log_densities(self.dataset.stimuli[index].pixels())
+        log_densities, pooled = self.model.component_log_densities(self.dataset.stimuli[index].pixels())
         return log_densities.cpu(), pooled
 
 
@@ -95,7 +90,7 @@ class Scoring:
         negatives = shuffled.without(x, y) if index in self.among else shuffled
         target = Target.of(x, y, negatives, bias)
         log_densities, pooled = self.densities.of(index)
-        components = Components.of(upsample(log_densities, stimulus.size), target.blur_sigma)
+        components = Components.of(self.model.finalizer.upsample(log_densities, stimulus.size), target.blur_sigma)
 
         weights, wrong = self._weights(index, pooled)
         weights["oracle_weights"] = self._oracle(components, target)
@@ -118,9 +113,9 @@ class Scoring:
     def _weights(self, index: int, pooled: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
         """Name -> (B,) weights of the mixtures to score on an image, and those of the wrong categories."""
         model, category = self.model, self.dataset.stimuli[index].category
-        backbones = len(model.names)
-        weights = {f"backbone:{name}": row for name, row in zip(model.names, np.eye(backbones), strict=True)}
-        weights |= {"uniform": np.full(backbones, 1 / backbones), "global_weights": model.global_weights}
+        components = len(model.components)
+        weights = {f"backbone:{name}": row for name, row in model.backbone_rows.items()}
+        weights |= {"uniform": np.full(components, 1 / components), "global_weights": model.global_weights}
         probabilities = model.classifier.probabilities(pooled[None])[0]
         weights["inferred_category"] = model.mixing_weights(None, probabilities)
         weights |= {name: rows[index] for name, rows in self.by_image.items()}
@@ -279,15 +274,3 @@ def table(evaluation: dict[str, Any]) -> str:
             values = "".join(f"{overall[metric]['mean']:9.4f}" for metric in METRICS)
             lines.append(f"{name:24}{values}   [{low:.4f}, {high:.4f}]")
     return "\n".join(lines)
-
-
-def sample(log_density: Tensor, x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(n,) float64 log-density per px at fixations (px), from a normalised one (H, W) on a grid over the image.
-
-    Of the pixels that they fall on, as in `upsample`'s map, but without making one.
-    """
-    grid = log_density.shape
-    rows = spline_matrix(grid[0], size[0])[torch.from_numpy(y.astype(np.int64))]
-    columns = spline_matrix(grid[1], size[1])[torch.from_numpy(x.astype(np.int64))]
-    values = ((rows @ log_density) * columns).sum(1)
-    return values.double().numpy() - math.log(size[0] * size[1] / (grid[0] * grid[1]))

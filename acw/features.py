@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acw.backbones import Backbone, FrozenBackbone
-from acw.heads import Features, nearest_index
+from acw.finalizer import nearest_index
+from acw.heads import Features
 from acw.storage import UserError, fingerprint, sha256_file, write_atomic
 
 FORMAT = 1  # to be raised when a shard changes by more than rounding for the same stimuli and backbone

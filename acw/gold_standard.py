@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acw.batches import density_grid, target_map
 from acw.center_bias import CenterBias
 from acw.data import Dataset
+from acw.finalizer import Finalizer
 from acw.fusion import Likelihoods, em
 from acw.metrics import gaussian_blur
 
 # Bandwidths to choose from, in image px, and the grid's cell: the kernel is wider than the cell everywhere.
 BANDWIDTHS = (12.0, 16.0, 20.0, 25.0, 32.0, 40.0, 50.0, 64.0)
-CELL = 8.0
+FINALIZER = Finalizer(cell=8.0)
 # Three numbers are fitted: more images than this would only cost time.
 FITTING_IMAGES = 200
 
@@ -101,13 +101,15 @@ class _Seen:
     def of(cls, dataset: Dataset, index: int, center_bias: CenterBias) -> _Seen:
         x, y, subject = dataset.fixations_of(index)
         size = dataset.stimuli[index].size
-        grid = density_grid(size, CELL)
+        grid = FINALIZER.grid(size)
         people, number = np.unique(subject, return_counts=True)
-        maps = [target_map(x[subject == one], y[subject == one], size, grid).double().numpy() for one in people]
+        maps = [
+            FINALIZER.target_map(x[subject == one], y[subject == one], size, grid).double().numpy() for one in people
+        ]
         return cls(people, np.stack(maps) * number[:, None, None], np.exp(center_bias.of_size(grid).astype(np.float64)))
 
     def others(self, bandwidth: float) -> np.ndarray:
         """(P, H, W) for each subject: the KDE of all others' fixations, with sum 1."""
-        smooth = gaussian_blur(torch.from_numpy(self.counts), bandwidth / CELL, "constant").numpy()
+        smooth = gaussian_blur(torch.from_numpy(self.counts), bandwidth / FINALIZER.cell, "constant").numpy()
         others = np.maximum(smooth.sum(0) - smooth, 0)
         return others / others.sum((1, 2), keepdims=True)

@@ -1,8 +1,8 @@
-"""Readout and finalizer of DeepGaze IIE, as a bank of K heads on one backbone.
+"""Readouts of DeepGaze IIE, as a bank of K heads on one backbone; `acw.finalizer` makes densities of what they say.
 
 The K heads are stacked parameters `[K, ...]` in a plain dict, so that one pass over a batch's features serves all of
 them, and a head's numbers do not depend on who shares its bank. Shape suffixes: K heads, B images, N readout cells,
-C channels, h x w a readout grid, H x W the density's grid.
+C channels, h x w a readout grid.
 
 Architecture: Linardos, Kuemmerer, Press, Bethge, "DeepGaze IIE", ICCV 2021, and its published PyTorch code.
 """
@@ -14,25 +14,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.interpolate import make_interp_spline
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from acw.finalizer import nearest_index
 
 # Output channels of the readout's 1x1 convolutions. All but the last have a bias and a softplus.
 WIDTHS = (8, 16, 1, 128, 16, 1)
 LAYER_NORM_EPS = 1e-12
 # Layers whose input is normalised first: all but the last.
 NORMALISED = range(len(WIDTHS) - 1)
-# Of the smoothing, in cells: flat on any grid, and a diverging width must not ask for all the memory.
-LONGEST_RADIUS = 4096
 # The convolution from one channel to many: its output is most of what a readout computes.
 WIDE = 3
 # Of the knots at which it is tabulated: change of a channel's argument from one to the next.
 KNOT_STEP = 0.0625
 SMALLEST_SLOPE = 1e-2
+
+# Width in image px at which a Gaussian on any grid is the identity.
+NO_SMOOTHING = 1e-2
 
 Parameters = dict[str, Tensor]
 
@@ -53,7 +54,7 @@ class Features:
 
 
 def new_head(channels: int, sigma: float, initial_scale: float, seed: int) -> Parameters:
-    """A freshly initialised head; sigma is in image px. A function of its arguments alone.
+    """A freshly initialised head; sigma is in image px, 0 for none. A function of its arguments alone.
 
     Convolutions start as PyTorch's do (uniform in +-1/sqrt(fan-in)), layer norms as identity, the centre bias's weight
     as 1. `initial_scale` is a factor on the last convolution: the smaller, the nearer to the centre bias it starts.
@@ -71,7 +72,7 @@ def new_head(channels: int, sigma: float, initial_scale: float, seed: int) -> Pa
         fan_in = width
     parameters[f"conv{len(WIDTHS) - 1}.weight"] *= initial_scale
     # The logarithm keeps the width positive and makes a step of Adam a relative one.
-    parameters["log_sigma"] = torch.tensor(math.log(sigma))
+    parameters["log_sigma"] = torch.tensor(math.log(sigma or NO_SMOOTHING))
     parameters["center_bias_weight"] = torch.tensor(1.0)
     return parameters
 
@@ -84,6 +85,11 @@ def new_heads(channels: int, sigma: float, seeds: Sequence[int]) -> Parameters:
 def stack(heads: Sequence[Mapping[str, Tensor]]) -> Parameters:
     """K heads' parameters as one bank's."""
     return {name: torch.stack([head[name] for head in heads]) for name in heads[0]}
+
+
+def concatenate(banks: Sequence[Mapping[str, Tensor]]) -> Parameters:
+    """The heads of several banks as one bank's."""
+    return {name: torch.cat([bank[name] for bank in banks]) for name in banks[0]}
 
 
 def select(parameters: Mapping[str, Tensor], heads: Sequence[int] | Tensor) -> Parameters:
@@ -246,111 +252,3 @@ def _resize_nearest(x_BhwC: Tensor, size: tuple[int, int]) -> Tensor:
     rows = nearest_index(x_BhwC.shape[1], size[0], x_BhwC.device)
     columns = nearest_index(x_BhwC.shape[2], size[1], x_BhwC.device)
     return x_BhwC.index_select(1, rows).index_select(2, columns)
-
-
-def nearest_index(source: int, target: int, device: torch.device | str = "cpu") -> Tensor:
-    """(target,) int64: which of `source` cells PyTorch's `interpolate(mode="nearest")` takes for each target cell."""
-    # Its own float32 arithmetic, which takes the cell before where the quotient is a whole number but for rounding.
-    scale = torch.tensor(source, dtype=torch.float32, device=device) / target
-    return (torch.arange(target, dtype=torch.float32, device=device) * scale).long().clamp_max(source - 1)
-
-
-def finalize(parameters: Mapping[str, Tensor], priority_KBhw: Tensor, center_bias_KHW: Tensor, cell: float) -> Tensor:
-    """(K, B, H, W) float32: unnormalised log-densities on the density grid.
-
-    The priority map is upsampled (bilinear) and smoothed by the head's Gaussian, both linear and separable, so each is
-    `A_y R A_x^T`; the centre bias's log-density is added with the head's weight. `cell` is the grid's cell in image px,
-    the unit of sigma.
-    """
-    height, width = center_bias_KHW.shape[1:]
-    vertical_KHh = smoothing(parameters, height, priority_KBhw.shape[2], cell)
-    horizontal_KWw = smoothing(parameters, width, priority_KBhw.shape[3], cell)
-    smooth_KBHW = vertical_KHh[:, None] @ (priority_KBhw @ horizontal_KWw.mT[:, None])
-    return torch.addcmul(smooth_KBHW, parameters["center_bias_weight"][:, None, None, None], center_bias_KHW[:, None])
-
-
-def log_likelihood(
-    parameters: Mapping[str, Tensor],
-    priority_KBhw: Tensor,
-    center_bias_KHW: Tensor,
-    coarse_bias_KHW: Tensor,
-    target_BHW: Tensor,
-    cell: float,
-) -> Tensor:
-    """(K, B) float32: mean natural-log density per cell of the density grid, over each image's fixations.
-
-    target_BHW are the fixations on the density grid, as weights that sum to 1. With s the unnormalised log-density, it
-    is <T, s> - logsumexp(s), and no map of s on that grid is made: the first part is exact on the readout's own grid,
-    where T comes by the transposed finalizer, and the normaliser is a sum over the cells of another grid, that of
-    coarse_bias_KHW (the same centre bias, sampled there), which for so smooth a function differs little
-    (`training.coarsest` measures how much).
-    """
-    (height, width), (readout_height, readout_width) = center_bias_KHW.shape[1:], priority_KBhw.shape[2:]
-    heads, images = priority_KBhw.shape[:2]
-    vertical_KHh = smoothing(parameters, height, readout_height, cell)
-    horizontal_KWw = smoothing(parameters, width, readout_width, cell)
-    bias_weight_K = parameters["center_bias_weight"]
-    # One matrix product an image for all heads, and one a head for all images.
-    half_BKhW = (vertical_KHh.mT.reshape(-1, height) @ target_BHW).view(images, heads, readout_height, width)
-    target_KBhw = half_BKhW.transpose(0, 1).reshape(heads, -1, width) @ horizontal_KWw
-    at_fixations = (target_KBhw.view_as(priority_KBhw) * priority_KBhw).sum((2, 3))
-    at_fixations = at_fixations + bias_weight_K[:, None] * (center_bias_KHW.flatten(1) @ target_BHW.flatten(1).T)
-    coarse = coarse_bias_KHW.shape[1:]
-    if coarse != (height, width):
-        vertical_KHh = spline_matrix(height, coarse[0], vertical_KHh.device) @ vertical_KHh
-        horizontal_KWw = spline_matrix(width, coarse[1], vertical_KHh.device) @ horizontal_KWw
-    scores_KBHW = vertical_KHh[:, None] @ (priority_KBhw @ horizontal_KWw.mT[:, None])
-    scores_KBHW = torch.addcmul(scores_KBHW, bias_weight_K[:, None, None, None], coarse_bias_KHW[:, None])
-    return at_fixations - torch.logsumexp(scores_KBHW, (2, 3)) - math.log(height * width / coarse.numel())
-
-
-def smoothing(parameters: Mapping[str, Tensor], target: int, source: int, cell: float) -> Tensor:
-    """(K, target, source): along one axis, bilinear upsampling from the readout's cells to the density grid's and the
-    heads' Gaussians, cut at ceil(3 sigma), edges replicated (the original)."""
-    sigma_K = parameters["log_sigma"].exp() / cell
-    radius_K = torch.ceil(3 * sigma_K.detach().nan_to_num()).clamp_max(LONGEST_RADIUS)
-    radius = int(radius_K.max())
-    offset = torch.arange(-radius, radius + 1, device=sigma_K.device)
-    kernel_KR = torch.exp(-0.5 * (offset / sigma_K[:, None]) ** 2)
-    # A head's kernel ends at its own radius, whatever the widest of its bank is.
-    kernel_KR = kernel_KR * (offset.abs() <= radius_K[:, None])
-    kernel_KR = kernel_KR / kernel_KR.sum(1, keepdim=True)
-    padded = torch.arange(-radius, target + radius, device=sigma_K.device).clamp(0, target - 1)
-    windows = bilinear_matrix(source, target, sigma_K.device)[padded].unfold(0, 2 * radius + 1, 1)
-    return torch.einsum("kr,tsr->kts", kernel_KR, windows)
-
-
-def bilinear_matrix(source: int, target: int, device: torch.device | str = "cpu") -> Tensor:
-    """(target, source) float32: `interpolate(mode="bilinear", align_corners=False)` along one axis."""
-    identity = torch.eye(source, device=device)[:, None]
-    return F.interpolate(identity, target, mode="linear", align_corners=False)[:, 0].T.contiguous()
-
-
-def normalise(log_density: Tensor) -> Tensor:
-    """Log-densities (..., H, W) whose logsumexp over the last two axes is 0."""
-    return log_density - torch.logsumexp(log_density, (-2, -1), keepdim=True)
-
-
-def log_mean_exp(log_densities: Tensor, dim: int = 0) -> Tensor:
-    """The uniform mixture of log-densities along one axis, in the log domain."""
-    return torch.logsumexp(log_densities, dim) - math.log(log_densities.shape[dim])
-
-
-def upsample(log_density: Tensor, size: tuple[int, int]) -> Tensor:
-    """Log-densities (..., H, W) of an image of `size` px, from those on a coarser grid: cubic spline, normalised."""
-    vertical = spline_matrix(log_density.shape[-2], size[0], log_density.device)
-    horizontal = spline_matrix(log_density.shape[-1], size[1], log_density.device)
-    return normalise(vertical @ (log_density @ horizontal.T))
-
-
-@lru_cache(maxsize=32)
-def spline_matrix(source: int, target: int, device: torch.device | str = "cpu") -> Tensor:
-    """(target, source) float32: values at `target` cells' centres of the cubic spline through `source` ones.
-
-    Twice differentiable, so that sums over coarse cells are integrals: interpolated linearly, a log-density on cells of
-    8 px had a normaliser that was 0.01 nat off. Not-a-knot ends, which also reach the half cell beyond the last centre.
-    """
-    if source == 1:
-        return torch.ones(target, 1, device=device)
-    spline = make_interp_spline(np.arange(source) + 0.5, np.eye(source), k=min(3, source - 1))
-    return torch.from_numpy(spline((np.arange(target) + 0.5) * (source / target))).to(device, torch.float32)

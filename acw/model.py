@@ -13,7 +13,7 @@ import functools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,27 +25,22 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from acw import heads as bank_of_heads
 from acw.backbones import Backbone, FrozenBackbone, load_backbone
-from acw.batches import density_grid
 from acw.categories import CategoryClassifier
 from acw.center_bias import CenterBias
+from acw.ensemble import ensemble, mixture
 from acw.features import compute
+from acw.finalizer import Finalizer
 from acw.heads import Features, Parameters
 from acw.storage import UserError, write_atomic, write_json
 
-FORMAT = 1
-LOG2_E = math.log2(math.e)
-# What is worked on at a time; bounds memory, does not change a number beyond rounding. Cells of heads' scores: as many
-# as a CPU's cache holds, and enough to keep a GPU busy. Pixels of the images that pass the backbones together.
-CELLS_AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
+FORMAT = 2
+# Pixels of the images that pass the backbones together; bounds memory, does not change a number beyond rounding.
 PIXELS_AT_ONCE = {"cpu": 2**21, "cuda": 2**23}
 # A backbone's input of one pixel counts as so many of the image: as in DeepGaze IIE, which halves width and height.
 PIXELS_PER_INPUT_PIXEL = 4
 # Times PIXELS_AT_ONCE for which a backbone is loaded, where one is in memory at a time.
 PASSES_PER_LOAD = 4
-# A mixture's density below which float32's underflow, at 1e-38 a term, may cost more than rounding.
-UNDERFLOW = 1e-28
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,10 @@ class Prediction:
 class Model:
     """All that prediction needs, and where it comes from.
 
-    heads: per backbone the stacked parameters of its K heads. weights: (G, B) float64, rows of `categories`, columns of
-    `backbones`. center_bias: the stored KDE, baseline of IG; finalizer_bias: what the heads add, it or the paper's.
+    heads: per component the stacked parameters of its K heads. A component is a backbone with all of its heads or,
+    in a model of several `systems` that were trained jointly, each with weights of its own, with those of one system.
+    weights: (G, C) float64, rows of `categories`, columns of `components`. center_bias: the stored KDE, baseline of IG;
+    finalizer_bias: what the heads add, it or the paper's.
     provenance: recipe, seeds, versions, commit, data set, split.
 
     one_backbone_at_a_time: set it to keep only the backbone in use in memory: of DeepGaze IIE's four, 90 MB instead of
@@ -75,7 +72,7 @@ class Model:
 
     backbones: list[Backbone]
     heads: dict[str, Parameters]
-    density_cell: float
+    finalizer: Finalizer
     categories: list[str]
     weights: np.ndarray
     global_weights: np.ndarray
@@ -83,17 +80,30 @@ class Model:
     finalizer_bias: CenterBias
     classifier: CategoryClassifier
     provenance: dict[str, Any]
+    systems: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     one_backbone_at_a_time: bool = False
     _loaded: dict[str, FrozenBackbone] = field(default_factory=dict, repr=False)
 
-    def predict(self, image: np.ndarray, category: str | None = None) -> Prediction:
+    def predict(
+        self, image: np.ndarray, category: str | None = None, center_bias: np.ndarray | None = None
+    ) -> Prediction:
         """The density of one image, uint8 (H, W, 3) RGB of any size.
 
-        Without a category, the weights are `sum_c p(c | image) w[c]`. Raises UserError for a category that the model
-        does not know, ValueError for an array that is no such image.
+        Without a category, the weights are `sum_c p(c | image) w[c]`. center_bias: float (H, W) natural log-density of
+        the image's size that the heads add instead of their own; a constant in it changes nothing. Raises UserError for
+        a category that the model does not know, ValueError for an array that is no such image or centre bias.
         """
-        return next(self.predict_batch([image], [category]))
+        if center_bias is None:
+            return next(self.predict_batch([image], [category]))
+        if center_bias.shape != image.shape[:2] or not np.isfinite(center_bias).all():
+            raise ValueError(f"a centre bias is finite and {image.shape[:2]} as the image, not {center_bias.shape}")
+        next(self._windows([(image, category)]))
+        # A step towards 0 first: what float32 keeps of a log-density are its differences.
+        given = torch.from_numpy((center_bias - np.max(center_bias)).astype(np.float32))
+        bias = self.finalizer.on_grid(given).to(self.device)
+        ((log_densities, pooled),) = self._densities([image], bias)
+        return self._mixed(log_densities, pooled, (image.shape[0], image.shape[1]), category)
 
     def predict_batch(
         self, images: Iterable[np.ndarray], categories: Iterable[str | None] | None = None
@@ -137,12 +147,17 @@ class Model:
         inputs = [math.prod(backbone.input_size(size)) for backbone in self.backbones]
         return max(math.prod(size), PIXELS_PER_INPUT_PIXEL * max(inputs))
 
-    def _densities(self, images: Sequence[np.ndarray]) -> list[tuple[Tensor, np.ndarray]]:
-        """Of each image (B, H, W) the backbones' densities on its grid, and (D,) pooled features."""
+    def _densities(
+        self, images: Sequence[np.ndarray], bias_HW: Tensor | None = None
+    ) -> list[tuple[Tensor, np.ndarray]]:
+        """Of each image (C, H, W) the components' densities on its grid, and (D,) pooled features.
+
+        bias_HW: a centre bias on the grid instead of the heads' own, for images of one size.
+        """
         by_size = defaultdict(list)
         for index, image in enumerate(images):
             by_size[image.shape[0], image.shape[1]].append(index)
-        biases = {size: self._bias(density_grid(size, self.density_cell)) for size in by_size}
+        biases = {size: self._bias(size) if bias_HW is None else bias_HW for size in by_size}
         passes = []
         for size, members in by_size.items():
             at_once = max(1, PIXELS_AT_ONCE[self.device.type] // self._pixels(size))
@@ -153,38 +168,64 @@ class Model:
             for size, members in passes:
                 pixels = np.stack([images[index] for index in members])
                 features, means = compute(self._network(backbone), backbone, pixels)
-                mixed = ensemble(self.heads[backbone.name], features, biases[size], self.density_cell)
-                for index, density, mean in zip(members, mixed, means.double().cpu().numpy(), strict=True):
+                mixed_BCHW = self._ensembles(backbone.name, features, biases[size], size)
+                for index, density, mean in zip(members, mixed_BCHW, means.double().cpu().numpy(), strict=True):
                     densities[index].append(density)
                     pooled[index].append(mean)
-        return [(torch.stack(d), np.concatenate(p)) for d, p in zip(densities, pooled, strict=True)]
+        return [(torch.cat(d), np.concatenate(p)) for d, p in zip(densities, pooled, strict=True)]
+
+    def _ensembles(self, backbone: str, features: Features, bias_HW: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, systems, H, W): the densities of a backbone's components for images of `size` px."""
+        area = self.finalizer.area(size)
+        area = None if area is None else area.to(self.device)
+        banks = [self.heads[component] for component in self._components(backbone)]
+        return torch.stack([ensemble(bank, features, bias_HW, self.finalizer, area) for bank in banks], 1)
 
     @torch.no_grad()
     def _mixed(
-        self, log_densities_BHW: Tensor, pooled: np.ndarray, size: tuple[int, int], category: str | None
+        self, log_densities_CHW: Tensor, pooled: np.ndarray, size: tuple[int, int], category: str | None
     ) -> Prediction:
-        """The prediction for an image of a size; at that size, one backbone's map is in memory at a time."""
+        """The prediction for an image of a size; at that size, one component's map is in memory at a time."""
         probabilities = self.classifier.probabilities(pooled[None])[0]
         weights = self.mixing_weights(category, probabilities)
-        weight_B = torch.from_numpy(weights).float().to(log_densities_BHW.device)
+        weight_C = torch.from_numpy(weights).float().to(log_densities_CHW.device)
 
         def upsampled() -> Iterator[tuple[Tensor, Tensor]]:
-            for log_density, weight in zip(log_densities_BHW.split(1), weight_B.split(1), strict=True):
-                yield bank_of_heads.upsample(log_density, size)[None], weight
+            for log_density, weight in zip(log_densities_CHW.split(1), weight_C.split(1), strict=True):
+                yield self.finalizer.upsample(log_density, size)[None], weight
 
         mixed = mixture(upsampled)
         return Prediction(
             mixed[0].cpu().numpy(),
             dict(zip(self.categories, probabilities.tolist(), strict=True)),
-            dict(zip(self.names, weights.tolist(), strict=True)),
+            dict(zip(self.names, self.by_backbone(weights).tolist(), strict=True)),
         )
 
     @property
     def names(self) -> list[str]:
+        """Of the backbones."""
         return [backbone.name for backbone in self.backbones]
 
+    @property
+    def components(self) -> list[str]:
+        """What the weights mix: the backbones, or each backbone in each system, a backbone's own next to each other."""
+        return [component for name in self.names for component in self._components(name)]
+
+    def _components(self, backbone: str) -> list[str]:
+        return [backbone] if self.systems == 1 else [f"{backbone}/{system}" for system in range(self.systems)]
+
+    @property
+    def backbone_rows(self) -> dict[str, np.ndarray]:
+        """Backbone -> (C,) weights of the mixture that is the mean of its components."""
+        rows = np.repeat(np.eye(len(self.names)), self.systems, axis=1) / self.systems
+        return dict(zip(self.names, rows, strict=True))
+
+    def by_backbone(self, weights: np.ndarray) -> np.ndarray:
+        """(..., B) weights of the backbones from those of the components (..., C)."""
+        return weights.reshape(*weights.shape[:-1], len(self.names), self.systems).sum(-1)
+
     def mixing_weights(self, category: str | None, probabilities: np.ndarray) -> np.ndarray:
-        """(B,) weights for a category, or for p(category | image) (G,) where it is not known."""
+        """(C,) weights for a category, or for p(category | image) (G,) where it is not known."""
         if category is None:
             return probabilities @ self.weights
         return self.weights[self._row(category)]
@@ -194,16 +235,19 @@ class Model:
             raise UserError(f"unknown category '{category}'; the model knows {', '.join(self.categories)}, or none")
         return self.categories.index(category)
 
-    def backbone_log_densities(self, image: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """(B, H, W) each backbone's density on the grid, and (D,) pooled features, of one uint8 image (H, W, 3)."""
+    def component_log_densities(self, image: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """(C, H, W) each component's density on the grid, and (D,) pooled features, of one uint8 image (H, W, 3)."""
         return self._densities([image])[0]
 
-    def ensemble(self, backbone: str, features: Features, grid: tuple[int, int]) -> Tensor:
-        """(B, H, W): the mean density of all heads on a backbone, on the grid."""
-        return ensemble(self.heads[backbone], features, self._bias(grid), self.density_cell)
+    def stored_log_densities(self, features: Sequence[Features], size: tuple[int, int]) -> Tensor:
+        """(C, H, W) the same for an image of `size` px from the backbones' features of it."""
+        bias = self._bias(size)
+        return torch.cat(
+            [self._ensembles(name, one, bias, size)[0] for name, one in zip(self.names, features, strict=True)]
+        )
 
-    def _bias(self, grid: tuple[int, int]) -> Tensor:
-        return torch.from_numpy(self.finalizer_bias.of_size(grid)).to(self.device)
+    def _bias(self, size: tuple[int, int]) -> Tensor:
+        return torch.from_numpy(self.finalizer_bias.of_size(self.finalizer.grid(size))).to(self.device)
 
     def load_backbones(self) -> None:
         """Loads all networks now, so that a copy of the model on another machine needs no file."""
@@ -227,6 +271,35 @@ class Model:
             backbones.append(dataclasses.asdict(backbone) | {"weights": file, "source": backbone.weights})
         heads = {f"{name}/{key}": value for name, bank in self.heads.items() for key, value in bank.items()}
         write_atomic(folder / "heads.safetensors", lambda temporary: save_file(heads, temporary))
+        arrays = self._arrays()
+        write_atomic(folder / "fusion.safetensors", lambda temporary: save_arrays(arrays, temporary))
+        description = {
+            "format": FORMAT,
+            "backbones": backbones,
+            "finalizer": dataclasses.asdict(self.finalizer),
+            "systems": self.systems,
+            "categories": self.categories,
+            "center_bias": [self.center_bias.bandwidth, self.center_bias.uniform_weight],
+            "finalizer_bias": [self.finalizer_bias.bandwidth, self.finalizer_bias.uniform_weight],
+            "classifier_accuracy": self.classifier.accuracy,
+            "provenance": self.provenance,
+        }
+        write_json(folder / "model.json", description)
+
+    def state_dict(self, networks: Sequence[FrozenBackbone]) -> dict[str, Tensor]:
+        """Every tensor of the model by name, such as `heads/lite0/conv0.weight`: for those who want to read a plain
+        PyTorch file. What they mean together is in `save`'s model.json."""
+        state = {
+            f"backbones/{b.name}/{k}": v
+            for b, n in zip(self.backbones, networks, strict=True)
+            for k, v in n.state().items()
+        }
+        state |= {
+            f"heads/{name}/{key}": value.cpu() for name, bank in self.heads.items() for key, value in bank.items()
+        }
+        return state | {name: torch.from_numpy(array) for name, array in self._arrays().items()}
+
+    def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {
             "weights": self.weights,
             "global_weights": self.global_weights,
@@ -237,19 +310,7 @@ class Model:
             "classifier.weight": self.classifier.weight,
             "classifier.bias": self.classifier.bias,
         }
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        write_atomic(folder / "fusion.safetensors", lambda temporary: save_arrays(arrays, temporary))
-        description = {
-            "format": FORMAT,
-            "backbones": backbones,
-            "density_cell": self.density_cell,
-            "categories": self.categories,
-            "center_bias": [self.center_bias.bandwidth, self.center_bias.uniform_weight],
-            "finalizer_bias": [self.finalizer_bias.bandwidth, self.finalizer_bias.uniform_weight],
-            "classifier_accuracy": self.classifier.accuracy,
-            "provenance": self.provenance,
-        }
-        write_json(folder / "model.json", description)
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> Model:
@@ -269,15 +330,17 @@ class Model:
             fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name != "source"}
             backbones.append(Backbone(**fields | {"weights": str(folder / fields["weights"])}))
         stacked = load_file(folder / "heads.safetensors", device=str(device))
+        heads: dict[str, Parameters] = defaultdict(dict)
+        for key, value in stacked.items():
+            component, _, name = key.rpartition("/")
+            heads[component][name] = value
+        finalizer = description["finalizer"]
         arrays = load_arrays(folder / "fusion.safetensors")
         classifier = {name.partition(".")[2]: array for name, array in arrays.items() if name.startswith("classifier.")}
         return cls(
             backbones,
-            {
-                b.name: {k.partition("/")[2]: v for k, v in stacked.items() if k.startswith(f"{b.name}/")}
-                for b in backbones
-            },
-            description["density_cell"],
+            heads,
+            Finalizer(**finalizer | {"steps": tuple(tuple(step) for step in finalizer["steps"])}),
             description["categories"],
             arrays["weights"],
             arrays["global_weights"],
@@ -285,60 +348,6 @@ class Model:
             CenterBias(arrays["finalizer_bias"], *description["finalizer_bias"]),
             CategoryClassifier(**classifier, accuracy=description["classifier_accuracy"]),
             description["provenance"],
+            description["systems"],
             torch.device(device),
         )
-
-
-@torch.no_grad()
-def ensemble(parameters: Parameters, features: Features, bias_HW: Tensor, cell: float) -> Tensor:
-    """(B, H, W): the uniform mixture of K heads' densities, normalised on the grid of the centre bias given."""
-    priority_KBhw = bank_of_heads.readout(parameters, features)
-    heads, (height, width) = len(priority_KBhw), bias_HW.shape
-    # As `heads.finalize`, but what all images share is computed once, and the maps of few heads and images at a time.
-    vertical_KHh = bank_of_heads.smoothing(parameters, height, priority_KBhw.shape[2], cell)
-    horizontal_KWw = bank_of_heads.smoothing(parameters, width, priority_KBhw.shape[3], cell)
-    bias_weight_K = parameters["center_bias_weight"][:, None, None, None]
-    uniform_K = bias_HW.new_full((heads,), 1 / heads)
-    maps_at_once = CELLS_AT_ONCE[bias_HW.device.type] // bias_HW.numel()
-    heads_at_once = min(max(maps_at_once, 1), heads)
-
-    def scores(some_KBhw: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, heads, heads_at_once):
-            some = slice(start, start + heads_at_once)
-            smooth_KBHW = vertical_KHh[some, None] @ (some_KBhw[some] @ horizontal_KWw[some, None].mT)
-            yield smooth_KBHW.addcmul_(bias_weight_K[some], bias_HW), uniform_K[some]
-
-    images = priority_KBhw.split(max(maps_at_once // heads_at_once, 1), dim=1)
-    return torch.cat([mixture(functools.partial(scores, some)) for some in images])
-
-
-def mixture(parts: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> Tensor:
-    """(B, H, W): log sum_k w_k p_k, of K densities that are each normalised over (H, W) first.
-
-    parts() gives, for some of the K at a time, their log-densities up to a constant each (k, B, H, W), which are
-    overwritten, and their weights (k,). It is called again where float32 cannot add densities so small.
-    """
-    total_B1N = None
-    for log_p_KBHW, weight_K in parts():
-        p_KBN = log_p_KBHW.flatten(2)
-        # PyTorch's exp takes three times as long as its exp2 on some CPUs.
-        p_KBN.sub_(p_KBN.amax(2, keepdim=True)).mul_(LOG2_E).exp2_()
-        share_BK = (weight_K[:, None] / p_KBN.sum(2)).T
-        if total_B1N is None:
-            total_B1N = torch.zeros_like(p_KBN[0])[:, None]
-        total_B1N.baddbmm_(share_BK[:, None], p_KBN.transpose(0, 1))
-    assert total_B1N is not None
-    if total_B1N.amin() < UNDERFLOW:
-        return _mixture_of_logs(parts)
-    return total_B1N.log_().view(log_p_KBHW.shape[1:])
-
-
-def _mixture_of_logs(parts: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> Tensor:
-    """`mixture` without leaving the logarithms: slower, and right for densities of any size."""
-    total_BHW = None
-    for log_p_KBHW, weight_K in parts():
-        weighted = bank_of_heads.normalise(log_p_KBHW) + weight_K.log()[:, None, None, None]
-        part_BHW = weighted.logsumexp(0)
-        total_BHW = part_BHW if total_BHW is None else torch.logaddexp(total_BHW, part_BHW)
-    assert total_BHW is not None
-    return total_BHW

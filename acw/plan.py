@@ -234,7 +234,7 @@ def _train(
     short = dataclasses.replace(recipe, max_epochs=2)
     bank = next(bank for bank in plan_banks(recipe) if bank.backbone == backbone)
     *_, state = train_epochs(short, bank, training, store, folder, torch.device("cpu"))
-    batches = Batches(training, store, recipe.density_cell, torch.device("cpu"))
+    batches = Batches(training, store, recipe.finalizer, torch.device("cpu"))
     start = time.monotonic()
     coarsest(state.parameters, bank.members, batches, fresh=False)
     overhead = time.monotonic() - start
@@ -255,7 +255,7 @@ def _score(recipe: Recipe, sample: Dataset, stores: list[FeatureStore]) -> float
             name: new_heads(sum(store.channels), recipe.sigma, heads)
             for name, store in zip(recipe.backbones, stores, strict=True)
         },
-        density_cell=recipe.density_cell,
+        finalizer=recipe.finalizer,
         categories=list(sample.categories),
         weights=generator.dirichlet(np.ones(backbones), groups),
         global_weights=np.full(backbones, 1 / backbones),

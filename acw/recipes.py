@@ -8,14 +8,20 @@ takes its name. Its docstring states its command, its cost and the score to expe
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from acw.backbones import BACKBONES, Backbone
+from acw.backbones import BACKBONE_SETS, BACKBONES, Backbone
 from acw.storage import UserError, fingerprint
+
+if TYPE_CHECKING:
+    from acw.finalizer import Finalizer
+
+UPSAMPLINGS = ("bilinear", "nearest", "bicubic")
 
 
 def field(default: Any, unit: str, meaning: str, identity: bool = True) -> Any:
@@ -28,7 +34,12 @@ class Recipe:
     """Everything that decides a result besides the data set. Lengths in px are image pixels."""
 
     name: str
-    backbones: tuple[str, ...] = field((), "names", f"frozen backbones to mix: {', '.join(BACKBONES)}")
+    backbones: tuple[str, ...] = field(
+        (), "names", f"frozen backbones to mix: {', '.join(BACKBONES)}; or a set of them: {', '.join(BACKBONE_SETS)}"
+    )
+    long_side: int = field(
+        0, "px", "of the backbones' input; those with a finer one keep their ratio. 0: each backbone's own input"
+    )
     weights: tuple[str, ...] = field(
         (),
         "BACKBONE=SOURCE",
@@ -41,16 +52,35 @@ class Recipe:
     seeds: int = field(3, "heads", "initialisations per backbone and fold")
     center_bias: str = field("kde", "kde|gaussian", "centre bias in the finalizer: KDE, or the paper's fixed Gaussian")
     density_cell: float = field(8.0, "px", "cell of the grid on which a density is computed and normalised")
-    sigma: float = field(16.0, "px", "initial width of the finalizer's Gaussian smoothing")
+    upsampling: str = field(
+        "bilinear", "bilinear|nearest|bicubic", "of priority maps and densities, see acw/finalizer.py"
+    )
+    upsampling_steps: tuple[str, ...] = field(
+        (), "ROWSxCOLUMNS", "grids between readout and density for bicubic, of an image of 1080x1920 px"
+    )
+    sigma: float = field(16.0, "px", "initial width of the finalizer's Gaussian smoothing; 0: none")
     learn_sigma: bool = field(True, "true|false", "learn the smoothing width, or keep it fixed at its initial value")
     batch_size: int = field(8, "images", "per optimiser step")
     learning_rate: float = field(2e-3, "", "Adam's initial learning rate")
     weight_decay: float = field(0.0, "", "decoupled weight decay of the readout's convolutions, times the rate a step")
     initial_scale: float = field(1.0, "", "factor on the initial weights of the readout's last convolution")
-    lr_factor: float = field(0.1, "", "by which the rate falls when validation IG stands still")
-    lr_patience: int = field(1, "epochs", "without a better validation IG that are tolerated before the rate falls")
-    min_learning_rate: float = field(1e-5, "", "a head stops when its rate would fall to this or below")
-    max_epochs: int = field(20, "epochs", "after which a head stops in any case")
+    schedule: str = field(
+        "cosine",
+        "cosine|plateau",
+        "of the rate: a half cosine over max_epochs, or falling when validation stands still",
+    )
+    lr_factor: float = field(0.1, "", "plateau: by which the rate falls when validation IG stands still")
+    lr_patience: int = field(1, "epochs", "plateau: tolerated without a better validation IG before the rate falls")
+    min_learning_rate: float = field(1e-5, "", "plateau: a head stops when its rate would fall to this or below")
+    max_epochs: int = field(8, "epochs", "after which a head stops in any case")
+    joint: bool = field(
+        False, "true|false", "fine-tune each fold's heads and weights together, on their mixture's likelihood"
+    )
+    category_weights: bool = field(True, "true|false", "learn a weight per category and backbone, or mix evenly")
+    joint_learning_rate: float = field(1e-4, "", "Adam's, of all but the category weights; those have ten times it")
+    joint_patience: int = field(5, "epochs", "as lr_patience, in the joint training")
+    joint_min_learning_rate: float = field(1e-6, "", "a system stops when its rate would fall to this or below")
+    joint_max_epochs: int = field(50, "epochs", "after which the joint training stops in any case")
     heads_per_worker: int = field(15, "heads", "per bank: trained together in one pass over one backbone's features")
     workers: int = field(0, "processes", "that work side by side; 0: one a GPU, or one a CPU core", identity=False)
     accelerator: str = field(
@@ -67,10 +97,17 @@ class Recipe:
     def backbone_values(self) -> list[Backbone]:
         """The recipe's backbones, with its own weights sources where it names any."""
         sources = dict(entry.split("=", 1) for entry in self.weights)
-        return [
-            dataclasses.replace(BACKBONES[name], weights=sources.get(name, BACKBONES[name].weights))
-            for name in self.backbones
-        ]
+        backbones = [BACKBONES[name] for name in self.backbones]
+        if self.long_side:
+            backbones = [backbone.of_long_side(self.long_side) for backbone in backbones]
+        return [dataclasses.replace(one, weights=sources.get(one.name, one.weights)) for one in backbones]
+
+    @property
+    def finalizer(self) -> Finalizer:
+        from acw.finalizer import Finalizer  # brings torch, which no command line's help should wait for
+
+        steps = [step.split("x") for step in self.upsampling_steps]
+        return Finalizer(self.upsampling, self.density_cell, tuple((int(h), int(w)) for h, w in steps))
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}
@@ -82,15 +119,26 @@ def recipe(function: Callable[[], Recipe]) -> Callable[[], Recipe]:
 
 
 @recipe
+def acw() -> Recipe:
+    """Ours: heads trained one by one, mixed by category weights fitted on out-of-fold predictions.
+
+    python jobs/pipeline.py acw --dataset FOLDER --backbones lite
+
+    What `gaze` and `cat2000` are; of the recipes that jobs/reproduce.py compares, the one to beat.
+    """
+    return Recipe("acw", backbones=BACKBONE_SETS["paper"])
+
+
+@recipe
 def gaze() -> Recipe:
     """Any data set, with the small backbones whose weights the package registry carries: a laptop is enough.
 
     python jobs/pipeline.py gaze --dataset FOLDER
 
-    Cost: 959 photographs of 800x600 px in 20 minutes and 5 GiB on 2 cores. There it reached 1.52 bit per fixation over
-    the centre bias on the 192 held-out images, where other people's fixations reach 1.59.
+    Cost: 959 photographs of 800x600 px in GAZE_MINUTES minutes and 5 GiB on 2 cores. There it reached 1.52 bit per
+    fixation over the centre bias on the 192 held-out images, where other people's fixations reach 1.59.
     """
-    return Recipe("gaze", backbones=("lite0", "lite1", "lite2", "lite2_fine"))
+    return dataclasses.replace(acw(), name="gaze", backbones=BACKBONE_SETS["lite"])
 
 
 @recipe
@@ -112,11 +160,67 @@ def cat2000() -> Recipe:
 
     Cost: about 46 GB of features (23 MB an image). Hours and scores are not measured yet: it has never run on GPUs.
     """
+    return dataclasses.replace(acw(), name="cat2000", accelerator="gpu")
+
+
+@recipe
+def deepgaze_iie() -> Recipe:
+    """DeepGaze IIE's rule: its readout and finalizer, input and density at half size, all backbones mixed evenly.
+
+    python jobs/pipeline.py deepgaze_iie --dataset FOLDER [--backbones lite]
+
+    `acw import-deepgaze` makes the same network of the authors' own heads.
+    """
     return dataclasses.replace(
-        gaze(),
-        name="cat2000",
-        backbones=("shapenet_c", "efficientnet_b5", "densenet201", "resnext50_32x4d"),
-        accelerator="gpu",
+        acw(), name="deepgaze_iie", upsampling="nearest", density_cell=2.0, category_weights=False
+    )
+
+
+@recipe
+def acw_v1() -> Recipe:
+    """The paper's first iteration: a coarse input, one head a backbone and fold, a fixed centre bias, joint training.
+
+    python jobs/pipeline.py acw_v1 --dataset FOLDER [--backbones lite]
+
+    A readout of 8x15 cells for CAT2000's images, no smoothing, no category weights.
+    """
+    return dataclasses.replace(
+        acw(),
+        name="acw_v1",
+        long_side=226,
+        seeds=1,
+        center_bias="gaussian",
+        upsampling="nearest",
+        sigma=0.0,
+        learn_sigma=False,
+        joint=True,
+        category_weights=False,
+    )
+
+
+@recipe
+def acw_v2() -> Recipe:
+    """The paper's second iteration: `acw_v1` with a weight per category and backbone, learned at ten times the rate.
+
+    python jobs/pipeline.py acw_v2 --dataset FOLDER [--backbones lite]
+    """
+    return dataclasses.replace(acw_v1(), name="acw_v2", category_weights=True)
+
+
+@recipe
+def acw_v3() -> Recipe:
+    """The paper's third iteration: `acw_v2` with progressive bicubic upsampling, smoothing, three heads instead of one.
+
+    python jobs/pipeline.py acw_v3 --dataset FOLDER [--backbones lite]
+    """
+    return dataclasses.replace(
+        acw_v2(),
+        name="acw_v3",
+        seeds=3,
+        upsampling="bicubic",
+        upsampling_steps=("16x30", "64x120", "512x960"),
+        sigma=16.0,
+        learn_sigma=True,
     )
 
 
@@ -142,7 +246,10 @@ def _convert(recipe_name: str, name: str, value: Any, kind: Any) -> Any:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
             raise UserError(f"{problem} names separated by commas, not {value!r}")
-        return tuple(item.strip() for item in items if item.strip())
+        stripped = [item.strip() for item in items if item.strip()]
+        if name == "backbones":
+            stripped = [backbone for item in stripped for backbone in BACKBONE_SETS.get(item, (item,))]
+        return tuple(stripped)
     if kind is bool:
         truth = {"true": True, "false": False}.get(str(value).lower())
         if truth is None:
@@ -174,6 +281,21 @@ def _check(recipe: Recipe) -> None:
         "BACKBONE=SOURCE with the recipe's backbones, each once",
     )
     require(recipe.center_bias in ("kde", "gaussian"), "center_bias", "kde or gaussian")
+    require(recipe.schedule in ("cosine", "plateau"), "schedule", "cosine or plateau")
+    require(recipe.upsampling in UPSAMPLINGS, "upsampling", " or ".join(UPSAMPLINGS))
+    require(
+        all(re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", step) for step in recipe.upsampling_steps)
+        and (not recipe.upsampling_steps or recipe.upsampling == "bicubic"),
+        "upsampling_steps",
+        "grids such as 16x30,64x120, with --upsampling bicubic",
+    )
+    require(recipe.long_side == 0 or recipe.long_side >= 32, "long_side", "32 or more, or 0")
+    require(
+        0 < recipe.joint_min_learning_rate < recipe.joint_learning_rate < float("inf"),
+        "joint_min_learning_rate",
+        "positive, and below joint_learning_rate",
+    )
+    require(recipe.joint_patience >= 0, "joint_patience", "0 or more")
     require(recipe.accelerator in ("auto", "gpu", "cpu"), "accelerator", "auto, gpu or cpu")
     require(0 < recipe.holdout < 1, "holdout", "between 0 and 1")
     require(0 < recipe.lr_factor < 1, "lr_factor", "between 0 and 1")
@@ -183,11 +305,16 @@ def _check(recipe: Recipe) -> None:
     require(recipe.workers >= 0, "workers", "0 or more")
     require(0 < recipe.learning_rate < float("inf"), "learning_rate", "positive")
     require(0 < recipe.min_learning_rate < recipe.learning_rate, "min_learning_rate", "between 0 and learning_rate")
-    for name in ("seeds", "batch_size", "max_epochs", "heads_per_worker"):
+    for name in ("seeds", "batch_size", "max_epochs", "joint_max_epochs", "heads_per_worker"):
         require(getattr(recipe, name) >= 1, name, "1 or more")
     require(0 <= recipe.weight_decay < float("inf"), "weight_decay", "0 or more")
-    for name in ("density_cell", "sigma", "initial_scale"):
-        require(0 < getattr(recipe, name) < float("inf"), name, "positive")
+    require(1 <= recipe.density_cell < float("inf"), "density_cell", "1 or more")
+    require(0 < recipe.initial_scale < float("inf"), "initial_scale", "positive")
+    require(
+        0 < recipe.sigma < float("inf") or (recipe.sigma == 0 and not recipe.learn_sigma),
+        "sigma",
+        "positive, or 0 with --learn_sigma false",
+    )
 
 
 def named_recipe(name: str) -> Recipe:

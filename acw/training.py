@@ -1,7 +1,7 @@
 """The loop that trains a bank of heads on one backbone's cached features.
 
 The loss is the negative log-likelihood in nats per fixation, each image counting equally. It needs the log-density at
-the fixations and one normaliser an image, so no full-resolution map is made (`heads.log_likelihood`).
+the fixations and one normaliser an image, so no full-resolution map is made (`finalizer.log_likelihood`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acw import finalizer
 from acw import heads as bank_of_heads
 from acw.banks import Bank, BankState, Head, checkpoint_path
 from acw.batches import Batch, Batches, TrainingSet
 from acw.features import FeatureStore
+from acw.finalizer import Finalizer
 from acw.heads import Parameters
 from acw.recipes import Recipe
 from acw.resources import peak_rss
@@ -32,10 +34,13 @@ ADAM_EPS = 1e-8
 PLATEAU_THRESHOLD = 1e-4
 # Validation keeps no graph, so it can take more images at once than a training step.
 EVALUATION_BATCH = 16
-# The loss's normaliser is a sum over cells this many times as long as the density grid's, the first whose error is
-# within the tolerance (nats per fixation, of the mean over images, for the worst head), measured on some images.
-STRIDES = (4.0, 3.0, 2.0, 1.0, 0.5)
-REFERENCE_STRIDE = 0.25
+# The loss's normaliser is a sum over cells of one of these lengths (image px), the first whose error is within the
+# tolerance (nats per fixation, of the mean over images, for the worst head), measured on some images against a sum over
+# much finer cells. Fresh heads are smoother than they will be at the end of their first epoch, so what is measured on
+# them promises nothing.
+COARSE_CELLS = (32.0, 24.0, 16.0, 8.0, 4.0)
+REFERENCE_CELL = 2.0
+FRESH_CELL = 8.0
 LOSS_TOLERANCE = 1e-4
 CHECKED_IMAGES = 16
 # Of the reference's fine cells there are many.
@@ -51,7 +56,7 @@ def train_epochs(
     """
     path = checkpoint_path(folder, bank)
     state = BankState.load(path) if path.exists() else BankState.new(recipe, bank, sum(store.channels))
-    batches = Batches(training_set, store, recipe.density_cell, device)
+    batches = Batches(training_set, store, recipe.finalizer, device)
     while len(active := state.active(recipe)):
         start = time.monotonic()
         # The heads that still train, as a smaller bank: a stopped head costs nothing.
@@ -85,7 +90,8 @@ def _train_epoch(
     steps = [(on, images) for on, images in steps if len(on)]
     parts = [batches.groups(images) for _, images in steps]
     reader = batches.ahead(group for groups in parts for group in groups)
-    for (on, images), groups in zip(steps, parts, strict=True):
+    for number, ((on, images), groups) in enumerate(zip(steps, parts, strict=True)):
+        adam.scale = rate_scale(recipe, epoch + number / len(steps))
         flat_KP = adam.flat[on.to(device)].requires_grad_(True)
         parameters = bank_of_heads.unflatten(flat_KP, adam.like)
         loss_K = torch.zeros(len(on), device=device)
@@ -100,6 +106,13 @@ def _train_epoch(
     return total.cpu() / count, int(count.sum())
 
 
+def rate_scale(recipe: Recipe, epoch: float) -> float:
+    """What a head's rate is multiplied by, so many epochs after its start: what the cosine schedule has left of it."""
+    if recipe.schedule == "plateau":
+        return 1.0
+    return (1 + math.cos(math.pi * epoch / recipe.max_epochs)) / 2
+
+
 def log_likelihood(
     parameters: Parameters, folds: Tensor, batch: Batch, batches: Batches, strides: Tensor | float = 1.0
 ) -> Tensor:
@@ -111,46 +124,50 @@ def log_likelihood(
     device = batches.device
     strides = torch.as_tensor(strides, dtype=torch.float32).expand(len(folds))
     priority = bank_of_heads.readout(parameters, batch.features)
-    finalizer = {name: parameters[name] for name in ("log_sigma", "center_bias_weight")}
+    own = {name: parameters[name] for name in ("log_sigma", "center_bias_weight")}
     parts, order = [], []
     for stride in sorted(set(strides.tolist())):
         mine = torch.nonzero(strides == stride)[:, 0]
         some = (
-            (finalizer, priority)
+            (own, priority)
             if len(mine) == len(folds)
-            else (bank_of_heads.select(finalizer, mine), priority.index_select(0, mine.to(device)))
+            else (bank_of_heads.select(own, mine), priority.index_select(0, mine.to(device)))
         )
         fold = folds[mine].to(device)
         fine = batches.bias("finalizer_bias", batch.grid)[fold]
         coarse = batches.bias("finalizer_bias", batch.grid, stride)[fold]
-        parts.append(bank_of_heads.log_likelihood(*some, fine, coarse, batch.target_BHW, batches.cell))
+        parts.append(finalizer.log_likelihood(*some, fine, coarse, batch.target_BHW, batches.finalizer))
         order.append(mine)
     per_cell_KB = parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(order).argsort().to(device)]
     return per_cell_KB - batch.log_area_B
 
 
+def strides_of(how: Finalizer, cells: Sequence[float]) -> list[float]:
+    """Lengths in px as multiples of the density grid's cell; a density with steps has nothing between its cells."""
+    strides = [cell / how.cell for cell in cells]
+    return strides if how.upsampling != "nearest" else [*(s for s in strides if s > 1), 1.0]
+
+
 @torch.no_grad()
 def coarsest(parameters: Parameters, members: Sequence[Head], batches: Batches, fresh: bool) -> tuple[Tensor, Tensor]:
-    """(K,) each head's first of STRIDES with a loss within LOSS_TOLERANCE, or the last; (K,) the errors, nats.
-
-    The reference is the normaliser summed over much finer cells. Fresh heads are smoother than they will be at the end
-    of their first epoch, so what is measured on them promises nothing: they have 1.
-    """
+    """(K,) each head's coarsest sum, in cells of the density grid, whose loss is within LOSS_TOLERANCE, or the finest;
+    (K,) the errors, nats. Fresh heads have FRESH_CELL."""
     folds = torch.tensor([head.fold for head in members])
     development = np.flatnonzero(batches.training_set.fold >= 0)
     chosen = development[np.linspace(0, len(development) - 1, min(CHECKED_IMAGES, len(development))).astype(int)]
-    strides = torch.tensor([1.0] if fresh else STRIDES)
+    strides = strides_of(batches.finalizer, (FRESH_CELL,) if fresh else COARSE_CELLS)
+    reference = strides_of(batches.finalizer, (REFERENCE_CELL,))[-1]
     difference_SK = torch.zeros(len(strides), len(members), device=batches.device)
     groups = batches.groups(chosen)
     for batch in batches.ahead(g[k : k + CHECKED_AT_ONCE] for g in groups for k in range(0, len(g), CHECKED_AT_ONCE)):
-        exact = log_likelihood(parameters, folds, batch, batches, REFERENCE_STRIDE)
-        for row, stride in zip(difference_SK, strides.tolist(), strict=True):
+        exact = log_likelihood(parameters, folds, batch, batches, reference)
+        for row, stride in zip(difference_SK, strides, strict=True):
             row += (log_likelihood(parameters, folds, batch, batches, stride) - exact).sum(1) / len(chosen)
     errors_SK = difference_SK.abs().cpu()
     good_SK = errors_SK < LOSS_TOLERANCE
-    good_SK[-1] = True
+    good_SK[0 if fresh else -1] = True
     first_K = good_SK.int().argmax(0)
-    return strides[first_K], errors_SK.gather(0, first_K[None])[0]
+    return torch.tensor(strides)[first_K], errors_SK.gather(0, first_K[None])[0]
 
 
 def epoch_batches(recipe: Recipe, batches: Batches, epoch: int) -> list[np.ndarray]:
@@ -178,7 +195,8 @@ class BankAdam:
     """Adam (Kingma, Ba 2015) with decoupled weight decay (Loshchilov, Hutter 2019), rate and step count per head.
 
     It works on rows of one matrix (K, P) of all parameters of the active heads: a handful of operations a step, where
-    PyTorch's own has one learning rate and would step heads that saw no image. `like` gives the parameters' shapes.
+    PyTorch's own has one learning rate and would step heads that saw no image. `like` gives the parameters' shapes;
+    `scale` multiplies all rates.
     """
 
     def __init__(self, state: BankState, active: Tensor, members: Sequence[Head], device: torch.device) -> None:
@@ -188,7 +206,7 @@ class BankAdam:
             for group in (state.parameters, state.first_moment, state.second_moment)
         )
         self.steps = state.steps[active].clone()
-        self.rate = state.learning_rate[active]
+        self.rate, self.scale = state.learning_rate[active], 1.0
         ones = {name: torch.ones_like(value[:1]) for name, value in self.like.items()}
         decays = {name: value * (name.startswith("conv") and name.endswith("weight")) for name, value in ones.items()}
         self._decays = bank_of_heads.flatten(decays)[0].to(device)
@@ -218,10 +236,11 @@ class BankAdam:
         self.first[rows], self.second[rows] = first, second
         # m / c1 / (sqrt(v / c2) + eps), with the corrections moved onto what is one number a head.
         root2 = correction2.sqrt()
-        size = (self.rate[on] * root2 / correction1).float().to(device)[:, None]
+        rate = self.rate[on] * self.scale
+        size = (rate * root2 / correction1).float().to(device)[:, None]
         denominator = second.sqrt_().add_((ADAM_EPS * root2).float().to(device)[:, None])
         new = flat_KP.detach() - size * first.div_(denominator)
-        decay = (self.rate[on] * self._decay[on]).float().to(device)
+        decay = (rate * self._decay[on]).float().to(device)
         if bool(self._decay.any()):
             new -= decay[:, None] * self._decays * flat_KP.detach()
         self.flat[rows] = new
@@ -279,7 +298,7 @@ def _record(
     if lost.any() and len({dataclasses.replace(head, fold=0, seed=0) for head in bank.members}) == 1:
         raise UserError("training: the loss is not finite; lower --learning_rate, or check the features' backbone")
     columns = measured | {
-        "learning_rate": state.learning_rate[active],
+        "learning_rate": state.learning_rate[active] * rate_scale(recipe, len(state.history)),
         "sigma": state.parameters["log_sigma"][active].exp(),
         "center_bias_weight": state.parameters["center_bias_weight"][active],
     }
@@ -297,6 +316,8 @@ def _record(
     for name, value in state.parameters.items():
         state.best[name][improved] = value[improved]
     state.bad_epochs[active] = torch.where(better, 0, state.bad_epochs[active] + 1)
+    if recipe.schedule != "plateau":
+        return
     # PyTorch's ReduceLROnPlateau: the rate falls after more than `patience` epochs without a better value.
     fall = active[state.bad_epochs[active] > recipe.lr_patience]
     state.learning_rate[fall] *= recipe.lr_factor

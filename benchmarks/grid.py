@@ -16,7 +16,7 @@ from pathlib import Path
 import harness
 import torch
 
-from acw import heads
+from acw import finalizer, heads
 from acw.aggregation import training_set
 from acw.banks import plan_banks
 from acw.batches import Batches
@@ -25,7 +25,7 @@ from acw.extraction import write_shards
 from acw.features import SHARD_IMAGES, FeatureStore
 from acw.pace import Pace
 from acw.recipes import derive, named_recipe
-from acw.training import REFERENCE_STRIDE, STRIDES, coarsest, log_likelihood, train_epochs
+from acw.training import COARSE_CELLS, REFERENCE_CELL, coarsest, log_likelihood, train_epochs
 
 BACKBONE = "lite0"
 
@@ -50,7 +50,7 @@ def benchmark(arguments: argparse.Namespace) -> harness.Figures:
             Path(folder), len(sizes), tuple(model.channels), tuple(tuple(taps[size]) for size in sizes), readouts
         )
         *_, state = train_epochs(recipe, bank, training, store, Path(folder), cpu)
-        batches = Batches(training, store, recipe.density_cell, cpu)
+        batches = Batches(training, store, recipe.finalizer, cpu)
         images = batches.groups([i for i in range(len(sizes)) if training.fold[i] >= 0][: arguments.images])[0]
         batch = batches.load(images)
     folds = torch.tensor([head.fold for head in bank.members])
@@ -65,22 +65,19 @@ def benchmark(arguments: argparse.Namespace) -> harness.Figures:
     with torch.no_grad():
         bias = batches.bias("finalizer_bias", batch.grid)[folds]
         priority = heads.readout(state.parameters, batch.features)
-        coarse = heads.finalize(state.parameters, priority, bias, recipe.density_cell)
+        coarse = finalizer.finalize(state.parameters, priority, bias, recipe.finalizer)
         exact = torch.stack([_at_pixels(coarse[:, k], training, index) for k, index in enumerate(images)], 1)
-    cases = {
-        str(stride): (lambda stride=stride: loss(stride, gradient=True))
-        for stride in (REFERENCE_STRIDE, *STRIDES[::-1])
-    }
+    cells = (REFERENCE_CELL, *COARSE_CELLS[::-1])
+    cases = {str(cell): (lambda cell=cell: loss(cell / recipe.density_cell, gradient=True)) for cell in cells}
     seconds = harness.alternate(cases, arguments.rounds)
     figures: harness.Figures = {
         "heads": len(folds),
         "images": len(images),
         "validation IG": float(state.best_ig.mean()),
     }
-    for stride in (REFERENCE_STRIDE, *STRIDES[::-1]):
-        error = float((loss(stride) - exact).mean(1).abs().max())
-        cell = recipe.density_cell * stride
-        figures[f"{cell:g} px: ms an image"] = seconds[str(stride)] / len(images) * 1e3
+    for cell in cells:
+        error = float((loss(cell / recipe.density_cell) - exact).mean(1).abs().max())
+        figures[f"{cell:g} px: ms an image"] = seconds[str(cell)] / len(images) * 1e3
         figures[f"{cell:g} px: error of the loss, nat"] = error
     strides, errors = coarsest(state.parameters, bank.members, batches, fresh=False)
     figures["chosen, px"] = ", ".join(f"{recipe.density_cell * s:g}" for s in sorted(set(strides.tolist())))
@@ -95,7 +92,7 @@ def _taps(model, size: tuple[int, int]) -> list[torch.Tensor]:
 def _at_pixels(coarse: torch.Tensor, training, index: int) -> torch.Tensor:
     """(K,) the loss of one image, from its density at full resolution."""
     mine = training.image == index
-    full = heads.upsample(coarse, training.sizes[index])
+    full = finalizer.upsample(coarse, training.sizes[index])
     return -full[:, training.y[mine].astype(int), training.x[mine].astype(int)].mean(1)
 
 

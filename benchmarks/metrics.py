@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from harness import Figures
 
-from acw import cluster, heads, pysaliency_compat
+from acw import cluster, finalizer, pysaliency_compat
 from acw.backbones import BACKBONES
-from acw.batches import density_grid
 from acw.categories import CategoryClassifier
 from acw.center_bias import fixed_gaussian
 from acw.data import Dataset, Stimulus
 from acw.evaluation import Scoring, score_images
+from acw.finalizer import Finalizer
 from acw.metrics import METRICS, Components, ShuffledFixations, Target, score
 from acw.model import Model
 
@@ -51,12 +51,12 @@ class RandomDensities:
 
     def of(self, index: int) -> tuple[torch.Tensor, np.ndarray]:
         generator = torch.Generator().manual_seed(index)
-        grid = density_grid(SIZE, CELL)
+        grid = Finalizer(cell=CELL).grid(SIZE)
         noise = torch.zeros(BACKBONE_COUNT, *grid)
         for shape in ((4, 7), (9, 16), (30, 52)):
             coarse = torch.randn((BACKBONE_COUNT, 1, *shape), generator=generator)
             noise += F.interpolate(coarse, grid, mode="bicubic")[:, 0]
-        log_densities = heads.normalise(1.2 * noise + torch.from_numpy(fixed_gaussian().of_size(grid)))
+        log_densities = finalizer.normalise(1.2 * noise + torch.from_numpy(fixed_gaussian().of_size(grid)))
         return log_densities, np.random.default_rng(index).normal(size=POOLED)
 
 
@@ -81,7 +81,7 @@ def scoring(images: int) -> Scoring:
     model = Model(
         backbones=[dataclasses.replace(BACKBONES["lite0"], name=f"b{b}") for b in range(BACKBONE_COUNT)],
         heads={},
-        density_cell=CELL,
+        finalizer=Finalizer(cell=CELL),
         categories=list(data.categories),
         weights=weights,
         global_weights=weights.mean(0),
@@ -98,7 +98,7 @@ def against_pysaliency(rounds: int) -> Figures:
     """One density of one image, with all other fixations of a data set on a second image: seconds and differences."""
     pysaliency = pysaliency_compat.load()
     data = dataset([FIXATIONS, (IMAGES - 1) * FIXATIONS])
-    log_density = heads.upsample(RandomDensities().of(0)[0][0], SIZE)
+    log_density = finalizer.upsample(RandomDensities().of(0)[0][0], SIZE)
     bias = torch.from_numpy(fixed_gaussian().of_size(SIZE))
     stimuli = pysaliency.Stimuli([np.full((*SIZE, 3), i, np.uint8) for i in range(2)])
     fixations = pysaliency.Fixations.create_without_history(data.x, data.y, data.image)

@@ -28,12 +28,13 @@ from torch import Tensor, nn
 
 from acw import heads
 from acw.backbones import BACKBONES, Backbone, FrozenBackbone, load_backbone
-from acw.batches import density_grid
 from acw.categories import CategoryClassifier
 from acw.center_bias import fixed_gaussian
+from acw.ensemble import ensemble
 from acw.features import compute
+from acw.finalizer import Finalizer
 from acw.heads import Features, Parameters
-from acw.model import Model, ensemble
+from acw.model import Model
 
 NAMES = ("shapenet_c", "efficientnet_b5", "densenet201", "resnext50_32x4d")
 HEADS = 30  # a backbone
@@ -134,7 +135,7 @@ class PlainModel:
         self.image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(dtype)
         self.backbones = [PlainBackbone(one, model._loaded[one.name].state(), dtype) for one in model.backbones]
         self.heads = [plain_heads(model.heads[name], dtype) for name in model.names]
-        self.bias = torch.from_numpy(model.finalizer_bias.of_size(density_grid(SIZE, CELL))).to(dtype)
+        self.bias = torch.from_numpy(model.finalizer_bias.of_size(Finalizer(cell=CELL).grid(SIZE))).to(dtype)
         self.weights = torch.from_numpy(model.weights[0]).to(dtype)
 
     def features(self) -> list[Tensor]:
@@ -187,7 +188,19 @@ def random_model() -> Model:
     pooled = sum(sum(network.channels) for network in networks.values())
     classifier = CategoryClassifier(np.zeros(pooled), np.ones(pooled), np.zeros((1, pooled)), np.zeros(1), 1.0)
     bias = fixed_gaussian()
-    return Model(backbones, banks, CELL, ["all"], WEIGHTS, WEIGHTS[0], bias, bias, classifier, {}, _loaded=networks)
+    return Model(
+        backbones,
+        banks,
+        Finalizer(cell=CELL),
+        ["all"],
+        WEIGHTS,
+        WEIGHTS[0],
+        bias,
+        bias,
+        classifier,
+        {},
+        _loaded=networks,
+    )
 
 
 class KnownTaps(FrozenBackbone):
@@ -217,7 +230,7 @@ def benchmark(arguments: argparse.Namespace) -> Figures:
     plain_features = plain.features()
     plain_priorities = plain.priorities(plain_features)
     plain_densities = plain.densities(plain_priorities)
-    mixed, pooled = model.backbone_log_densities(pixels)
+    mixed, pooled = model.component_log_densities(pixels)
     seconds = harness.alternate(
         {
             "plain backbones": plain.features,
@@ -228,7 +241,7 @@ def benchmark(arguments: argparse.Namespace) -> Figures:
             "backbones": lambda: [network.features(images) for network in networks.values()],
             "readouts": lambda: [heads.readout(*both) for both in zip(banks, features, strict=True)],
             "readouts, finalizers, mixtures": lambda: [
-                ensemble(bank, one, plain.bias, CELL) for bank, one in zip(banks, features, strict=True)
+                ensemble(bank, one, plain.bias, Finalizer(cell=CELL)) for bank, one in zip(banks, features, strict=True)
             ],
             "upsampling, mixing": lambda: model._mixed(mixed, pooled, SIZE, "all"),
             "all but backbones": lambda: without.predict(pixels, "all"),
@@ -259,7 +272,7 @@ def differences(model: Model, plain: PlainModel, pixels: np.ndarray) -> Figures:
         features = Features(taps, x.mean().view(1), x.var(unbiased=False).view(1), backbone.readout_size(SIZE))
         bank = {name: value.double() for name, value in model.heads[backbone.name].items()}
         expected = exact.density([head.readout(x) for head in exact.heads[number]], exact.heads[number])
-        formula = max(formula, largest(ensemble(bank, features, exact.bias, CELL)[0], expected))
+        formula = max(formula, largest(ensemble(bank, features, exact.bias, Finalizer(cell=CELL))[0], expected))
     expected = exact.predict()
     torch.set_default_dtype(torch.float32)
     result = {

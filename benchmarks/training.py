@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acw import heads
+from acw import finalizer, heads
 from acw.backbones import BACKBONES
 from acw.banks import Bank, BankState, Head
+from acw.finalizer import Finalizer
 from acw.heads import Features, Parameters
 from acw.recipes import named_recipe
-from acw.training import STRIDES, BankAdam
+from acw.training import COARSE_CELLS, BankAdam
 
 IMAGE, CELL, BATCH, FIXATIONS = (1080, 1920), 8.0, 8, 300
 GRID = (135, 240)
@@ -58,7 +59,7 @@ class Step:
         self.adam = BankAdam(state, torch.arange(count), bank.members, torch.device("cpu"))
         target = torch.rand(BATCH, *GRID, generator=generator)
         self.target = target / target.sum((1, 2), keepdim=True)
-        self.bias = heads.normalise(torch.zeros(on, *GRID))
+        self.bias = finalizer.normalise(torch.zeros(on, *GRID))
         self.coarse = torch.zeros(on, *(math.ceil(length / stride) for length in GRID)) + float(self.bias[0, 0, 0])
 
     def __call__(self) -> None:
@@ -68,7 +69,9 @@ class Step:
             [tap.float() for tap in self.stored], torch.full((BATCH,), 0.5), torch.full((BATCH,), 1 / 12), self.readout
         )
         priority = heads.readout(parameters, features)
-        loss = -heads.log_likelihood(parameters, priority, self.bias, self.coarse, self.target, CELL)
+        loss = -finalizer.log_likelihood(
+            parameters, priority, self.bias, self.coarse, self.target, Finalizer(cell=CELL)
+        )
         loss.mean(1).sum().backward()
         self.adam.step(self.on, flat)
 
@@ -168,4 +171,4 @@ def benchmark(arguments: argparse.Namespace) -> harness.Figures:
 
 
 if __name__ == "__main__":
-    harness.run(__doc__, benchmark, readout="8x15", stride=STRIDES[0], rounds=5, naive=1)
+    harness.run(__doc__, benchmark, readout="8x15", stride=COARSE_CELLS[0] / CELL, rounds=5, naive=1)

@@ -11,12 +11,20 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from acw.cli import Job, parse, run
+
+if TYPE_CHECKING:
+    from acw.banks import Bank, BankState
+    from acw.features import FeatureStore
+    from acw.fusion import CategoryWeights
+    from acw.model import Model
 
 EXAMPLES = 4  # categories in the picture
 
@@ -31,18 +39,17 @@ def aggregate(job: Job) -> None:
     recipe, dataset, split, folder = job.recipe, job.dataset, job.split, job.folder
     stores = list(job.stores().values())
     banks = aggregation.trained_heads(recipe, folder)
-    training = aggregation.training_set(dataset, split, recipe)
-    predictions = aggregation.out_of_fold(recipe, dataset, training, split, banks, stores)
-    fitted = aggregation.fit_weights(dataset, predictions, recipe.seed)
+    heads, fitted, predictions = _fused(job, banks, stores)
     record = json.loads((folder / "recipe.json").read_text())
-    model = aggregation.assemble(recipe, dataset, split, banks, stores, fitted, record)
-    model.save(folder / "model", [load_backbone(backbone) for backbone in recipe.backbone_values])
-    write_atomic(folder / "category_weights.csv", _weights_csv(model.categories, model.names, fitted.category))
-    write_atomic(folder / "category_weights_history.csv", _history_csv(model.categories, model.names, fitted.category))
+    model = aggregation.assemble(recipe, dataset, split, heads, stores, fitted, record)
+    networks = [load_backbone(backbone) for backbone in recipe.backbone_values]
+    model.save(folder / "model", networks)
+    state = model.state_dict(networks)
+    write_atomic(folder / "model.pth", lambda temporary: torch.save(state, temporary))
+    _write_weights(folder, model, fitted.category)
     write_atomic(folder / "out_of_fold.csv", _out_of_fold_csv(job, predictions, fitted.category.left_out))
-    print(f"weights: prior strength {fitted.category.strength} images, chosen by cross-validation", flush=True)
 
-    scores = _held_out_scores(job, model, stores, fitted)
+    scores = _held_out_scores(job, model, stores, fitted.controls)
     write_atomic(folder / "per_image.csv", per_image_csv(dataset, scores))
     _draw_examples(job, model, stores)
     evaluation: dict[str, Any] = {
@@ -51,7 +58,7 @@ def aggregate(job: Job) -> None:
         "weights": {
             "prior_strength": _json_number(fitted.category.strength),
             "crossvalidation_nats": {str(s): v for s, v in fitted.category.crossvalidation.items()},
-            "global": dict(zip(model.names, model.global_weights.tolist(), strict=True)),
+            "global": dict(zip(model.names, fitted.category.global_weights.tolist(), strict=True)),
         },
         "category_inference": {"out_of_fold_accuracy": model.classifier.accuracy, "categories": len(model.categories)},
         "provenance": record,
@@ -64,16 +71,37 @@ def aggregate(job: Job) -> None:
     write_json(folder / "registration.json", dataclasses.asdict(registration) | {"store": fingerprint(uri)})
 
 
-def _held_out_scores(job: Job, model: Any, stores: list, fitted: Any) -> dict:
+def _fused(job: Job, banks: Mapping[Bank, BankState], stores: Sequence[FeatureStore]) -> Any:
+    """Heads by fold and backbone, their weights, and what they predict of images that they did not train on."""
+    from acw import aggregation
+    from acw.joint import trained_systems
+
+    recipe, dataset, split = job.recipe, job.dataset, job.split
+    training = aggregation.training_set(dataset, split, recipe)
+    systems = trained_systems(recipe, job.folder) if recipe.joint else []
+    heads = (
+        [{name: system.heads(name) for name in recipe.backbones} for system in systems]
+        if recipe.joint
+        else aggregation.best_heads(recipe, banks)
+    )
+    predictions = aggregation.out_of_fold(recipe, dataset, training, split, heads, stores)
+    if recipe.joint:
+        fitted = aggregation.joint_weights(dataset, split, predictions, systems)
+        print(f"weights: learned with the heads, by {recipe.folds} systems", flush=True)
+    elif recipe.category_weights:
+        fitted = aggregation.fit_weights(dataset, predictions, recipe.seed)
+        print(f"weights: prior strength {fitted.category.strength} images, chosen by cross-validation", flush=True)
+    else:
+        fitted = aggregation.even_weights(dataset, predictions)
+    return heads, fitted, predictions
+
+
+def _held_out_scores(job: Job, model: Model, stores: list, controls: dict[str, np.ndarray]) -> dict:
     from acw import gold_standard
     from acw.evaluation import Scoring, StoredDensities, score_images
     from acw.resources import note
 
     dataset, held_out = job.dataset, job.split.held_out
-    by_image = {"shuffled_labels": fitted.shuffled.weights[fitted.shuffled_index]}
-    if fitted.source is not None:
-        source = [fitted.sources.index(stimulus.source or "") for stimulus in dataset.stimuli]
-        by_image["source_weights"] = fitted.source.weights[source]
     gold = None
     if gold_standard.has_subjects(dataset, range(len(dataset.stimuli))):
         gold = gold_standard.fit(dataset, job.split.development, model.center_bias)
@@ -85,7 +113,7 @@ def _held_out_scores(job: Job, model: Any, stores: list, fitted: Any) -> dict:
         among=held_out,
         densities=StoredDensities(model, stores, sizes),
         model=model,
-        by_image=by_image,
+        by_image=controls,
         labelled=True,
         gold_standard=gold,
     )
@@ -94,14 +122,11 @@ def _held_out_scores(job: Job, model: Any, stores: list, fitted: Any) -> dict:
     return scores
 
 
-def _draw_examples(job: Job, model: Any, stores: list) -> None:
+def _draw_examples(job: Job, model: Model, stores: list) -> None:
     """The first held-out image of some categories, with what the model, its backbones and the centre bias predict."""
-    import torch
-
     from acw import report
     from acw.evaluation import StoredDensities
     from acw.fusion import mix
-    from acw.heads import upsample
 
     dataset, held_out = job.dataset, job.split.held_out
     stored = StoredDensities(model, stores, [stimulus.size for stimulus in dataset.stimuli])
@@ -109,13 +134,26 @@ def _draw_examples(job: Job, model: Any, stores: list) -> None:
     for category in dataset.categories[:EXAMPLES]:
         index = next(i for i in held_out if dataset.stimuli[i].category == category)
         stimulus = dataset.stimuli[index]
-        full = upsample(stored.of(index)[0], stimulus.size)
-        weights = torch.from_numpy(model.mixing_weights(category, np.empty(0))).float()
-        maps = {"acw": mix(full, weights).numpy()} | dict(zip(model.names, full.numpy(), strict=True))
+        full = model.finalizer.upsample(stored.of(index)[0], stimulus.size)
+        mixtures = {"acw": model.mixing_weights(category, np.empty(0))} | model.backbone_rows
+        maps = {name: mix(full, torch.from_numpy(row).float()).numpy() for name, row in mixtures.items()}
         maps["centre bias"] = model.center_bias.of_size(stimulus.size)
         x, y, _ = dataset.fixations_of(index)
         rows.append(report.Example(category, stimulus.pixels(), x, y, maps))
     report.examples_figure(rows, job.folder / "examples.png")
+
+
+def _write_weights(folder: Path, model: Model, weights: CategoryWeights) -> None:
+    """The weights, and how they came about: per step of the fit, or epoch of the joint training, as CSV and NPY."""
+    from acw.storage import write_atomic
+
+    write_atomic(folder / "category_weights.csv", _weights_csv(model.categories, model.names, weights))
+    write_atomic(folder / "category_weights_history.csv", _history_csv(model.categories, model.names, weights))
+    longest = max(map(len, weights.history))
+    steps = [np.concatenate([steps, np.repeat(steps[-1:], longest - len(steps), 0)]) for steps in weights.history]
+    array = io.BytesIO()
+    np.save(array, np.stack(steps, 1))  # (steps, categories, backbones)
+    write_atomic(folder / "category_weights_history.npy", array.getvalue())
 
 
 def _weights_csv(categories: list[str], backbones: list[str], weights: Any) -> str:

@@ -12,18 +12,23 @@ from acw.cli import Job, parse, run
 
 
 def train(job: Job) -> None:
-    """Trains all heads; leaves a checkpoint a bank in the run's folder."""
-    from acw.aggregation import training_set
-    from acw.distributed import train as train_banks
+    """Trains all heads, then, if the recipe says so, each fold's jointly; leaves checkpoints in the run's folder."""
+    from acw import aggregation, distributed
+    from acw.joint import JointSet
     from acw.provenance import provenance
     from acw.resources import note
     from acw.storage import write_json
 
+    recipe, dataset, folder = job.recipe, job.dataset, job.folder
     stores = job.stores()
-    record = provenance(job.recipe) | {"dataset": job.dataset.summary(), "split_hash": job.split.hash}
-    write_json(job.folder / "recipe.json", record)
-    cost = train_banks(job.recipe, training_set(job.dataset, job.split, job.recipe), stores, job.folder)
-    note(job.folder, "heads", cost)
+    record = provenance(recipe) | {"dataset": dataset.summary(), "split_hash": job.split.hash}
+    write_json(folder / "recipe.json", record)
+    training = aggregation.training_set(dataset, job.split, recipe)
+    note(folder, "heads", distributed.train(recipe, training, stores, folder))
+    if recipe.joint:
+        data = JointSet(training, dataset.category_index, len(dataset.categories), stores)
+        heads = aggregation.best_heads(recipe, aggregation.trained_heads(recipe, folder))
+        note(folder, "systems", distributed.train_jointly(recipe, data, heads, folder))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from scipy.special import logsumexp
 
-from acw import evaluation, gold_standard, heads
+from acw import evaluation, finalizer, gold_standard
 from acw.backbones import BACKBONES
-from acw.batches import density_grid
 from acw.categories import CategoryClassifier
 from acw.center_bias import fixed_gaussian
 from acw.data import Dataset, Stimulus
 from acw.evaluation import REFERENCES, Scores, Scoring, per_image_csv, summarise
+from acw.finalizer import Finalizer
 from acw.gold_standard import BANDWIDTHS, GoldStandard, has_subjects
 from acw.metrics import METRICS, Components, ShuffledFixations, Target, score
 from acw.model import Model
@@ -58,8 +58,8 @@ class Blobs:
 
     def of(self, index: int) -> tuple[torch.Tensor, np.ndarray]:
         coarse = torch.randn((3, 1, 3, 4), generator=torch.Generator().manual_seed(index))
-        smooth = F.interpolate(coarse, density_grid(SIZES[index % 3], CELL), mode="bicubic")[:, 0]
-        return heads.normalise(3 * smooth), np.random.default_rng(index).normal(size=4)
+        smooth = F.interpolate(coarse, Finalizer(cell=CELL).grid(SIZES[index % 3]), mode="bicubic")[:, 0]
+        return finalizer.normalise(3 * smooth), np.random.default_rng(index).normal(size=4)
 
 
 def dataset_of(sizes: list[tuple[int, int]], image: np.ndarray, x: Any, y: Any, subject: np.ndarray) -> Dataset:
@@ -91,7 +91,7 @@ def model() -> Model:
     return Model(
         backbones=[dataclasses.replace(BACKBONES["lite0"], name=name) for name in BACKBONE_NAMES],
         heads={},
-        density_cell=CELL,
+        finalizer=Finalizer(cell=CELL),
         categories=list(CATEGORIES),
         weights=WEIGHTS,
         global_weights=GLOBAL_WEIGHTS,
@@ -130,7 +130,7 @@ def target_of(dataset: Dataset, index: int) -> Target:
 
 def plain_scores(dataset: Dataset, index: int, weights: np.ndarray) -> dict[str, float]:
     """The scores of the log of the weighted mean density, in float64."""
-    full = heads.upsample(Blobs().of(index)[0], dataset.stimuli[index].size).double().exp().numpy()
+    full = finalizer.upsample(Blobs().of(index)[0], dataset.stimuli[index].size).double().exp().numpy()
     mixed = np.log(np.tensordot(weights, full, 1))
     assert logsumexp(mixed) == pytest.approx(0, abs=1e-4)
     return score(torch.from_numpy(mixed.astype(np.float32)), target_of(dataset, index))
@@ -194,7 +194,7 @@ def test_the_gold_standard_counts_every_fixation_once(scoring: Scoring, scores: 
         log_p = np.full(len(x), np.nan)
         for mine, others in gold.leave_one_out(dataset, index):
             assert np.isnan(log_p[mine]).all()
-            log_p[mine] = heads.upsample(others, size)[y[mine].astype(int), x[mine].astype(int)]
+            log_p[mine] = finalizer.upsample(others, size)[y[mine].astype(int), x[mine].astype(int)]
         expected = (log_p.mean() + math.log(size[0] * size[1])) / math.log(2)
         assert by_name["gold_standard"]["LL"] == pytest.approx(expected, abs=1e-5)
 
@@ -242,15 +242,15 @@ def test_workers_load_once_and_score_as_this_process_does(scoring: Scoring, ray_
 def test_sampled_on_the_grid_as_on_the_full_map(dataset: Dataset) -> None:
     for index in range(3):
         size = dataset.stimuli[index].size
-        log_density = heads.normalise(Blobs().of(index)[0][0] / 5)
+        log_density = finalizer.normalise(Blobs().of(index)[0][0] / 5)
         x, y = (np.floor(axis) + 0.5 for axis in dataset.fixations_of(index)[:2])
-        full = heads.upsample(log_density, size)
+        full = finalizer.upsample(log_density, size)
         actual = evaluation.sample(log_density, x, y, size)
         # All that may differ is the normaliser of the full map, which is one number.
         difference = actual - full[y.astype(int), x.astype(int)].numpy()
         assert np.ptp(difference) < 1e-5
         assert abs(difference.mean()) < 0.01
-        flat = heads.normalise(torch.zeros_like(log_density))
+        flat = finalizer.normalise(torch.zeros_like(log_density))
         assert evaluation.sample(flat, x, y, size) == pytest.approx(-math.log(size[0] * size[1]), abs=5e-6)
 
 

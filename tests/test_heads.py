@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acw import heads
+from acw import finalizer, heads
+from acw.finalizer import Finalizer
 from acw.heads import Features, Parameters
 
 CHANNELS = (5, 3, 4)
@@ -67,7 +68,7 @@ def concatenated(taps: list[Tensor]) -> Tensor:
 def center_bias() -> Tensor:
     v = (torch.arange(GRID[0]) + 0.5) / GRID[0] - 0.5
     u = (torch.arange(GRID[1]) + 0.5) / GRID[1] - 0.5
-    return heads.normalise(-(v[:, None] ** 2 / 0.08 + u[None] ** 2 / 0.125))
+    return finalizer.normalise(-(v[:, None] ** 2 / 0.08 + u[None] ** 2 / 0.125))
 
 
 class LayerNorm(nn.Module):
@@ -120,7 +121,7 @@ class PlainHead(nn.Module):
 def predict(bank: Parameters, taps: list[Tensor]) -> tuple[Tensor, Tensor]:
     priority = heads.readout(bank, features_of(taps))
     bias = center_bias().expand(len(bank["log_sigma"]), -1, -1)
-    return priority, heads.normalise(heads.finalize(bank, priority, bias, CELL))
+    return priority, finalizer.normalise(finalizer.finalize(bank, priority, bias, Finalizer(cell=CELL)))
 
 
 def loss_weights(shape: torch.Size) -> Tensor:
@@ -235,7 +236,7 @@ def test_nearest_index_is_pytorchs() -> None:
         for target in range(1, 100):
             values = torch.arange(float(source))[None, None]
             expected = F.interpolate(values, target, mode="nearest")[0, 0].long()
-            assert heads.nearest_index(source, target).equal(expected), (source, target)
+            assert finalizer.nearest_index(source, target).equal(expected), (source, target)
 
 
 def test_upsample_is_exact_for_cubics_and_normalises() -> None:
@@ -246,15 +247,15 @@ def test_upsample_is_exact_for_cubics_and_normalises() -> None:
         values = 8 * y[:, None] ** 3 - 5 * y[:, None] + 3 * x**2 * y[:, None] - 7 * x**3 + 2 * x
         return torch.stack([values, -values]).float()
 
-    full = heads.upsample(cubic((9, 12)), (67, 101))
+    full = finalizer.upsample(cubic((9, 12)), (67, 101))
     torch.testing.assert_close(full.logsumexp((-2, -1)), torch.zeros(2), rtol=0, atol=1e-5)
     difference = full - cubic((67, 101))
     torch.testing.assert_close(difference, difference[..., :1, :1].expand_as(full), rtol=0, atol=1e-4)
-    flat = heads.upsample(torch.zeros(1, 2), (5, 6))
+    flat = finalizer.upsample(torch.zeros(1, 2), (5, 6))
     torch.testing.assert_close(flat, torch.full((5, 6), -math.log(30.0)))
 
 
 def test_log_mean_exp_averages_densities() -> None:
     log_densities = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0)) - 800  # where exp underflows
     expected = (log_densities.double() + 800).exp().mean(0).log() - 800
-    torch.testing.assert_close(heads.log_mean_exp(log_densities).double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(finalizer.log_mean_exp(log_densities).double(), expected, rtol=1e-6, atol=1e-6)

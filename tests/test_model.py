@@ -12,13 +12,16 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from acw import heads, load
+from acw import ensemble as ensembles
+from acw import finalizer, heads, load
 from acw import model as prediction
 from acw.backbones import BACKBONES, Backbone, load_backbone
 from acw.categories import CategoryClassifier
 from acw.center_bias import fixed_gaussian, kde
+from acw.ensemble import ensemble, mixture
 from acw.features import compute
-from acw.model import Model, ensemble, mixture
+from acw.finalizer import Finalizer
+from acw.model import Model
 from acw.storage import UserError
 
 HEADS = 7
@@ -60,7 +63,7 @@ def model() -> Model:
     return Model(
         backbones,
         banks,
-        density_cell=8.0,
+        finalizer=Finalizer(),
         categories=CATEGORIES,
         weights=WEIGHTS,
         global_weights=np.array([0.5, 0.5]),
@@ -109,8 +112,8 @@ def test_a_prediction_is_a_density_over_the_pixels(model: Model, size: tuple[int
 
 def test_the_weights_are_those_of_the_category_and_mix_densities(model: Model) -> None:
     pixels = image(90, 130)
-    coarse, _ = model.backbone_log_densities(pixels)
-    densities = heads.upsample(coarse, (90, 130)).exp().double().numpy()
+    coarse, _ = model.component_log_densities(pixels)
+    densities = finalizer.upsample(coarse, (90, 130)).exp().double().numpy()
     assert np.abs(np.log(densities[0] / densities[1])).max() > 0.1, "the backbones must differ"
     for category, row in zip(CATEGORIES, WEIGHTS, strict=True):
         prediction = model.predict(pixels, category)
@@ -131,13 +134,13 @@ def test_an_ensemble_is_the_mean_density_of_all_its_heads(
 ) -> None:
     """However many heads and images are worked on at a time, as the finalizer and float64 have it."""
     grid = (10, 12)
-    monkeypatch.setitem(prediction.CELLS_AT_ONCE, "cpu", int(maps_at_once * grid[0] * grid[1]))
+    monkeypatch.setitem(ensembles.CELLS_AT_ONCE, "cpu", int(maps_at_once * grid[0] * grid[1]))
     pixels = np.stack([image(80, 96), image(80, 96)[::-1], image(80, 96)[:, ::-1]])
     features, _ = compute(load_backbone(model.backbones[0]), model.backbones[0], pixels)
     bank, bias = model.heads["lite0"], torch.from_numpy(model.finalizer_bias.of_size(grid))
-    scores = heads.finalize(bank, heads.readout(bank, features), bias.expand(HEADS, -1, -1), 8.0)
-    expected = heads.log_mean_exp(heads.normalise(scores.double()))
-    actual = ensemble(bank, features, bias, 8.0)
+    scores = finalizer.finalize(bank, heads.readout(bank, features), bias.expand(HEADS, -1, -1), Finalizer())
+    expected = finalizer.log_mean_exp(finalizer.normalise(scores.double()))
+    actual = ensemble(bank, features, bias, Finalizer())
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6)
 
@@ -152,7 +155,7 @@ def test_a_mixture_is_right_also_where_float32_cannot_hold_the_densities(depth: 
     weights = torch.tensor([0.1, 0.0, 0.4, 0.3, 0.2])
     log_p[1, :, 0] = -torch.inf  # where the density that is left out has no mass at all
     constants = 1e3 * torch.randn(5, 2, 1, 1, generator=generator).round()
-    expected = torch.logsumexp(heads.normalise(log_p.double()) + weights.double().log()[:, None, None, None], 0)
+    expected = torch.logsumexp(finalizer.normalise(log_p.double()) + weights.double().log()[:, None, None, None], 0)
     unnormalised = (log_p + constants).double() - constants.double()  # rounded as what the mixture is given
 
     def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -233,7 +236,7 @@ def test_what_is_no_model_says_so(tmp_path: Path, folder: Path) -> None:
         with pytest.raises(UserError, match=r"no model here \(model\.json is missing\)"):
             load(place)
     description = (folder / "model.json").read_text()
-    (tmp_path / "model.json").write_text(description.replace('"format": 1', '"format": 99'))
+    (tmp_path / "model.json").write_text(description.replace('"format": 2', '"format": 99'))
     with pytest.raises(UserError, match="format 99"):
         load(tmp_path)
 

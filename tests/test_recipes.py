@@ -75,6 +75,12 @@ def test_values_may_be_strings_or_python_values() -> None:
         ("sigma", -16.0),
         ("sigma", math.inf),
         ("density_cell", math.nan),
+        ("upsampling", "cubic"),
+        ("upsampling_steps", "16x30"),
+        ("long_side", 8),
+        ("schedule", "linear"),
+        ("joint_patience", -1),
+        ("joint_min_learning_rate", 1.0),
         ("holdout", 1.5),
         ("folds", 1),
         ("folds", 101),
@@ -117,10 +123,15 @@ def test_the_fingerprint_leaves_out_how_a_run_is_computed() -> None:
         "seed": 1, "holdout": 0.25, "folds": 4, "seeds": 2, "center_bias": "gaussian", "density_cell": 9,
         "sigma": 17, "learn_sigma": False, "batch_size": 9, "learning_rate": 3e-3, "lr_factor": 0.2, "lr_patience": 3,
         "weight_decay": 0.01, "initial_scale": 0.5,
-        "min_learning_rate": 2e-5, "max_epochs": 31, "heads_per_worker": 5, "backbones": "lite0",
+        "min_learning_rate": 2e-5, "max_epochs": 31, "heads_per_worker": 5, "backbones": "lite0", "long_side": 226,
+        "upsampling": "nearest", "schedule": "plateau", "joint": True, "category_weights": False,
+        "joint_learning_rate": 2e-4, "joint_patience": 4, "joint_min_learning_rate": 1e-7, "joint_max_epochs": 9,
         "weights": "lite0=random",
     }  # fmt: skip
     others = {derive(recipe, {name: value}).fingerprint for name, value in changes.items()}
-    assert len(others | {recipe.fingerprint}) == len(changes) + 1
+    bicubic = {"upsampling": "bicubic"}
+    others |= {derive(recipe, bicubic | more).fingerprint for more in ({}, {"upsampling_steps": "16x30"})}
+    changes["upsampling_steps"] = "16x30"
+    assert len(others | {recipe.fingerprint}) == len(changes) + 2
     identity = {f.name for f in dataclasses.fields(Recipe) if f.metadata.get("identity", True)}
     assert identity - {"name"} == set(changes)
