@@ -101,7 +101,7 @@ def out_of_fold(
 ) -> OutOfFold:
     """Each development image predicted by the heads of the fold whose validation set it is in, averaged over seeds.
 
-    heads: per fold and backbone.
+    heads: per fold and backbone; or of one model, which trained on none of the images.
     """
     finalizer = recipe.finalizer
     log_p: dict[int, np.ndarray] = {}
@@ -112,7 +112,7 @@ def out_of_fold(
                 bias = torch.from_numpy(training.finalizer_bias[fold].of_size(finalizer.grid(training.sizes[group[0]])))
                 for start in range(0, len(group), EVALUATION_BATCH):
                     some = group[start : start + EVALUATION_BATCH]
-                    densities = ensemble(heads[fold][backbone], store.load(some), bias, finalizer)
+                    densities = ensemble(heads[fold % len(heads)][backbone], store.load(some), bias, finalizer)
                     for index, log_density in zip(some, densities, strict=True):
                         column = _at_fixations(dataset, index, log_density, finalizer)[:, None]
                         log_p[index] = np.hstack([log_p[index], column]) if index in log_p else column
@@ -192,7 +192,7 @@ def assemble(
     fitted: Fusion,
     provenance: dict[str, Any],
 ) -> Model:
-    """The finished model; its centre bias is the KDE of all five folds' images. heads: per fold and backbone."""
+    """The finished model; its centre bias is the KDE of all five folds' images. heads: as for `out_of_fold`."""
     development = split.development
     center_bias = kde_of(dataset, development)
     pooled = np.hstack([store.pooled(development).double().numpy() for store in stores])
@@ -219,3 +219,32 @@ def assemble(
     of_components = [of_fold[name] for name in recipe.backbones for of_fold in heads]
     model.heads = {name: dict(bank) for name, bank in zip(model.components, of_components, strict=True)}
     return model
+
+
+def fold_models(
+    recipe: Recipe, dataset: Dataset, split: Split, heads: Sequence[Mapping[str, Parameters]], fitted: Fusion
+) -> list[Model]:
+    """A model a fold, of its own heads and centre biases, that can score the images which it did not train on.
+
+    heads: as for `out_of_fold`. Weights are the system's own or, where they were fitted on all folds' predictions, the
+    final ones. It cannot infer a category.
+    """
+    training = training_set(dataset, split, recipe)
+    own = fitted.category.weights[:, :, None].repeat(recipe.folds, 2)
+    if fitted.components is not None:
+        own = fitted.components.reshape(len(own), -1, recipe.folds) * recipe.folds
+    return [
+        Model(
+            backbones=recipe.backbone_values,
+            heads={name: dict(heads[fold % len(heads)][name]) for name in recipe.backbones},
+            finalizer=recipe.finalizer,
+            categories=list(dataset.categories),
+            weights=own[:, :, fold],
+            global_weights=own[:, :, fold].mean(0),
+            center_bias=training.baseline[fold],
+            finalizer_bias=training.finalizer_bias[fold],
+            classifier=categories.CategoryClassifier(np.empty(0), np.empty(0), np.empty(0), np.empty(0), math.nan),
+            provenance={},
+        )
+        for fold in range(recipe.folds)
+    ]

@@ -78,7 +78,7 @@ def parse(argv: Sequence[str], description: str, program: str | None = None, *, 
     options = vars(parser.parse_args(argv[1:]))
     overlay = _read_overlay(options["overlay"]) if options["overlay"] else {}
     given = {f.name: options[f.name] for f in dataclasses.fields(Recipe)[1:] if options[f.name] is not None}
-    recipe = _with_absolute_weights(derive(derive(base, overlay), given))
+    recipe = _with_heads(_with_absolute_weights(derive(derive(base, overlay), given)))
     root = root_folder(options["root"])
     if writes:
         check_writable(root)
@@ -100,6 +100,28 @@ def _with_absolute_weights(recipe: Recipe) -> Recipe:
         return f"{name}={scheme}{separator}{local_path(path, '--weights')}"
 
     return dataclasses.replace(recipe, weights=tuple(absolute(entry) for entry in recipe.weights))
+
+
+def _with_heads(recipe: Recipe) -> Recipe:
+    """A recipe that takes a finished model's heads, with all that must then be the model's: by its absolute path."""
+    if not recipe.heads:
+        return recipe
+    folder = local_path(recipe.heads, "--heads")
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    from acw.model import describe
+
+    model = describe(folder)
+    if model["systems"] > 1 or recipe.joint:
+        raise UserError(f"--heads {folder}: jointly trained systems have weights of their own; give another model")
+    own = {
+        "heads": str(folder),
+        "backbones": [backbone["name"] for backbone in model["backbones"]],
+        "weights": [f"{backbone['name']}={folder / backbone['weights']}" for backbone in model["backbones"]],
+        "upsampling": model["finalizer"]["upsampling"],
+        "density_cell": model["finalizer"]["cell"],
+        "upsampling_steps": ["x".join(map(str, step)) for step in model["finalizer"]["steps"]],
+    }
+    return derive(recipe, own)
 
 
 def _recipe_name(argv: Sequence[str], description: str, program: str) -> str:

@@ -1,4 +1,5 @@
-"""The `acw` command: `acw plan RECIPE ...` says what a run would take, before anything is spent."""
+"""The `acw` command: `acw plan RECIPE ...` says what a run would take, before anything is spent; others serve what is
+outside of a run, such as submissions to the benchmark."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from acw.cli import Parser, local_path, parse, run
+from acw.cli import Parser, check_writable, local_path, parse, run
 from acw.storage import UserError, write_atomic
 
 
@@ -19,8 +20,8 @@ def plan(argv: Sequence[str]) -> None:
     own.add_argument("--json")
     options, rest = own.parse_known_args(list(argv))
     if options.price_per_hour is not None and not options.price_per_hour >= 0:
-        raise UserError(f"--price-per-hour {options.price_per_hour}: give what a worker costs an hour, 0 or more")
-    about = "Writes nothing. --price-per-hour X (of one worker), --json FILE (all figures)"
+        raise UserError(f"--price-per-hour {options.price_per_hour}: give what a core costs an hour, 0 or more")
+    about = "Writes nothing. --price-per-hour X (of one core), --json FILE (all figures)"
     job = parse(rest, f"What a run will take: half a minute of calibration on this machine. {about}", writes=False)
 
     from acw import plan as planning
@@ -30,19 +31,82 @@ def plan(argv: Sequence[str]) -> None:
     if options.json:
         figures = dataclasses.asdict(made) | {
             "seconds": {str(row[0]): made.seconds(row[0]) for row in made.table(None)},
-            "paying_workers": made.paying(),
+            "paying_cores": made.paying(),
         }
         write_atomic(local_path(options.json, "--json"), json.dumps(figures, indent=2) + "\n")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"plan": plan}
+def import_deepgaze(argv: Sequence[str]) -> None:
+    """make a model of deepgaze2e.pth, the checkpoint of DeepGaze IIE's authors"""
+    parser = Parser(description=import_deepgaze.__doc__, allow_abbrev=False)
+    parser.add_argument("checkpoint", help="the authors' deepgaze2e.pth, or s3://BUCKET/KEY of it")
+    parser.add_argument("--out", required=True, help="folder to write, for acw.load and for --heads of a recipe")
+    options = parser.parse_args(list(argv))
+    out = local_path(options.out, "--out")
+    check_writable(out)
+    from acw.deepgaze import import_checkpoint
+
+    s3 = options.checkpoint.startswith("s3://")
+    model = import_checkpoint(options.checkpoint if s3 else str(local_path(options.checkpoint, "CHECKPOINT")))
+    model.save(out, [model.loaded(backbone) for backbone in model.backbones])
+    print("it brings no centre bias: give predict one, or take one from a data set's images, with category weights:")
+    print(f"  python jobs/pipeline.py deepgaze_iie --heads {out} --category_weights true --dataset FOLDER")
+    print(out, flush=True)
+
+
+def export_submission(argv: Sequence[str]) -> None:
+    """write a model's log-densities of a folder of images as the benchmark takes them"""
+    parser = Parser(description=f"{export_submission.__doc__}: HDF5, checked after writing", allow_abbrev=False)
+    parser.add_argument("model", help="a run's folder, a model's folder or an MLflow URI such as models:/acw@champion")
+    _add_stimuli(parser)
+    parser.add_argument("--out", required=True, help="HDF5 file to write")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    options = parser.parse_args(list(argv))
+    out = local_path(options.out, "--out")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file in it")
+    check_writable(out.parent)
+    import torch
+
+    import acw
+    from acw import submission
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no GPU that torch can use; leave it out")
+    location = options.model if ":/" in options.model else local_path(options.model, "MODEL")
+    print(submission.export(acw.load(location, options.device), local_path(options.stimuli, "--stimuli"), out))
+    print(out, flush=True)
+
+
+def check_submission(argv: Sequence[str]) -> None:
+    """read a submission back: every image there, of its size, a density"""
+    parser = Parser(description=check_submission.__doc__, allow_abbrev=False)
+    parser.add_argument("file", help="HDF5 file, of acw export-submission or another program")
+    _add_stimuli(parser)
+    options = parser.parse_args(list(argv))
+    from acw import submission
+
+    print(submission.check(local_path(options.file, "FILE"), local_path(options.stimuli, "--stimuli")), flush=True)
+
+
+def _add_stimuli(parser: Parser) -> None:
+    about = "folder of images, or CAT2000's testSet (categories are folders)"
+    parser.add_argument("--stimuli", required=True, help=about)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "plan": plan,
+    "import-deepgaze": import_deepgaze,
+    "export-submission": export_submission,
+    "check-submission": check_submission,
+}
 
 
 def _command(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: acw COMMAND ...\n\ncommands:")
         for name, function in COMMANDS.items():
-            print(f"  {name:12}{function.__doc__}")
+            print(f"  {name:20}{function.__doc__}")
         print("\nacw COMMAND --help says more.")
         return
     if argv[0] not in COMMANDS:

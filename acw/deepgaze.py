@@ -10,7 +10,6 @@ Press, Bethge, ICCV 2021, and the published PyTorch code (`deepgaze_pytorch`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from acw.backbones import load_backbone
 from acw.categories import CategoryClassifier
-from acw.center_bias import CenterBias
+from acw.center_bias import flat
 from acw.heads import WIDTHS, Parameters, stack
 from acw.model import Model
 from acw.provenance import provenance
 from acw.recipes import derive, named_recipe
-from acw.storage import UserError, sha256_file
+from acw.storage import UserError
 from acw.weights import DEEPGAZE_IIE_PREFIXES, read_weights
 
 ALL = "all"  # the one category of a model that knows none
@@ -33,12 +32,14 @@ DOWNSCALE = 2.0  # image px per cell of the density's grid
 _SALIENCY, _SELECTION = "saliency_networks", "fixation_selection_networks"
 
 
-def import_checkpoint(path: Path, center_bias: CenterBias) -> Model:
-    """The model of a checkpoint, its networks loaded. center_bias: what the heads add, and IG's baseline.
+def import_checkpoint(path: str) -> Model:
+    """The model of a checkpoint, a file or s3://BUCKET/KEY, its networks loaded.
 
-    Raises UserError for a file that is not this checkpoint.
+    The file holds no centre bias, so the model has the uniform one: `predict` takes another, and the recipe
+    `deepgaze_iie` with `--heads` takes one from a data set's training images. Raises UserError for a file that is not
+    this checkpoint.
     """
-    state = read_weights(str(path))
+    state = read_weights(path)
     recipe = derive(
         named_recipe("deepgaze_iie"),
         {"weights": [f"{name}=deepgaze2e:{path}" for name in DEEPGAZE_IIE_PREFIXES]},
@@ -47,8 +48,8 @@ def import_checkpoint(path: Path, center_bias: CenterBias) -> Model:
     networks = {backbone.name: load_backbone(backbone) for backbone in backbones}
     pooled = sum(sum(network.channels) for network in networks.values())
     record: dict[str, Any] = provenance(recipe) | {
-        "dataset": {"fingerprint": None},
-        "imported": {"file": path.name, "sha256": sha256_file(path)},
+        "dataset": None,
+        "imported": path,
         "heads": "trained elsewhere, by DeepGaze IIE's authors",
     }
     even = np.full(len(backbones), 1 / len(backbones))
@@ -59,15 +60,15 @@ def import_checkpoint(path: Path, center_bias: CenterBias) -> Model:
         categories=[ALL],
         weights=even[None],
         global_weights=even,
-        center_bias=center_bias,
-        finalizer_bias=center_bias,
+        center_bias=flat(),
+        finalizer_bias=flat(),
         classifier=CategoryClassifier(np.zeros(pooled), np.ones(pooled), np.zeros((1, pooled)), np.zeros(1), 1.0),
         provenance=record,
         _loaded=networks,
     )
 
 
-def _heads(state: Mapping[str, Tensor], number: int, path: Path) -> Parameters:
+def _heads(state: Mapping[str, Tensor], number: int, path: str) -> Parameters:
     """The heads on a backbone, stacked."""
     prefix = f"models.{number}.finalizers."
     count = len({key.removeprefix(prefix).partition(".")[0] for key in state if key.startswith(prefix)})

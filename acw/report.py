@@ -50,13 +50,16 @@ DPI = 160
 LONGEST_SIDE = 640
 # Contours enclose the most likely pixels that hold these shares of a density.
 ENCLOSED_MASS = (0.25, 0.5, 0.75)
+# Names in `Example.log_densities` that mean something: what the model predicts, IG's baseline, what other people saw.
+OURS, CENTRE_BIAS, GOLD_STANDARD = "acw", "centre bias", "gold standard"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of `examples_figure`.
+    """An image and what models predict of it.
 
     pixels: uint8 (H, W, 3). x, y: (F,) fixations in px. log_densities: name -> (H, W), natural logs, logsumexp 0.
+    wrong: a category that is not the image's, and the density (H, W) under its weights.
     """
 
     title: str
@@ -64,6 +67,7 @@ class Example:
     x: np.ndarray
     y: np.ndarray
     log_densities: Mapping[str, np.ndarray]
+    wrong: tuple[str, np.ndarray] | None = None
 
 
 def weights_figure(weights: Path, path: Path) -> None:
@@ -105,12 +109,9 @@ def curves_figure(histories: Mapping[Bank, Sequence[dict[str, Any]]], path: Path
 
     histories: `BankState.history` of each bank. In the mean, a head that has stopped keeps its last value.
     """
-    heads: dict[str, list[np.ndarray]] = defaultdict(list)
-    for bank, history in histories.items():
-        curves = np.array([entry["ig"] for entry in history], dtype=float).reshape(len(history), len(bank.members))
-        heads[bank.backbone] += list(curves.T)
+    heads = head_curves(histories)
     longest = max(len(curve) for curves in heads.values() for curve in curves)
-    panels = {name: np.stack([_extended(curve, longest) for curve in curves]) for name, curves in heads.items()}
+    panels = {name: np.stack([extended(curve, longest) for curve in curves]) for name, curves in heads.items()}
 
     with _figure(path, 0.7 + 2.1 * len(panels), 2.5) as figure:
         every_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
@@ -131,7 +132,16 @@ def curves_figure(histories: Mapping[Bank, Sequence[dict[str, Any]]], path: Path
         every_axes[0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
-def _extended(curve: np.ndarray, length: int) -> np.ndarray:
+def head_curves(histories: Mapping[Bank, Sequence[dict[str, Any]]]) -> dict[str, list[np.ndarray]]:
+    """Backbone -> validation IG per epoch of each of its heads, NaN where a head has stopped."""
+    heads: dict[str, list[np.ndarray]] = defaultdict(list)
+    for bank, history in histories.items():
+        curves = np.array([entry["ig"] for entry in history], dtype=float).reshape(len(history), len(bank.members))
+        heads[bank.backbone] += list(curves.T)
+    return dict(heads)
+
+
+def extended(curve: np.ndarray, length: int) -> np.ndarray:
     """A head's curve, NaN where it has stopped, with its last value to the end."""
     trained = curve[np.isfinite(curve)]
     return np.concatenate([trained, np.full(length - len(trained), trained[-1])])
@@ -168,18 +178,22 @@ def examples_figure(rows: Sequence[Example], path: Path) -> None:
 
 
 def _draw_density(axes: Axes, pixels: np.ndarray, log_density: np.ndarray, highest: float) -> None:
+    relative = np.exp(_thinned(log_density).astype(np.float64) - highest)
+    extent = _extent(pixels)
+    axes.imshow(blended(_thinned(pixels), relative), extent=extent, interpolation="antialiased")
+    levels = sorted({float(level) for level in mass_levels(relative, ENCLOSED_MASS)})
+    axes.contour(relative, levels, colors="white", linewidths=0.7, alpha=0.9, extent=extent, origin="upper")
+
+
+def blended(pixels: np.ndarray, relative: np.ndarray) -> np.ndarray:
+    """A density in [0, 1] (H, W) as colour on its dimmed image, uint8 (H, W, 3): RGB in [0, 1], float (H, W, 3)."""
     import matplotlib
 
-    relative = np.exp(_thinned(log_density).astype(np.float64) - highest)
-    grey = _thinned(pixels).astype(float).mean(2, keepdims=True) / 255
+    grey = pixels.astype(float).mean(2, keepdims=True) / 255
     # The square root lets the density's foothills show; where there is none, the image does, dimmed.
     colour = matplotlib.colormaps["inferno"](np.sqrt(relative))[..., :3]
     opacity = 0.25 + 0.6 * np.sqrt(relative)[..., None]
-    blended = (1 - opacity) * (0.12 + 0.55 * grey) + opacity * colour
-    extent = _extent(pixels)
-    axes.imshow(blended, extent=extent, interpolation="antialiased")
-    levels = sorted({float(level) for level in mass_levels(relative, ENCLOSED_MASS)})
-    axes.contour(relative, levels, colors="white", linewidths=0.7, alpha=0.9, extent=extent, origin="upper")
+    return (1 - opacity) * (0.12 + 0.55 * grey) + opacity * colour
 
 
 def mass_levels(density: np.ndarray, shares: Sequence[float]) -> np.ndarray:

@@ -227,7 +227,8 @@ def _log(
     for bank, state in banks.items():
         _log_bank(client, experiment, parent, bank, state)
     report.weights_figure(run / "category_weights.csv", run / "weights.png")
-    report.curves_figure({bank: state.history for bank, state in banks.items()}, run / "curves.png")
+    if banks:
+        report.curves_figure({bank: state.history for bank, state in banks.items()}, run / "curves.png")
     for file in (*(run / name for name in FILES), *run.glob(FILE), *sorted(run.glob("*.png"))):
         client.log_artifact(parent, str(file))
     return mlflow.register_model(_log_model(run), NAME, tags=_origin(run, record))

@@ -90,8 +90,7 @@ def _train_epoch(
     steps = [(on, images) for on, images in steps if len(on)]
     parts = [batches.groups(images) for _, images in steps]
     reader = batches.ahead(group for groups in parts for group in groups)
-    for number, ((on, images), groups) in enumerate(zip(steps, parts, strict=True)):
-        adam.scale = rate_scale(recipe, epoch + number / len(steps))
+    for (on, images), groups in zip(steps, parts, strict=True):
         flat_KP = adam.flat[on.to(device)].requires_grad_(True)
         parameters = bank_of_heads.unflatten(flat_KP, adam.like)
         loss_K = torch.zeros(len(on), device=device)
@@ -104,13 +103,6 @@ def _train_epoch(
         total[on.to(device)] += loss_K.detach() * len(images)
         count[on] += len(images)
     return total.cpu() / count, int(count.sum())
-
-
-def rate_scale(recipe: Recipe, epoch: float) -> float:
-    """What a head's rate is multiplied by, so many epochs after its start: what the cosine schedule has left of it."""
-    if recipe.schedule == "plateau":
-        return 1.0
-    return (1 + math.cos(math.pi * epoch / recipe.max_epochs)) / 2
 
 
 def log_likelihood(
@@ -195,8 +187,7 @@ class BankAdam:
     """Adam (Kingma, Ba 2015) with decoupled weight decay (Loshchilov, Hutter 2019), rate and step count per head.
 
     It works on rows of one matrix (K, P) of all parameters of the active heads: a handful of operations a step, where
-    PyTorch's own has one learning rate and would step heads that saw no image. `like` gives the parameters' shapes;
-    `scale` multiplies all rates.
+    PyTorch's own has one learning rate and would step heads that saw no image. `like` gives the parameters' shapes.
     """
 
     def __init__(self, state: BankState, active: Tensor, members: Sequence[Head], device: torch.device) -> None:
@@ -206,7 +197,7 @@ class BankAdam:
             for group in (state.parameters, state.first_moment, state.second_moment)
         )
         self.steps = state.steps[active].clone()
-        self.rate, self.scale = state.learning_rate[active], 1.0
+        self.rate = state.learning_rate[active]
         ones = {name: torch.ones_like(value[:1]) for name, value in self.like.items()}
         decays = {name: value * (name.startswith("conv") and name.endswith("weight")) for name, value in ones.items()}
         self._decays = bank_of_heads.flatten(decays)[0].to(device)
@@ -236,11 +227,10 @@ class BankAdam:
         self.first[rows], self.second[rows] = first, second
         # m / c1 / (sqrt(v / c2) + eps), with the corrections moved onto what is one number a head.
         root2 = correction2.sqrt()
-        rate = self.rate[on] * self.scale
-        size = (rate * root2 / correction1).float().to(device)[:, None]
+        size = (self.rate[on] * root2 / correction1).float().to(device)[:, None]
         denominator = second.sqrt_().add_((ADAM_EPS * root2).float().to(device)[:, None])
         new = flat_KP.detach() - size * first.div_(denominator)
-        decay = (rate * self._decay[on]).float().to(device)
+        decay = (self.rate[on] * self._decay[on]).float().to(device)
         if bool(self._decay.any()):
             new -= decay[:, None] * self._decays * flat_KP.detach()
         self.flat[rows] = new
@@ -298,7 +288,7 @@ def _record(
     if lost.any() and len({dataclasses.replace(head, fold=0, seed=0) for head in bank.members}) == 1:
         raise UserError("training: the loss is not finite; lower --learning_rate, or check the features' backbone")
     columns = measured | {
-        "learning_rate": state.learning_rate[active] * rate_scale(recipe, len(state.history)),
+        "learning_rate": state.learning_rate[active],
         "sigma": state.parameters["log_sigma"][active].exp(),
         "center_bias_weight": state.parameters["center_bias_weight"][active],
     }
@@ -316,8 +306,6 @@ def _record(
     for name, value in state.parameters.items():
         state.best[name][improved] = value[improved]
     state.bad_epochs[active] = torch.where(better, 0, state.bad_epochs[active] + 1)
-    if recipe.schedule != "plateau":
-        return
     # PyTorch's ReduceLROnPlateau: the rate falls after more than `patience` epochs without a better value.
     fall = active[state.bad_epochs[active] > recipe.lr_patience]
     state.learning_rate[fall] *= recipe.lr_factor

@@ -38,8 +38,8 @@ def aggregate(job: Job) -> None:
 
     recipe, dataset, split, folder = job.recipe, job.dataset, job.split, job.folder
     stores = list(job.stores().values())
-    banks = aggregation.trained_heads(recipe, folder)
-    heads, fitted, predictions = _fused(job, banks, stores)
+    banks = {} if recipe.heads else aggregation.trained_heads(recipe, folder)
+    heads, fitted, predictions = fused(job, banks, stores)
     record = json.loads((folder / "recipe.json").read_text())
     model = aggregation.assemble(recipe, dataset, split, heads, stores, fitted, record)
     networks = [load_backbone(backbone) for backbone in recipe.backbone_values]
@@ -71,19 +71,21 @@ def aggregate(job: Job) -> None:
     write_json(folder / "registration.json", dataclasses.asdict(registration) | {"store": fingerprint(uri)})
 
 
-def _fused(job: Job, banks: Mapping[Bank, BankState], stores: Sequence[FeatureStore]) -> Any:
+def fused(job: Job, banks: Mapping[Bank, BankState], stores: Sequence[FeatureStore]) -> Any:
     """Heads by fold and backbone, their weights, and what they predict of images that they did not train on."""
     from acw import aggregation
     from acw.joint import trained_systems
+    from acw.model import Model
 
     recipe, dataset, split = job.recipe, job.dataset, job.split
     training = aggregation.training_set(dataset, split, recipe)
     systems = trained_systems(recipe, job.folder) if recipe.joint else []
-    heads = (
-        [{name: system.heads(name) for name in recipe.backbones} for system in systems]
-        if recipe.joint
-        else aggregation.best_heads(recipe, banks)
-    )
+    if recipe.heads:
+        heads = [Model.load(Path(recipe.heads)).heads]
+    elif recipe.joint:
+        heads = [{name: system.heads(name) for name in recipe.backbones} for system in systems]
+    else:
+        heads = aggregation.best_heads(recipe, banks)
     predictions = aggregation.out_of_fold(recipe, dataset, training, split, heads, stores)
     if recipe.joint:
         fitted = aggregation.joint_weights(dataset, split, predictions, systems)

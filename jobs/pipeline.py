@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from acw.cli import Job, parse, run
 
@@ -27,25 +28,32 @@ def _registered(job: Job) -> bool:
     return path.exists() and json.loads(path.read_text()).get("store") == store
 
 
+def pipeline(job: Job) -> Path:
+    """Does all that is not done yet; the path of the run's evaluation.json."""
+    result = job.folder / "evaluation.json"
+    if result.exists() and _registered(job):
+        return result
+    from aggregate import aggregate
+    from extract import extract
+    from train import train
+
+    from acw import tracking
+    from acw.cluster import connect
+
+    # A tracking server that does not answer is better known now than after the training.
+    tracking.connect(tracking.tracking_uri(job.root, job.tracking_uri))
+    connect()
+    for step in (extract, train, aggregate):
+        start = time.monotonic()
+        step(job)
+        print(f"{step.__name__}: {time.monotonic() - start:.0f} s", flush=True)
+    return result
+
+
 def main(argv: Sequence[str]) -> None:
     job = parse(argv, __doc__.splitlines()[0])
     print(f"run: {job.folder}", flush=True)
-    result = job.folder / "evaluation.json"
-    if not (result.exists() and _registered(job)):
-        from aggregate import aggregate
-        from extract import extract
-        from train import train
-
-        from acw import tracking
-        from acw.cluster import connect
-
-        # A tracking server that does not answer is better known now than after the training.
-        tracking.connect(tracking.tracking_uri(job.root, job.tracking_uri))
-        connect()
-        for step in (extract, train, aggregate):
-            start = time.monotonic()
-            step(job)
-            print(f"{step.__name__}: {time.monotonic() - start:.0f} s", flush=True)
+    result = pipeline(job)
     from acw.evaluation import table
 
     print(table(json.loads(result.read_text())))

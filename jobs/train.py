@@ -23,6 +23,9 @@ def train(job: Job) -> None:
     stores = job.stores()
     record = provenance(recipe) | {"dataset": dataset.summary(), "split_hash": job.split.hash}
     write_json(folder / "recipe.json", record)
+    if recipe.heads:
+        print(f"heads are those of {recipe.heads}: nothing to train", flush=True)
+        return
     training = aggregation.training_set(dataset, job.split, recipe)
     note(folder, "heads", distributed.train(recipe, training, stores, folder))
     if recipe.joint:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from acw.center_bias import flat
 from acw.data.images import decode_image
 from acw.deepgaze import import_checkpoint
 from acw.heads import WIDTHS
@@ -34,7 +33,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Model:
         pytest.skip(f"{GOLDEN} or its images are not there")
     path = tmp_path_factory.mktemp("deepgaze") / "deepgaze2e.pth"
     subprocess.run([sys.executable, GOLDEN / "make_state.py", "1", path], check=True)
-    model = import_checkpoint(path, flat())
+    model = import_checkpoint(str(path))
     path.unlink()
     return model
 
@@ -64,4 +63,4 @@ def test_a_file_that_is_no_checkpoint_of_it_is_named(tmp_path: Path) -> None:
     path = tmp_path / "other.pth"
     torch.save({f"models.0.x{k}": torch.zeros(2) for k in range(len(WIDTHS))}, path)
     with pytest.raises(UserError, match=r"other.pth.*shapenet_c"):
-        import_checkpoint(path, flat())
+        import_checkpoint(str(path))

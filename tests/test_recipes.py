@@ -78,7 +78,6 @@ def test_values_may_be_strings_or_python_values() -> None:
         ("upsampling", "cubic"),
         ("upsampling_steps", "16x30"),
         ("long_side", 8),
-        ("schedule", "linear"),
         ("joint_patience", -1),
         ("joint_min_learning_rate", 1.0),
         ("holdout", 1.5),
@@ -124,7 +123,7 @@ def test_the_fingerprint_leaves_out_how_a_run_is_computed() -> None:
         "sigma": 17, "learn_sigma": False, "batch_size": 9, "learning_rate": 3e-3, "lr_factor": 0.2, "lr_patience": 3,
         "weight_decay": 0.01, "initial_scale": 0.5,
         "min_learning_rate": 2e-5, "max_epochs": 31, "heads_per_worker": 5, "backbones": "lite0", "long_side": 226,
-        "upsampling": "nearest", "schedule": "plateau", "joint": True, "category_weights": False,
+        "upsampling": "nearest", "joint": True, "category_weights": False,
         "joint_learning_rate": 2e-4, "joint_patience": 4, "joint_min_learning_rate": 1e-7, "joint_max_epochs": 9,
         "weights": "lite0=random",
     }  # fmt: skip

@@ -1,0 +1,93 @@
+"""A small training set with the features of a stub network, for tests of what trains on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from acw import extraction, features, finalizer
+from acw.backbones import Backbone, FrozenBackbone
+from acw.banks import Bank, Head
+from acw.batches import TrainingSet
+from acw.center_bias import GRID, CenterBias
+from acw.data import Stimulus
+from acw.features import FeatureStore
+from acw.pace import Pace
+from acw.recipes import Recipe
+
+CPU = torch.device("cpu")
+RECIPE = dataclasses.replace(
+    Recipe("tiny"),
+    backbones=("lite0", "lite1", "lite2", "lite2_fine"),
+    batch_size=4,
+    max_epochs=3,
+    learning_rate=5e-3,
+)
+MEMBERS = tuple(Head.of(RECIPE, fold, seed) for fold in range(RECIPE.folds) for seed in range(RECIPE.seeds))
+BANK = Bank("stub", MEMBERS)
+# Two shapes, neither of them a multiple of the density's cell.
+SIZES = [(125, 163), (98, 131)]
+IMAGES = 36
+BACKBONE = Backbone("stub", "stub", ("fine", "coarse"), "random", long_side=64, stride=10.0)
+
+
+class Spots(Stimulus):
+    """A dark image with bright spots, the same each time it is read."""
+
+    def pixels(self) -> np.ndarray:
+        generator = np.random.default_rng(zlib.crc32(self.name.encode()))
+        blocks = generator.random((4, 5, 3)) ** 4
+        return (255 * np.kron(blocks, np.ones((33, 34, 1)))[: self.size[0], : self.size[1]]).astype(np.uint8)
+
+
+class StubNetwork:
+    """Averages over cells, and their products with each other, in place of a backbone."""
+
+    weights_sha256 = "0" * 64
+
+    def features(self, images: torch.Tensor, channels_last: bool = True) -> list[torch.Tensor]:
+        channels = images.permute(0, 3, 1, 2).float() / 64
+        taps = [F.adaptive_avg_pool2d(channels, size) for size in ((10, 14), (3, 5))]
+        return [torch.cat([tap, tap * tap.roll(1, 1)], 1).permute(0, 2, 3, 1).contiguous() for tap in taps]
+
+
+def stimuli() -> list[Stimulus]:
+    return [Spots(f"{i}.png", "", SIZES[i % 2], "all", None, "") for i in range(IMAGES)]
+
+
+def make_store(folder: Path) -> FeatureStore:
+    network, images = cast(FrozenBackbone, StubNetwork()), stimuli()
+    shards = range(-(-IMAGES // features.SHARD_IMAGES))
+    extraction.write_shards(network, BACKBONE, images, shards, folder, Pace(CPU))
+    readouts = tuple(BACKBONE.readout_size(image.size) for image in images)
+    return FeatureStore(folder, IMAGES, (6, 6), (((10, 14), (3, 5)),) * IMAGES, readouts)
+
+
+def random_bias(seed: int) -> CenterBias:
+    coarse = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+    smooth = F.interpolate(coarse, (GRID, GRID), mode="bicubic")[0, 0]
+    return CenterBias(finalizer.normalise(smooth).numpy(), None, None)
+
+
+def make_training_set() -> TrainingSet:
+    """Every sixth image held out; 5 to 20 fixations on the brightest spots of each image."""
+    generator = np.random.default_rng(0)
+    image, x, y = [], [], []
+    for index, stimulus in enumerate(stimuli()):
+        brightness = stimulus.pixels().astype(float).mean(2).ravel() ** 2
+        count = generator.integers(5, 20)
+        pixel = generator.choice(len(brightness), count, p=brightness / brightness.sum())
+        image.append(np.full(count, index, dtype=np.int32))
+        y.append((pixel // stimulus.size[1] + generator.random(count)).astype(np.float32))
+        x.append((pixel % stimulus.size[1] + generator.random(count)).astype(np.float32))
+    fold = (np.arange(IMAGES) % 6 - 1).astype(np.int8)
+    biases = [random_bias(seed) for seed in range(2 * RECIPE.folds)]
+    sizes = [stimulus.size for stimulus in stimuli()]
+    columns = np.concatenate(image), np.concatenate(x), np.concatenate(y)
+    return TrainingSet(sizes, fold, *columns, biases[: RECIPE.folds], biases[RECIPE.folds :])
