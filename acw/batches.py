@@ -122,7 +122,7 @@ class Batches:
 
 def read_ahead(groups: Iterable[np.ndarray], load: Callable[[np.ndarray], T]) -> Iterator[T]:
     """What `load` makes of the groups, in order, by a thread that is READ_AHEAD of them ahead."""
-    with ThreadPoolExecutor(1, "features") as reader:
+    with ThreadPoolExecutor(1, "features", torch.set_num_threads, (1,)) as reader:
         reading: list[Future[T]] = []
         for group in groups:
             reading.append(reader.submit(load, group))

@@ -65,9 +65,8 @@ def wants_gpus(accelerator: str) -> bool:
     return accelerator == "gpu" or (accelerator == "auto" and present)
 
 
-def allocate(tasks: int, workers: int, accelerator: str, cores_a_worker: int = 1) -> Allocation:
-    """Workers that run side by side for `tasks` tasks: `workers` of them, or (0) as many as there are GPUs, or as many
-    as the cores give `cores_a_worker` each.
+def allocate(tasks: int, workers: int, accelerator: str) -> Allocation:
+    """Workers that run side by side for `tasks` tasks: `workers` of them, or as many as there are GPUs or cores (0).
 
     Where GPUs are demanded and none is there yet, GPUS_TO_START are. Cores are shared out evenly within each node.
     """
@@ -81,6 +80,6 @@ def allocate(tasks: int, workers: int, accelerator: str, cores_a_worker: int = 1
         raise UserError(
             "the Ray cluster has no CPU to work on; add a node, or give --accelerator gpu to have one started"
         )
-    count = min(tasks, workers or max(1, sum(n // cores_a_worker for n in cores)), sum(cores))
+    count = min(tasks, workers or sum(cores), sum(cores))
     cpus = max(c for c in range(1, max(cores) + 1) if c == 1 or sum(n // c for n in cores) >= count)
     return Allocation(count, cpus, 0)

@@ -29,9 +29,6 @@ from acw.training import train_epochs
 MAX_FAILURES = 10
 CONTROLLER_FAILURES = 3
 PROGRESS_SECONDS = 5.0
-# Two threads train a bank 1.75 times as fast as one, two banks side by side slow each other by a third: so banks come
-# one after another while cores are few, and no core waits at the end for the last bank.
-CORES_A_BANK = 2
 UNIT = "heads x images"
 # What a worker leaves in the run's folder when only the user can help.
 COMPLAINT = "training-failed.txt"
@@ -65,7 +62,7 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
         return Cost(0.0, 0, peak_rss(), UNIT)
     start, before = time.monotonic(), _work(banks, folder)[0]
     # Cores are shared out as for all banks: a rerun then has the threads, and so the heads, of an uninterrupted run.
-    allocation = allocate(len(banks), recipe.workers, recipe.accelerator, CORES_A_BANK)
+    allocation = allocate(len(banks), recipe.workers, recipe.accelerator)
     workers = min(allocation.workers, len(waiting))
     print(
         f"training {sum(len(bank.members) for bank in waiting)} heads in {len(waiting)} banks on {workers} "

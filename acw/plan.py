@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -31,7 +30,6 @@ from acw.categories import CategoryClassifier
 from acw.center_bias import CenterBias
 from acw.cli import Job
 from acw.data import Dataset
-from acw.distributed import CORES_A_BANK
 from acw.evaluation import Scoring, StoredDensities
 from acw.extraction import write_shards
 from acw.features import SHARD_IMAGES, FeatureStore, shard_path, store_folder
@@ -54,16 +52,13 @@ JOINT_SHARE = 0.6
 START_UP = 30.0
 # Fitting weights and category inference, drawing and registering: `gaze` on two cores.
 FINISHING = 60.0
-# A bank on one thread takes so many times as long as on CORES_A_BANK.
-THREADS_GAIN = 1.75
 # A doubling of cores that saves less of the time than this does not pay off.
 WORTHWHILE = 0.2
 
 
 @dataclass(frozen=True)
 class BackbonePlan:
-    """One backbone's part. Seconds on this machine: per image on one thread, and per image and epoch of a bank on
-    CORES_A_BANK of them.
+    """One backbone's part. Seconds are of one thread of this machine: per image, and per image and epoch of a bank.
 
     input_size, readout: (height, width) for the first image. stored: whether the root has its features already.
     """
@@ -111,7 +106,7 @@ class Plan:
         development = self.images - self.held_out
         epochs = self.recipe.max_epochs * (EXPECTED_SHARE if share is None else share)
         of = {backbone.name: backbone for backbone in self.backbones}
-        loads = [0.0] * max(1, cores // CORES_A_BANK)
+        loads = [0.0] * cores
         full = min(self.recipe.heads_per_worker, self.recipe.folds * self.recipe.seeds)
         costs = [
             epochs * (development * of[bank.backbone].epoch + self.bank_overhead) * len(bank.members) / full
@@ -120,8 +115,7 @@ class Plan:
         # As `distributed.share` does: the costliest first, each to who has the least to do.
         for cost in sorted(costs, reverse=True):
             loads[loads.index(min(loads))] += cost
-        alone = THREADS_GAIN if cores == 1 else 1.0
-        steps = {"features": extraction + START_UP / 2, "heads": max(loads) * alone + START_UP / 2}
+        steps = {"features": extraction + START_UP / 2, "heads": max(loads) + START_UP / 2}
         if self.recipe.joint:
             rounds = math.ceil(self.recipe.folds / cores)
             of_joint = JOINT_SHARE if share is None else share
@@ -130,7 +124,7 @@ class Plan:
 
     def table(self, price: float | None) -> list[tuple[int, float, float, float | None]]:
         """(cores, expected seconds, at most, cost) for 1, 2, 4, ... cores up to those that all banks can use."""
-        usable = CORES_A_BANK * len(self.banks())
+        usable = len(self.banks())
         rows = []
         for cores in sorted({*(2**k for k in range(usable.bit_length()) if 2**k <= usable), usable}):
             expected, most = (sum(self.seconds(cores, share).values()) for share in (None, 1.0))
@@ -153,6 +147,7 @@ def make(job: Job) -> Plan:
 
     Raises UserError for what the run itself would stop at: weights that cannot be had, damaged images.
     """
+    torch.set_num_threads(1)
     recipe, dataset = job.recipe, job.dataset
     chosen = np.unique(np.linspace(0, len(dataset.stimuli) - 1, MOST_IMAGES).astype(int))
     sample = _repeated(dataset, chosen, recipe.folds * recipe.batch_size)
@@ -162,16 +157,13 @@ def make(job: Job) -> Plan:
     plans, stores, overheads = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for backbone in recipe.backbone_values:
-            torch.set_num_threads(1)
             network = load_backbone(backbone)
             store, extraction = _extract(network, backbone, sample, len(chosen), Path(folder) / backbone.name)
-            torch.set_num_threads(min(CORES_A_BANK, os.cpu_count() or 1))
             epoch, overhead = _train(recipe, backbone.name, training, store, Path(folder))
             there = store_folder(job.root, backbone, dataset.stimuli_fingerprint, network.weights_sha256)
             plans.append(_backbone_plan(dataset, backbone, store, there, extraction, epoch))
             stores.append(store)
             overheads.append(overhead)
-        torch.set_num_threads(1)
         joint = _train_jointly(recipe, training, stores, Path(folder)) if recipe.joint else 0.0
         scoring = _score(recipe, sample, stores)
     free = shutil.disk_usage(next(p for p in (job.root, *job.root.parents) if p.exists())).free

@@ -35,16 +35,6 @@ def test_cores_are_shared_within_nodes(nodes: Any) -> None:
     assert allocate(60, 50, "auto") == Allocation(6, 1, 0)
 
 
-def test_cores_are_kept_together_where_that_is_faster(nodes: Any) -> None:
-    nodes((2, 0))
-    assert allocate(4, 0, "auto", 2) == Allocation(1, 2, 0)
-    assert allocate(4, 2, "auto", 2) == Allocation(2, 1, 0), "unless asked"
-    nodes((1, 0))
-    assert allocate(4, 0, "auto", 2) == Allocation(1, 1, 0)
-    nodes((5, 0), (2, 0))
-    assert allocate(4, 0, "auto", 2) == Allocation(3, 2, 0)
-
-
 def test_gpus_are_used_where_there_are_any(nodes: Any) -> None:
     nodes((16, 2), (16, 2))
     assert allocate(60, 0, "auto") == Allocation(4, 1, 1)
