@@ -16,6 +16,22 @@ def interval(
     of one image adds no variance.
     Raises ValueError if there are no images, a value is NaN or infinite, or the lengths differ.
     """
+    mean, sampled = _resampled(values, category, samples, seed)
+    low, high = np.quantile(sampled, [0.025, 0.975], axis=0)
+    return mean, low, high
+
+
+def ratio_interval(
+    values: np.ndarray, by: np.ndarray, category: np.ndarray, *, samples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """As `interval`, of the mean of `values` over the mean of `by`, both float (N,) of the same images."""
+    mean, sampled = _resampled(np.stack([values, by], 1), category, samples, seed)
+    low, high = np.quantile(sampled[:, 0] / sampled[:, 1], [0.025, 0.975])
+    return float(mean[0] / mean[1]), float(low), float(high)
+
+
+def _resampled(values: np.ndarray, category: np.ndarray, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over images, and (samples, ...) means of images that are resampled within category."""
     values, category = np.asarray(values, np.float64), np.asarray(category)
     if not len(values) or category.shape != values.shape[:1]:
         raise ValueError(f"{len(values)} values and {category.shape} categories: one category for each image is needed")
@@ -30,5 +46,4 @@ def interval(
         drawn = rng.integers(len(members), size=(samples, len(members))) + len(members) * np.arange(samples)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
         deviations += counts @ (members - members.mean(axis=0))
-    low, high = mean + np.quantile(deviations, [0.025, 0.975], axis=0) / len(values)
-    return mean, low, high
+    return mean, mean + deviations / len(values)

@@ -32,14 +32,15 @@ def lines(
     faint: Sequence[Sequence[float]] = (),
     size: tuple[int, int] = (520, 270),
 ) -> str:
-    """Values over steps `first`, `first` + 1, ..., each line named at its end with its last value.
+    """Values over steps `first`, `first` + 1, ..., each line named at its end with its last value; one in the title.
 
     limits: of the vertical axis; lines run out of the frame beyond them. length: steps on the horizontal axis.
     faint: further lines, thin and without a name (NaN where they have stopped).
     """
     width, height = size
     names = [f"{name} {series[name][-1]:.3f}" for name in series]
-    box = _Box(44, 30, width - 14 - CHARACTER * max(map(len, names)), height - 40)
+    alone = len(names) == 1
+    box = _Box(44, 30, width - (10 if alone else 14 + CHARACTER * max(map(len, names))), height - 40)
     low, high = limits
     last = first + max(length - 1, 1)
 
@@ -50,6 +51,8 @@ def lines(
         return box.bottom - (value - low) / (high - low) * (box.bottom - box.top)
 
     parts = [_text(0, 16, title, "strong")]
+    if alone:
+        parts.append(_text(box.right, 16, names[0], "soft", "end"))
     for tick in ticks(low, high, 5):
         parts.append(_line(box.left, y(tick), box.right, y(tick), GRID))
         parts.append(_text(box.left - 6, y(tick) + 4, f"{tick:g}", "soft", "end"))
@@ -73,7 +76,7 @@ def lines(
             parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.6" fill="{colour[name]}"/>' for px, py in points]
     parts.append("</svg>")
     ends = _apart([min(max(y(curve[-1]), box.top), box.bottom) for curve in series.values()])
-    for label, name, end in zip(names, series, ends, strict=True):
+    for label, name, end in () if alone else zip(names, series, ends, strict=True):
         parts.append(f'<rect x="{box.right + 5:.1f}" y="{end - 1.5:.1f}" width="9" height="3" fill="{colour[name]}"/>')
         parts.append(_text(box.right + 18, end + 4, label))
     return _svg(width + 16, height, title, parts)

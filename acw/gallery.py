@@ -8,8 +8,8 @@ from html import escape
 import numpy as np
 
 from acw import markup
-from acw.markup import figure
-from acw.pictures import DIFFERENCE, Pictures, colour_bar
+from acw.markup import Interval, Row, figure
+from acw.pictures import Pictures, colour_bar
 from acw.report import CENTRE_BIAS, GOLD_STANDARD, OURS, Example
 
 HEADLINE = "category_weights"  # the model, of all in per_image.csv
@@ -17,6 +17,7 @@ WORST = 10
 # Examples end here, so that the page stays below 20 MB with any number of categories.
 BYTES = 14_000_000
 MAPS = ("density", "log-density")
+Weights = Mapping[str, Mapping[str, Interval]]  # category -> backbone -> weight
 Gains = Mapping[str, Mapping[str, float]]  # image -> model -> IG
 
 
@@ -34,12 +35,12 @@ def worst(gains: Gains) -> list[str]:
     return sorted(gains, key=lambda i: gains[i][HEADLINE] - gains[i].get("gold_standard", 0.0))[:WORST]
 
 
-def examples(images: Mapping[str, str], example: Callable[[str], Example]) -> str:
+def examples(images: Mapping[str, str], weights: Weights, example: Callable[[str], Example]) -> str:
     """The section with the example of each category (category -> image)."""
     parts: dict[str, str] = {}
     size = 0
     for category, image in images.items():
-        part = _example(category, image, Pictures(example(image)))
+        part = _example(category, image, weights, Pictures(example(image)))
         size += len(part)
         if size > BYTES:
             break
@@ -55,7 +56,7 @@ def examples(images: Mapping[str, str], example: Callable[[str], Example]) -> st
     )
 
 
-def _example(category: str, image: str, pictures: Pictures) -> str:
+def _example(category: str, image: str, weights: Weights, pictures: Pictures) -> str:
     example = pictures.example
     figures = [_figure(pictures.fixations(), f"{len(example.x)} fixations", image)]
     for name, log_density in example.log_densities.items():
@@ -69,14 +70,24 @@ def _example(category: str, image: str, pictures: Pictures) -> str:
     shown = f'<div class="maps">{"".join(figures)}</div><div class="legend">{markup.switched("map", legend)}</div>'
     if example.wrong is None:
         return shown
-    other, log_density = example.wrong
-    right = example.log_densities[OURS]
-    difference = _figure(pictures.ratio(right, log_density), f"{category} over {other}", "log ratio")
-    bar = f"<span>{figure(-DIFFERENCE)}{colour_bar('RdBu_r')}{figure(DIFFERENCE, signed=True)} bits</span>"
+    return shown + _right_and_wrong(category, weights, pictures, *example.wrong)
+
+
+def _right_and_wrong(category: str, weights: Weights, pictures: Pictures, other: str, log_density: np.ndarray) -> str:
+    right = pictures.example.log_densities[OURS]
+    picture, scale = pictures.ratio(right, log_density)
+    bar = (
+        f"<span>{figure(-scale)}{colour_bar('RdBu_r')}{figure(scale)} bits: more under the right category is red</span>"
+    )
+    rows: list[Row] = [
+        {"backbone": backbone, category: weight.mean, other: weights[other][backbone].mean}
+        for backbone, weight in weights[category].items()
+    ]
     return (
-        f"{shown}<h3>The same image under the right and a wrong category</h3>"
-        f'<div class="maps">{_maps(pictures, f"weights of {category}", right)}'
-        f'{_maps(pictures, f"weights of {other}", log_density)}{difference}</div><div class="legend">{bar}</div>'
+        "<h3>The same image under the right category's weights, and under the most unlike ones</h3>"
+        f'<div class="maps">{_maps(pictures, f"as {category}, right", right)}'
+        f"{_maps(pictures, f'as {other}, wrong', log_density)}{_figure(picture, 'log ratio of the two', '')}"
+        f'{markup.table(["backbone", category, other], {"": rows})}</div><div class="legend">{bar}</div>'
     )
 
 

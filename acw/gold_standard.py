@@ -35,6 +35,14 @@ class GoldStandard:
     weights: np.ndarray
     center_bias: CenterBias
 
+    def everybody(self, dataset: Dataset, index: int) -> Tensor:
+        """Log-density on the grid of all subjects' fixations, those that are scored included: an upper bound."""
+        seen = _Seen.of(dataset, index, self.center_bias)
+        smooth = seen.smoothed(self.bandwidth).sum(0)
+        everybody, bias, uniform = self.weights
+        mixed = everybody * smooth / smooth.sum() + bias * seen.bias + uniform / seen.bias.size
+        return torch.from_numpy(np.log(mixed / mixed.sum()).astype(np.float32))
+
     def leave_one_out(self, dataset: Dataset, index: int) -> list[tuple[np.ndarray, Tensor]]:
         """Per subject: which fixations are theirs (bool (n,)), and the others' log-density on the grid."""
         subject = dataset.fixations_of(index)[2]
@@ -110,6 +118,10 @@ class _Seen:
 
     def others(self, bandwidth: float) -> np.ndarray:
         """(P, H, W) for each subject: the KDE of all others' fixations, with sum 1."""
-        smooth = gaussian_blur(torch.from_numpy(self.counts), bandwidth / FINALIZER.cell, "constant").numpy()
+        smooth = self.smoothed(bandwidth)
         others = np.maximum(smooth.sum(0) - smooth, 0)
         return others / others.sum((1, 2), keepdims=True)
+
+    def smoothed(self, bandwidth: float) -> np.ndarray:
+        """(P, H, W) each subject's fixations, blurred."""
+        return gaussian_blur(torch.from_numpy(self.counts), bandwidth / FINALIZER.cell, "constant").numpy()

@@ -56,7 +56,7 @@ def table(
     percent: Collection[str] = (),
     differences: bool = False,
 ) -> str:
-    """Rows under the headings of their groups, sortable by column; bold is the best of the first group in each.
+    """Rows under the headings of their groups, sortable by column; bold is what shows as the first group's best.
 
     notes: what to say below a text. marked: rows to shade, by their first cell. percent: columns to show as such.
     differences: numbers are differences, with a sign, and bold are the intervals that exclude 0.
@@ -82,13 +82,14 @@ def table(
                     cells.append(_text_cell(cell, name in numeric, notes or {}))
                     continue
                 away = differences and isinstance(cell, Interval) and (cell.low > 0 or cell.high < 0)
-                bold = away or value == best.get(name)
+                bold = away or (name in best and figure(value) == figure(best[name]))
                 cells.append(_number_cell(cell, value, bold, percent=name in percent, signed=differences))
             kind = ' class="ours"' if row.get(columns[0]) in marked else ""
             lines.append(f"<tr{kind}>{''.join(cells)}</tr>")
         bodies.append(f"<tbody>{''.join(lines)}</tbody>" if group else "")
     head = f"<thead><tr>{''.join(heads)}</tr></thead>"
-    return f'<div class="scroll"><table class="scores">{head}{"".join(bodies)}</table></div>'
+    size = "broad" if len(columns) > 6 else "narrow"
+    return f'<div class="scroll"><table class="{size}">{head}{"".join(bodies)}</table></div>'
 
 
 def _best(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
@@ -123,14 +124,12 @@ def _number_cell(cell: Cell, value: float, bold: bool, *, percent: bool, signed:
 
 
 def figure(value: float, percent: bool = False, *, signed: bool = False) -> str:
-    """A number as a person reads it, with a true minus sign; `percent`: of a share."""
-    sign = "+" if signed else ""
-    if percent:
-        text = f"{100 * value:{sign}.1f} %"
-    elif isinstance(value, int):
-        text = f"{value:{sign}d}"
-    else:
-        text = f"{value:{sign}.{3 if abs(value) < 100 else 1}f}"
+    """A number as a person reads it, with a true minus sign. percent: of a share. signed: a difference."""
+    digits = 1 if percent or abs(value) >= 100 else 4 if signed else 3
+    # Rounded first, and -0.0 + 0.0 is 0.0: no sign without a difference to be seen.
+    rounded = round(100 * value if percent else value, 0 if isinstance(value, int) else digits) + 0.0
+    sign = "+" if signed and rounded else ""
+    text = f"{rounded:{sign},.{0 if isinstance(value, int) else digits}f}" + (" %" if percent else "")
     return text.replace("-", "\N{MINUS SIGN}")
 
 

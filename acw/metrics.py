@@ -3,9 +3,9 @@
 Most of a score is linear or quadratic in the mixture's weights: likelihoods and means, variances, covariances and blurs
 of the components give those of any mixture. `Components` holds them, `Target` holds what depends on the image and its
 fixations alone, and `score_mixtures` makes one pass over the pixels, in blocks that stay in the cache, for what is
-left: ranks (AUC, sAUC), logarithms (KLDiv) and minima (SIM). Ranks come from float64 densities, the other maps are
-float32: pysaliency computes in float64, the scores agree to 1e-4 (IG and LL to 1e-6). On CUDA the blur needs full
-float32 matrix products, which is PyTorch's default (no TF32).
+left: ranks (AUC), logarithms (KLDiv) and minima (SIM); sAUC, which needs other images, is in `acw.shuffled`. Ranks
+come from float64 densities, the other maps are float32: pysaliency computes in float64, the scores agree to 1e-4 (IG
+and LL to 1e-6). On CUDA the blur needs full float32 matrix products, which is PyTorch's default (no TF32).
 """
 
 from __future__ import annotations
@@ -296,13 +296,13 @@ def _pixels(size: tuple[int, int], x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def score(log_density: Tensor, target: Target) -> dict[str, float]:
-    """The eight scores of one density, float32 (H, W): see `Components.of` and `score_mixtures`."""
+    """The scores but sAUC of one density, float32 (H, W): see `Components.of` and `score_mixtures`."""
     weight = torch.ones(1, 1, dtype=torch.float64)
     return score_mixtures(Components.of(log_density[None], target.blur_sigma), weight, target)[0]
 
 
 def score_mixtures(components: Components, weights: Tensor, target: Target) -> list[dict[str, float]]:
-    """The eight scores, in the order of METRICS, of M mixtures of the components, normalised, on an image.
+    """The scores but sAUC, in the order of METRICS, of M mixtures of the components, normalised, on an image.
 
     `weights` is float64 (M, B), not negative, each row with a positive sum. The components are on the target's device.
 
@@ -313,7 +313,6 @@ def score_mixtures(components: Components, weights: Tensor, target: Target) -> l
     - IG, bits a fixation: `m.information_gain(stimuli, fixations, baseline)`
     - LL, bits a fixation: `m.information_gain(stimuli, fixations, UniformModel())`
     - AUC: `density.AUC(stimuli, fixations, nonfixations="uniform")`, all pixels are negatives
-    - sAUC: `density.AUC(stimuli, fixations, nonfixations="shuffled", average="image")`
     - NSS: `density.NSS(stimuli, fixations)`; 0 for a flat map
     - CC: `smooth.CC(stimuli, empirical)`
     - KLDiv, nats: `smooth.KLDiv(stimuli, empirical, minimum_value=0, log_regularization=2.2204e-16,
@@ -335,11 +334,12 @@ def score_mixtures(components: Components, weights: Tensor, target: Target) -> l
     columns = {
         "IG": (log_p - target.baseline).mean(1) / math.log(2),
         "LL": log_p.mean(1) / math.log(2),
-        **_rank_scores(components.density, sharp, at_fixations, target.negatives),
+        "AUC": _auc(components.density, sharp, at_fixations),
         "NSS": torch.where(std > _FLAT, (at_fixations.mean(1) - 1) / std, 0),
         **_map_scores(components, smooth, target),
     }
-    return [dict(zip(METRICS, row, strict=True)) for row in torch.stack([columns[m] for m in METRICS], 1).tolist()]
+    names = [metric for metric in METRICS if metric in columns]
+    return [dict(zip(names, row, strict=True)) for row in torch.stack([columns[m] for m in names], 1).tolist()]
 
 
 def _std(weights: Tensor, covariance: Tensor) -> Tensor:
@@ -347,24 +347,15 @@ def _std(weights: Tensor, covariance: Tensor) -> Tensor:
     return ((weights @ covariance) * weights).sum(1).clamp_min(0).sqrt()
 
 
-def _rank_scores(
-    density: Tensor, weights: Tensor, at_fixations: Tensor, negatives: tuple[Tensor, Tensor]
-) -> dict[str, Tensor]:
-    """AUC and sAUC, each (M,): the chance that a fixation exceeds a negative, ties counted as one half."""
+def _auc(density: Tensor, weights: Tensor, at_fixations: Tensor) -> Tensor:
+    """(M,) AUC: the chance that a fixation exceeds a pixel, ties counted as one half."""
     rankings = [Ranking(positives) for positives in at_fixations]
-    totals = torch.zeros(2, len(weights), dtype=torch.int64, device=density.device)
-    pixels, counts = negatives
-    edges = torch.searchsorted(pixels, torch.arange(0, density.shape[1] + _BLOCK, _BLOCK, device=density.device))
-    for number, part in enumerate(_blocks(density.shape[1])):
-        shuffled = slice(int(edges[number]), int(edges[number + 1]))
-        here, count = pixels[shuffled] - part.start, counts[shuffled]
+    totals = torch.zeros(len(weights), dtype=torch.int64, device=density.device)
+    for part in _blocks(density.shape[1]):
         block = density[:, part].T
         for k, ranking in enumerate(rankings):
-            doubled = ranking.doubled(block @ weights[k])
-            totals[0, k] += doubled.sum()
-            totals[1, k] += (doubled.index_select(0, here) * count).sum()
-    possible = 2 * at_fixations.shape[1] * counts.new_tensor([[density.shape[1]], [int(counts.sum())]])
-    return dict(zip(("AUC", "sAUC"), totals / possible, strict=True))
+            totals[k] += ranking.doubled(block @ weights[k]).sum()
+    return totals / (2 * at_fixations.shape[1] * density.shape[1])
 
 
 def _map_scores(components: Components, weights: Tensor, target: Target) -> dict[str, Tensor]:
@@ -389,4 +380,32 @@ def _map_scores(components: Components, weights: Tensor, target: Target) -> dict
         "CC": torch.where(std > 0, weights @ products / pixels / std, 0),
         "KLDiv": target.information - sums[0] / pixels,
         "SIM": sums[1] / pixels,
+    }
+
+
+def score_saliency(saliency: Tensor, target: Target) -> dict[str, float]:
+    """AUC, NSS, CC, KLDiv and SIM of a saliency map that is no density, float64 (H, W), as it is: without a blur.
+
+    As pysaliency's `SaliencyMapModel` scores it: for KLDiv and SIM, a map with negative values is lifted to a minimum
+    of 0, and both maps are taken over their sums. Raises ValueError for another shape, or values that are not finite.
+    """
+    if saliency.shape != target.size or not bool(saliency.isfinite().all()):
+        raise ValueError(f"a saliency map is finite and {target.size} as its image, not {tuple(saliency.shape)}")
+    values, empirical = saliency.flatten(), target.empirical.double()
+    lifted = values - values.min().clamp_max(0)
+    density = lifted / lifted.mean() if bool(lifted.any()) else torch.ones_like(lifted)
+    std, at_fixations = values.std(correction=0), values[target.pixels]
+    varies = bool(std > 0)
+    # Ranks of any values: float64 itself, where a density's leading bits would do.
+    order = at_fixations.sort().values
+    below, not_above = (torch.searchsorted(order, values, right=right) for right in (False, True))
+    doubled = 2 * len(order) - below - not_above
+    covariance = ((values - values.mean()) * (empirical - 1)).mean()
+    quotient = empirical / (density + _KLDIV_REGULARISER * len(values))
+    return {
+        "AUC": float(doubled.sum()) / (2 * len(order) * len(values)),
+        "NSS": float((at_fixations.mean() - values.mean()) / std) if varies else 0.0,
+        "CC": float(covariance / std) / target.std if varies else 0.0,
+        "KLDiv": float((empirical * (_KLDIV_REGULARISER + quotient).log()).mean()),
+        "SIM": float(torch.minimum(density, empirical).mean()),
     }

@@ -19,7 +19,7 @@ import numpy as np
 
 from acw import charts, gallery, markup
 from acw.bootstrap import interval
-from acw.gallery import HEADLINE
+from acw.gallery import HEADLINE, Weights
 from acw.markup import Cell, Interval, Row, figure
 from acw.report import Example, extended
 from acw.resources import noted
@@ -55,19 +55,20 @@ def write(run: Path, example: Callable[[str], Example], curves: Mapping[str, Seq
     """
     evaluation = json.loads((run / "evaluation.json").read_text())
     category, scores = _per_image(run)
+    weights = _category_weights(run)
     sections = {
         "Scores": _scores(evaluation),
         "Categories": _categories(evaluation, category, scores),
-        "Weights": _weights(run, evaluation),
+        "Weights": _weights(run, evaluation, weights),
     }
     gains = {image: {m: values["IG"] for m, values in by.items() if "IG" in values} for image, by in scores.items()}
-    sections["Examples"] = gallery.examples(gallery.typical(category, gains), example)
+    sections["Examples"] = gallery.examples(gallery.typical(category, gains), weights, example)
     sections["Where it fails"] = gallery.failures(gallery.worst(gains), gains, example)
     if curves:
         sections["Training"] = _training(curves)
     sections["Recipe and cost"] = _recipe(run, evaluation)
     recipe, dataset = evaluation["provenance"]["recipe"], evaluation["dataset"]
-    page = markup.document(f"{recipe['name']} on {dataset['name']}", _lead(run, evaluation), sections)
+    page = markup.document(f"Recipe {recipe['name']} on data set {dataset['name']}", _lead(run, evaluation), sections)
     write_atomic(run / FILE, page)
     return run / FILE
 
@@ -228,19 +229,29 @@ def _dots(evaluation: dict[str, Any], names: Sequence[str], ours: Mapping[str, t
     return charts.dots(order, marks, label="IG, bits per fixation", width=1080)
 
 
-def _weights(run: Path, evaluation: dict[str, Any]) -> str:
+def _weights(run: Path, evaluation: dict[str, Any], weights: Weights) -> str:
+    found = evaluation.get("weights", {})
+    prior = ""
+    if found.get("crossvalidation_nats"):
+        strength = found["prior_strength"]
+        prior = (
+            "Cross-validation chose an infinite prior: every category has the weights for all images."
+            if strength == "inf"
+            else f"A prior as strong as {strength:g} images, chosen by cross-validation, draws them to the weights for "
+            "all images."
+        )
+    return (
+        f"<p>Shares of the backbones in each category's mixture, ± half their 95 % interval. {prior}</p>"
+        f'<div class="side"><div>{markup.heat_map(weights, "category")}</div><div>{_progressions({"": run})}</div></div>'
+    )
+
+
+def _category_weights(run: Path) -> Weights:
     rows: dict[str, dict[str, Interval]] = defaultdict(dict)
     with (run / "category_weights.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             rows[row["category"]][row["backbone"]] = Interval(*(float(row[k]) for k in ("weight", "low", "high")))
-    strength = evaluation.get("weights", {}).get("prior_strength")
-    prior = (
-        "" if strength is None else f" They are drawn to the weights for all images as by {strength} images of theirs."
-    )
-    return (
-        f"<p>Shares of the backbones in each category's mixture, ± half their 95 % interval.{escape(prior)}</p>"
-        f'<div class="side"><div>{markup.heat_map(rows, "category")}</div><div>{_progressions({"": run})}</div></div>'
-    )
+    return rows
 
 
 def _history(run: Path) -> dict[str, dict[str, list[float]]]:
@@ -309,7 +320,7 @@ def _training(curves: Mapping[str, Sequence[np.ndarray]]) -> str:
             length=longest,
             colour={"mean": colour[name]},
             faint=[curve.tolist() for curve in heads],
-            size=(440, 250),
+            size=(292, 215),
         )
         for name, heads in curves.items()
     ]
@@ -321,37 +332,31 @@ def _training(curves: Mapping[str, Sequence[np.ndarray]]) -> str:
 
 
 def _recipe(run: Path, evaluation: dict[str, Any]) -> str:
-    record, dataset = evaluation["provenance"], evaluation["dataset"]
-    steps: list[Row] = []
-    for step, cost in noted(run).items():
-        steps.append(
-            {
-                "step": step,
-                "minutes": cost["seconds"] / 60,
-                "done": cost["images"],
-                "of": cost["unit"],
-                "per second": cost["images"] / cost["seconds"] if cost["seconds"] else None,
-                "GiB in one process": cost["peak_rss"] / 2**30,
-            }
-        )
-    total = sum(cost["seconds"] for cost in noted(run).values())
-    # How the run came about: all that does not fit in one line has a table of its own.
+    record, dataset, costs = evaluation["provenance"], evaluation["dataset"], noted(run)
+    steps: list[Row] = [
+        {
+            "step": step,
+            "minutes": cost["seconds"] / 60,
+            "done": cost["images"],
+            "unit": cost["unit"],
+            "per second": cost["images"] / cost["seconds"] if cost["seconds"] else None,
+            "GiB in one process": cost["peak_rss"] / 2**30,
+        }
+        for step, cost in costs.items()
+    ]
+    total = sum(cost["seconds"] for cost in costs.values()) / 60
+    # All that fits in a line; the rest has a table of its own.
     origin = {name: value for name, value in record.items() if isinstance(value, str | int | float)}
     about = {name: value for name, value in dataset.items() if isinstance(value, str | int | float)}
     about["images by category"] = ", ".join(f"{name} {count}" for name, count in dataset["categories"].items())
     fields = {name: ", ".join(v) if isinstance(v, list) else v for name, v in record["recipe"].items()}
+    time = markup.table(list(steps[0]), {"": steps}) if steps else "<p>Not noted.</p>"
     return (
-        f"<h3>Time and memory</h3><p>{total / 60:.1f} minutes in all.</p>"
-        + markup.table(["step", "minutes", "done", "of", "per second", "GiB in one process"], {"": steps})
-        + "<h3>Origin</h3>"
-        + markup.facts(origin)
-        + "<details open><summary>Data set</summary>"
-        + markup.facts(about)
-        + f"</details><details><summary>Recipe, all {len(fields)} fields</summary>"
-        + markup.facts(fields)
-        + "</details><details><summary>Versions</summary>"
-        + markup.facts(record["versions"])
-        + "</details>"
+        f"<h3>Time and memory, {total:.1f} minutes in all</h3>{time}"
+        f'<div class="side"><div><h3>Origin</h3>{markup.facts(origin)}</div>'
+        f"<div><h3>Data set</h3>{markup.facts(about)}</div></div>"
+        f"<details><summary>Recipe, all {len(fields)} fields</summary>{markup.facts(fields)}</details>"
+        f"<details><summary>Versions</summary>{markup.facts(record['versions'])}</details>"
     )
 
 

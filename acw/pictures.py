@@ -7,6 +7,7 @@ import io
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,7 +17,7 @@ from acw.report import CENTRE_BIAS, ENCLOSED_MASS, Example, blended, mass_levels
 WIDTH, HEIGHT = 360, 420  # px that a picture has at most
 CONTOUR_SIDE = 180  # cells of the grid on which contours are traced
 LOWEST = 0.02  # share of an example's pixels whose log-densities are below the colours
-DIFFERENCE = 2.0  # bits, at which a difference's colours end
+DIFFERENCES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # bits, at which a difference's colours may end
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +91,13 @@ class Pictures:
         share = (_log(shrunk) / math.log(2) - low) / max(high - low, 1e-9)
         return self._picture(_bytes(matplotlib.colormaps["viridis"](share)), self._contours(shrunk))
 
-    def ratio(self, a: np.ndarray, b: np.ndarray) -> str:
-        """log2(a / b): red where a is higher, blue where b is, white where they agree."""
+    def ratio(self, a: np.ndarray, b: np.ndarray) -> tuple[str, float]:
+        """log2(a / b), red where a is higher, blue where b is, white where they agree; and the bits of full colour."""
         import matplotlib
 
         bits = (_log(self._shrunk(a)) - _log(self._shrunk(b))) / math.log(2)
-        return self._picture(_bytes(matplotlib.colormaps["RdBu_r"](0.5 + bits / (2 * DIFFERENCE))), "")
+        scale = next((one for one in DIFFERENCES if one >= np.quantile(np.abs(bits), 0.99)), DIFFERENCES[-1])
+        return self._picture(_bytes(matplotlib.colormaps["RdBu_r"](0.5 + bits / (2 * scale))), ""), scale
 
     def _shrunk(self, log_density: np.ndarray) -> np.ndarray:
         """The density over uniform at the pictures' size: the mean over the pixels that a pixel stands for."""
@@ -113,7 +115,8 @@ class Pictures:
         generator = contour_generator(x, y, grid, line_type=LineType.Separate)
         parts = []
         for level in sorted({float(level) for level in mass_levels(grid, ENCLOSED_MASS)}):
-            parts += ["M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in line) for line in generator.lines(level)]
+            lines: Any = generator.lines(level)
+            parts += ["M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in line) for line in lines]
         return f'<path class="mass" d="{"".join(parts)}"/>'
 
     def _picture(self, pixels: np.ndarray, marks: str) -> str:

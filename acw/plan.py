@@ -30,7 +30,6 @@ from acw.categories import CategoryClassifier
 from acw.center_bias import CenterBias
 from acw.cli import Job
 from acw.data import Dataset
-from acw.evaluation import Scoring, StoredDensities
 from acw.extraction import write_shards
 from acw.features import SHARD_IMAGES, FeatureStore, shard_path, store_folder
 from acw.heads import new_heads
@@ -39,6 +38,8 @@ from acw.model import Model
 from acw.pace import Pace
 from acw.recipes import Recipe
 from acw.resources import peak_rss
+from acw.scoring import Scoring, StoredDensities
+from acw.shuffled import MeanPrediction
 from acw.training import coarsest, train_epochs
 
 # Of calibration, for each backbone's features; training and scores take about as long again.
@@ -298,9 +299,10 @@ def _score(recipe: Recipe, sample: Dataset, stores: list[FeatureStore]) -> float
     sizes = [stimulus.size for stimulus in sample.stimuli]
     scoring = Scoring(sample, everything, StoredDensities(model, stores, sizes), model, {}, True, gold)
     with torch.inference_mode():
-        scoring.image(0)
+        means = {name: MeanPrediction(total, 2) for name, total in scoring.sums([0, 1]).items()}
         start = time.monotonic()
-        scoring.image(1)
+        scoring.sums([1])
+        scoring.image(1, means)
         return time.monotonic() - start
 
 

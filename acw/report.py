@@ -59,7 +59,7 @@ class Example:
     """An image and what models predict of it.
 
     pixels: uint8 (H, W, 3). x, y: (F,) fixations in px. log_densities: name -> (H, W), natural logs, logsumexp 0.
-    wrong: a category that is not the image's, and the density (H, W) under its weights.
+    wrong: the category whose weights differ most from those of the image's, and the density (H, W) under them.
     """
 
     title: str

@@ -78,14 +78,13 @@ def export(model: Model, folder: Path, out: Path) -> Report:
     """
     files = stimuli_of(folder)
     sizes = _sizes(files)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(out, BYTES_A_PIXEL * sum(map(math.prod, sizes.values())))
     categories = [path.parent.name if path.parent.name in model.categories else None for path in files.values()]
     inferred = categories.count(None)
     print(f"submission: {len(files)} images, {inferred} of them of a category that has to be inferred", flush=True)
     reports = []
 
     def write(temporary: Path) -> None:
+        _check_room(out, BYTES_A_PIXEL * sum(map(math.prod, sizes.values())))
         predictions = model.predict_batch(map(decode_image, files.values()), categories)
         start = said = time.monotonic()
         with h5py.File(temporary, "w") as file:

@@ -100,8 +100,8 @@ def fused(job: Job, banks: Mapping[Bank, BankState], stores: Sequence[FeatureSto
 
 def _held_out_scores(job: Job, model: Model, stores: list, controls: dict[str, np.ndarray]) -> dict:
     from acw import gold_standard
-    from acw.evaluation import Scoring, StoredDensities, score_images
     from acw.resources import note
+    from acw.scoring import Scoring, StoredDensities, score_images
 
     dataset, held_out = job.dataset, job.split.held_out
     gold = None
@@ -118,6 +118,8 @@ def _held_out_scores(job: Job, model: Model, stores: list, controls: dict[str, n
         by_image=controls,
         labelled=True,
         gold_standard=gold,
+        # To show what the paper's own combination costs, where its systems are trained.
+        log_mixture=job.recipe.joint and job.recipe.category_weights,
     )
     scores, cost = score_images(scoring, held_out)
     note(job.folder, "scores", cost)
@@ -127,8 +129,8 @@ def _held_out_scores(job: Job, model: Model, stores: list, controls: dict[str, n
 def _draw_examples(job: Job, model: Model, stores: list) -> None:
     """The first held-out image of some categories, with what the model, its backbones and the centre bias predict."""
     from acw import report
-    from acw.evaluation import StoredDensities
     from acw.fusion import mix
+    from acw.scoring import StoredDensities
 
     dataset, held_out = job.dataset, job.split.held_out
     stored = StoredDensities(model, stores, [stimulus.size for stimulus in dataset.stimuli])

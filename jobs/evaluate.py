@@ -2,7 +2,9 @@
 
     python jobs/evaluate.py --model runs/gaze-gaze-0123456789abcdef --dataset FOLDER --out scores.json
     python jobs/evaluate.py --model models:/acw@champion --dataset synthetic --out scores.json   # on a CPU
+    python jobs/evaluate.py --model RUN --dataset FOLDER --out scores.json --maps OTHER=DIR --kind saliency
 
+Other models' maps and predictions are scored beside it on the same images; saliency maps as they are, without IG, LL.
 Writes FILE as evaluation.json's scores, and FILE's name with `.per_image.csv`. IG is over the model's stored centre
 bias, which never saw this data set. The last line on stdout is FILE's path.
 """
@@ -12,26 +14,39 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from acw.cli import Parser, add_dataset_options, check_writable, local_path, read_dataset, run
 from acw.data import Dataset
 from acw.storage import UserError
 
+if TYPE_CHECKING:
+    from acw.outside import Outside
+
 SEED = 0  # of the bootstrap
 
 
-def evaluate(location: str, dataset: Dataset, out: Path) -> None:
-    """Scores the model on all images and writes the two files; prints the table."""
+def evaluate(
+    location: str, dataset: Dataset, out: Path, outside: tuple[Outside, ...], exact: bool, sim_opt: int
+) -> None:
+    """Scores the model, and the outside ones beside it, on all images and writes the two files; prints the table."""
     import numpy as np
 
     import acw
     from acw import gold_standard
     from acw.cluster import connect
-    from acw.evaluation import ImageDensities, Scoring, per_image_csv, score_images, summarise, table
+    from acw.evaluation import per_image_csv, summarise, table
+    from acw.scoring import ImageDensities, Scoring, score_images
     from acw.storage import write_atomic, write_json
 
     model = acw.load(location)
-    if dataset.fingerprint == model.provenance["dataset"]["fingerprint"]:
+    trained_on = model.provenance["dataset"]
+    if trained_on is None:
+        raise UserError(
+            f"{location}: has no centre bias yet, and IG no baseline; have them taken from training folds, and held-out "
+            f"images scored: python jobs/pipeline.py deepgaze_iie --heads {location} --dataset D"
+        )
+    if dataset.fingerprint == trained_on["fingerprint"]:
         print("warning: the model was trained on images of this very data set; see its own evaluation.json", flush=True)
     labelled = set(dataset.categories) <= set(model.categories)
     if not labelled:
@@ -42,7 +57,18 @@ def evaluate(location: str, dataset: Dataset, out: Path) -> None:
         gold = gold_standard.fit(dataset, images, model.center_bias)
     model.load_backbones()
     connect()
-    scoring = Scoring(dataset, images, ImageDensities(model, dataset), model, {}, labelled, gold)
+    scoring = Scoring(
+        dataset,
+        images,
+        ImageDensities(model, dataset),
+        model,
+        {},
+        labelled,
+        gold,
+        outside,
+        exact=exact,
+        sim_opt=sim_opt,
+    )
     scores, cost = score_images(scoring, images)
     print(f"scores: {cost}", flush=True)
     result = {
@@ -61,14 +87,31 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="a run's folder, or an MLflow URI such as models:/acw@champion")
     parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--maps", action="append", default=[], metavar="[NAME=]DIR", help="another model's maps")
+    parser.add_argument("--kind", choices=("density", "saliency"), help="what --maps holds")
+    parser.add_argument("--predictions", action="append", default=[], metavar="[NAME=]FILE", help="pysaliency's HDF5")
+    parser.add_argument("--exact", action="store_true", help="scores by pysaliency itself: slow, equal to 1e-4")
+    parser.add_argument("--sim-opt", action="store_true", help="SIM of maps optimised for it, too: a minute an image")
     add_dataset_options(parser)
     options = vars(parser.parse_args(argv))
+    if options["maps"] and not options["kind"]:
+        raise UserError("--maps: say what the maps are: --kind density or --kind saliency")
     out = local_path(options["out"], "--out")
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file in it")
     check_writable(out.parent)
     location = options["model"] if ":/" in options["model"] else str(local_path(options["model"], "--model"))
-    evaluate(location, read_dataset(options), out)
+    dataset = read_dataset(options)
+    from acw.outside import open_maps, open_predictions
+    from acw.sim_opt import CAT2000_FIXATIONS
+
+    outside = [open_maps(spec, options["kind"], dataset) for spec in options["maps"]]
+    outside += [open_predictions(spec, dataset) for spec in options["predictions"]]
+    names = [other.name for other in outside]
+    if len(set(names)) < len(names):
+        raise UserError(f"--maps, --predictions: two models are called {names[0]}; name them, NAME=PATH")
+    fixations = round(len(dataset.x) / len(dataset.stimuli)) if dataset.reader != "cat2000" else CAT2000_FIXATIONS
+    evaluate(location, dataset, out, tuple(outside), options["exact"], fixations if options["sim_opt"] else 0)
     print(out, flush=True)
 
 

@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from acw import metrics, pysaliency_compat
-from acw.metrics import METRICS, Components, Ranking, ShuffledFixations, Target, gaussian_blur, score, score_mixtures
+from acw.metrics import Components, Ranking, ShuffledFixations, Target, gaussian_blur, score, score_mixtures
 from acw.storage import UserError
 
 GAZE = Path(__file__).parents[2] / "shared" / "gaze"
@@ -100,7 +100,6 @@ def reference(
             "IG": per_image(model.information_gains(stimuli, fixations, Given(baselines))),
             "LL": per_image(model.information_gains(stimuli, fixations, pysaliency.UniformModel())),
             "AUC": density.AUC_per_image(stimuli, fixations, nonfixations="uniform"),
-            "sAUC": density.AUC_per_image(stimuli, fixations, nonfixations="shuffled"),
             "NSS": per_image(density.NSSs(stimuli, fixations)),
             "CC": smooth.CCs(stimuli, empirical),
             "KLDiv": smooth.KLDivs(stimuli, empirical, minimum_value=0, **regularisers),
@@ -109,7 +108,8 @@ def reference(
 
 
 def assert_equal_scores(found: list[dict[str, float]], expected: dict[str, np.ndarray]) -> None:
-    for name in METRICS:
+    assert [set(row) for row in found] == [set(expected)] * len(found)
+    for name in expected:
         tolerance = 1e-6 if name in ("IG", "LL") else 1e-4
         np.testing.assert_allclose([row[name] for row in found], expected[name], rtol=0, atol=tolerance, err_msg=name)
 
@@ -128,9 +128,7 @@ def test_scores_equal_pysaliency(pysaliency: ModuleType, kind: str, sigma: float
     expected = reference(pysaliency, stimuli, fixations, maps, baselines, sigma)
     if kind == "flat":
         expected["NSS"] = np.zeros(len(SIZES))  # pysaliency divides rounding noise by rounding noise
-        np.testing.assert_allclose(
-            [(row["AUC"], row["sAUC"], row["LL"]) for row in rows], [(0.5, 0.5, 0)] * 3, atol=1e-6
-        )
+        np.testing.assert_allclose([(row["AUC"], row["LL"]) for row in rows], [(0.5, 0)] * 3, atol=1e-6)
     assert_equal_scores(rows, expected)
 
 
@@ -223,6 +221,40 @@ def test_blur_equals_scipys(dtype: torch.dtype, mode: Any, sigma: float) -> None
     blurred = gaussian_blur(maps.to(dtype), sigma, mode)
     assert blurred.dtype == dtype
     np.testing.assert_allclose(blurred, expected, rtol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "quantised", "flat", "negative"])
+def test_saliency_maps_are_scored_as_pysaliency_scores_them(pysaliency: ModuleType, kind: str) -> None:
+    image, x, y = random_fixations(SIZES)
+    noise = [smooth_noise(size, i).double() for i, size in enumerate(SIZES)]
+    maps = {
+        "smooth": [one.exp() for one in noise],
+        "quantised": [one.round().abs() for one in noise],
+        "flat": [torch.full_like(one, 3.0) for one in noise],
+        "negative": [100 * one for one in noise],
+    }[kind]
+    baselines = [log_density("smooth", size, seed=10 + i) for i, size in enumerate(SIZES)]
+    stimuli = pysaliency.Stimuli([np.full((*size, 3), i, np.uint8) for i, size in enumerate(SIZES)])
+    fixations = pysaliency.Fixations.create_without_history(x, y, image)
+    model = pysaliency.SaliencyMapModelFromFunction(
+        lambda stimulus: maps[stimulus[0, 0, 0]].numpy().copy(), caching=False
+    )
+    empirical = pysaliency.FixationMap(stimuli, fixations, kernel_size=4.0)
+    regularisers = {"log_regularization": 2.2204e-16, "quotient_regularization": 2.2204e-16}
+    nss = model.NSSs(stimuli, fixations)
+
+    rows = [
+        metrics.score_saliency(m, t) for m, t in zip(maps, targets(SIZES, image, x, y, baselines, 4.0), strict=True)
+    ]
+
+    expected = {
+        "AUC": model.AUC_per_image(stimuli, fixations, nonfixations="uniform"),
+        "NSS": np.array([nss[image == i].mean() if kind != "flat" else 0 for i in range(len(SIZES))]),
+        "CC": model.CCs(stimuli, empirical),
+        "KLDiv": model.KLDivs(stimuli, empirical, minimum_value=0, **regularisers),
+        "SIM": model.SIMs(stimuli, empirical),
+    }
+    assert_equal_scores(rows, expected)
 
 
 def one_target(repeats: int = 1, sigma: float = 4.0, device: str = "cpu") -> Target:

@@ -1,0 +1,65 @@
+"""The same scores by pysaliency's own functions, on the very same maps: slow, in float64, and the last word.
+
+`jobs/evaluate.py --exact` has them in the place of `acw.metrics`' and `acw.shuffled`'s; a test holds both together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from acw import pysaliency_compat
+from acw.metrics import METRICS, Target
+from acw.shuffled import MeanPrediction
+
+
+@dataclass(frozen=True, eq=False)
+class ExactTarget:
+    """An image's fixations for pysaliency: its target, and the baseline's log-density, float64 (H, W)."""
+
+    target: Target
+    baseline: np.ndarray
+
+    @property
+    def _fixated(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.divmod(self.target.pixels.numpy(), self.target.size[1])
+
+    def scores(self, log_density: np.ndarray, mean: MeanPrediction, own: Tensor | None) -> dict[str, float]:
+        """All scores of one density, float64 (H, W) natural logs with logsumexp 0. own: as `MeanPrediction.others`."""
+        _pysaliency()
+        from pysaliency.metrics import CC, NSS, SIM, MIT_KLDiv, convert_saliency_map_to_density
+        from pysaliency.models import ShuffledBaselineModel
+        from pysaliency.roc import general_roc
+
+        target, (rows, columns) = self.target, self._fixated
+        counts = np.zeros(target.size)
+        np.add.at(counts, (rows, columns), 1)
+        empirical = gaussian_filter(counts, target.blur_sigma, mode="reflect")
+        density = np.exp(log_density)
+        smooth = gaussian_filter(density, target.blur_sigma, mode="constant")
+        log_p = log_density[rows, columns]
+        # pysaliency's own resizing, of the mean of the others in its place.
+        others: Any = ShuffledBaselineModel(None, [])
+        with np.errstate(invalid="ignore"):
+            shuffled = log_density - others._resize_prediction(mean.others(own).numpy().copy(), target.size)
+        negatives, repeats = (one.numpy() for one in target.negatives)
+        found = {
+            "IG": (log_p - self.baseline[rows, columns]).mean() / math.log(2),
+            "LL": (log_p.mean() + math.log(density.size)) / math.log(2),
+            "AUC": general_roc(density[rows, columns], density.ravel())[0],
+            "sAUC": general_roc(shuffled[rows, columns], np.repeat(shuffled.ravel()[negatives], repeats))[0],
+            "NSS": NSS(density, columns, rows).mean(),
+            "CC": CC(convert_saliency_map_to_density(smooth), empirical),
+            "KLDiv": MIT_KLDiv(smooth, empirical),
+            "SIM": SIM(smooth, empirical),
+        }
+        return {metric: float(found[metric]) for metric in METRICS}
+
+
+def _pysaliency() -> Any:
+    return pysaliency_compat.load()

@@ -1,0 +1,340 @@
+"""Scores of every model and reference on images: first what each model says of all of them, then image by image."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from acw.data import Dataset
+from acw.exact import ExactTarget
+from acw.features import FeatureStore
+from acw.finalizer import normalise, upsample
+from acw.fusion import Likelihoods, oracle
+from acw.gold_standard import GoldStandard
+from acw.metrics import METRICS, Components, ShuffledFixations, Target, score_mixtures, score_saliency
+from acw.model import Model
+from acw.outside import Outside
+from acw.resources import Cost, peak_rss
+from acw.shuffled import MeanPrediction, reduced, shuffled_auc
+from acw.shuffled import scores as shuffled_scores
+from acw.sim_opt import best_map
+
+# Names in `references`: scores that no model could have, or that look at the answer.
+REFERENCES = ("gold_standard", "gold_standard_upper", "optimum", "oracle_weights")
+# For whom the map that is best for SIM is searched, if asked: a minute an image and model.
+SIM_OPT_OF = ("center_bias", "category_weights", "inferred_category")
+# Images that Ray knows of at a time: enough for a cluster to see that it should grow.
+TASKS_AT_ONCE = 500
+# Images whose predictions one task adds up. Sums come in this order, so that workers change no digit.
+IMAGES_PER_SUM = 16
+PROGRESS_SECONDS = 10.0
+Scores = dict[str, dict[str, float]]
+ONE = torch.ones((1, 1), dtype=torch.float64)
+
+
+class Densities(Protocol):
+    """Where the components' densities of an image come from."""
+
+    def of(self, index: int) -> tuple[Tensor, np.ndarray]:
+        """(C, H, W) log-densities of the components on the density grid, on the CPU, and (D,) pooled features."""
+
+
+@dataclass(frozen=True)
+class StoredDensities:
+    """From features that were extracted before; stores in the order of the model's backbones."""
+
+    model: Model
+    stores: list[FeatureStore]
+    sizes: list[tuple[int, int]]
+
+    def of(self, index: int) -> tuple[Tensor, np.ndarray]:
+        features = [store.load([index], self.model.device) for store in self.stores]
+        pooled = [store.pooled([index])[0].double().numpy() for store in self.stores]
+        return self.model.stored_log_densities(features, self.sizes[index]).cpu(), np.concatenate(pooled)
+
+
+@dataclass(frozen=True)
+class ImageDensities:
+    """From the images themselves, by the finished model."""
+
+    model: Model
+    dataset: Dataset
+
+    def of(self, index: int) -> tuple[Tensor, np.ndarray]:
+        log_densities, pooled = self.model.component_log_densities(self.dataset.stimuli[index].pixels())
+        return log_densities.cpu(), pooled
+
+
+@dataclass(frozen=True, eq=False)
+class _Maps:
+    """What is said of an image. log_densities: float32 (C, H, W) of the components. weights: name -> (C,) of a mixture.
+
+    wrong: those of the other categories. singles: name -> float32 (H, W) log-density of what is no such mixture.
+    """
+
+    log_densities: Tensor
+    weights: dict[str, np.ndarray]
+    wrong: list[np.ndarray]
+    singles: dict[str, Tensor]
+
+    def reduced(self) -> dict[str, Tensor]:
+        """Name -> density at the size at which predictions are averaged."""
+        size = (self.log_densities.shape[1], self.log_densities.shape[2])
+        components = self.log_densities.flatten(1).double().exp()
+        # Names may share their weights: global and category weights under an infinite prior.
+        rows, place = np.unique(np.stack(list(self.weights.values())), axis=0, return_inverse=True)
+        small = reduced(torch.from_numpy(rows) @ components, size)
+        result = {name: small[k] for name, k in zip(self.weights, place.ravel(), strict=True)}
+        return result | {n: reduced(one.flatten()[None].double().exp(), size)[0] for n, one in self.singles.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """What to score, and against what.
+
+    dataset: whose fixations; `among`: the images whose other fixations are sAUC's negatives.
+    by_image: name -> (N, C) weights of a mixture, a row an image of the data set.
+    labelled: whether the data set's categories are the model's, so that right and wrong weights exist.
+    outside: other models, scored beside ours. log_mixture: whether to score the paper's own combination too, the
+    weighted sum of log-densities, renormalised. exact: densities are scored by pysaliency itself. sim_opt: an image's
+    number of fixations, for SIM_OPT_OF and outside densities; 0 leaves it out.
+    """
+
+    dataset: Dataset
+    among: np.ndarray
+    densities: Densities
+    model: Model
+    by_image: dict[str, np.ndarray]
+    labelled: bool
+    gold_standard: GoldStandard | None
+    outside: tuple[Outside, ...] = ()
+    log_mixture: bool = False
+    exact: bool = False
+    sim_opt: int = 0
+
+    def sums(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Name -> sum of a model's reduced densities over images."""
+        total: dict[str, Tensor] = {}
+        for index in indices:
+            for name, one in self._maps(index).reduced().items():
+                total[name] = total[name] + one if name in total else one.clone()
+        return total
+
+    def image(self, index: int, means: dict[str, MeanPrediction]) -> Scores:
+        """Scores of every model and reference on one image; means: of `among`, by name."""
+        size = self.dataset.stimuli[index].size
+        x, y, _ = self.dataset.fixations_of(index)
+        bias, shuffled = _of_size(self, size)
+        among = index in self.among
+        target = Target.of(x, y, shuffled.without(x, y) if among else shuffled, bias)
+        maps = self._maps(index)
+        components = Components.of(maps.log_densities, target.blur_sigma)
+        own = maps.reduced() if among else None
+
+        rows, place = np.unique(np.stack([*maps.weights.values(), *maps.wrong]), axis=0, return_inverse=True)
+        distinct = score_mixtures(components, torch.from_numpy(rows), target)
+        of_rows = [distinct[k] for k in place.ravel()]
+        result = {name: dict(one) for name, one in zip(maps.weights, of_rows, strict=False)}
+        weights = {name: torch.from_numpy(row) for name, row in maps.weights.items()}
+        for name, value in shuffled_scores(components, weights, target, means, own).items():
+            result[name]["sAUC"] = value
+        if maps.wrong:
+            of_wrong = of_rows[len(maps.weights) :]
+            result["wrong_category"] = {m: float(np.mean([one[m] for one in of_wrong])) for m in of_wrong[0]}
+            # What the model says of the other images, it says by their right categories.
+            mean = means["category_weights"]
+            by_number = {str(k): torch.from_numpy(row) for k, row in enumerate(maps.wrong)}
+            theirs = None if own is None else dict.fromkeys(by_number, own["category_weights"])
+            values = shuffled_scores(components, by_number, target, dict.fromkeys(by_number, mean), theirs)
+            result["wrong_category"]["sAUC"] = float(np.mean(list(values.values())))
+        for name, log_density in maps.singles.items():
+            single = bias if name == "center_bias" else Components.of(log_density[None], target.blur_sigma)
+            result[name] = _single(single, target, means[name], None if own is None else own[name])
+        if self.gold_standard is not None:
+            upper = None if own is None else own["gold_standard_upper"]
+            result["gold_standard"] = self._leave_one_out(index, target, bias, means["gold_standard_upper"], upper)
+        for other in self.outside:
+            if other.kind == "saliency":
+                result[other.name] = _saliency(torch.from_numpy(other.of(index)), target)
+        if self.exact:
+            result |= self._exact(target, bias, maps, means, own)
+        if self.sim_opt:
+            for name, density in self._every_density(maps):
+                if name in SIM_OPT_OF or name in {other.name for other in self.outside}:
+                    best = torch.from_numpy(best_map(density, target.blur_sigma, self.sim_opt))
+                    result[name]["SIM_opt"] = score_saliency(best, target)["SIM"]
+        return {name: {m: one[m] for m in (*METRICS, "SIM_opt") if m in one} for name, one in result.items()}
+
+    def _exact(
+        self,
+        target: Target,
+        bias: Components,
+        maps: _Maps,
+        means: dict[str, MeanPrediction],
+        own: dict[str, Tensor] | None,
+    ) -> Scores:
+        """Scores by pysaliency of every density but those of wrong categories and single subjects."""
+        exact = ExactTarget(target, (bias.density[0].log() - bias.density[0].sum().log()).view(target.size).numpy())
+        return {
+            name: exact.scores(log_density, means[name], None if own is None else own[name])
+            for name, log_density in self._every_density(maps)
+        }
+
+    @staticmethod
+    def _every_density(maps: _Maps) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and float64 (H, W) log-density, normalised, of every mixture and every other density."""
+        components = maps.log_densities.double().exp()
+        for name, row in maps.weights.items():
+            yield name, normalise(torch.tensordot(torch.from_numpy(row), components, 1).log()).numpy()
+        for name, log_density in maps.singles.items():
+            yield name, normalise(log_density.double()).numpy()
+
+    def _maps(self, index: int) -> _Maps:
+        size = self.dataset.stimuli[index].size
+        log_densities, pooled = self.densities.of(index)
+        full = self.model.finalizer.upsample(log_densities, size)
+        weights, wrong = self._weights(index, pooled)
+        x, y, _ = self.dataset.fixations_of(index)
+        log_p = full[:, y.astype(int), x.astype(int)].T.double().numpy()
+        weights["oracle_weights"] = oracle(Likelihoods(log_p, np.zeros(len(log_p), dtype=np.int64), 1))[0]
+        return _Maps(full, weights, wrong, dict(self._singles(index, full, weights)))
+
+    def _weights(self, index: int, pooled: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+        """Name -> (C,) weights of the mixtures to score on an image, and those of the wrong categories."""
+        model, category = self.model, self.dataset.stimuli[index].category
+        components = len(model.components)
+        weights = {f"backbone:{name}": row for name, row in model.backbone_rows.items()}
+        weights |= {"uniform": np.full(components, 1 / components), "global_weights": model.global_weights}
+        probabilities = model.classifier.probabilities(pooled[None])[0]
+        weights["inferred_category"] = model.mixing_weights(None, probabilities)
+        weights |= {name: rows[index] for name, rows in self.by_image.items()}
+        if not self.labelled:
+            return weights, []
+        weights["category_weights"] = model.mixing_weights(category, probabilities)
+        return weights, [model.mixing_weights(one, probabilities) for one in model.categories if one != category]
+
+    def _singles(self, index: int, full: Tensor, weights: dict[str, np.ndarray]) -> Iterator[tuple[str, Tensor]]:
+        size = self.dataset.stimuli[index].size
+        yield "center_bias", torch.from_numpy(self.model.center_bias.of_size(size))
+        optimum = self.dataset.optimum_log_density(index)
+        if optimum is not None:
+            yield "optimum", torch.from_numpy(optimum)
+        if self.gold_standard is not None:
+            yield "gold_standard_upper", upsample(self.gold_standard.everybody(self.dataset, index), size)
+        if self.log_mixture:
+            row = weights["category_weights" if self.labelled else "global_weights"]
+            yield "log_mixture", normalise(torch.tensordot(torch.from_numpy(row).float(), full, 1))
+        for other in self.outside:
+            if other.kind == "density":
+                yield other.name, torch.from_numpy(other.of(index).astype(np.float32))
+
+    def _leave_one_out(
+        self, index: int, target: Target, bias: Components, mean: MeanPrediction, own: Tensor | None
+    ) -> dict[str, float]:
+        """Each subject scored by the others' density, averaged over fixations; sAUC by everybody's on other images."""
+        assert self.gold_standard is not None
+        total = dict.fromkeys(METRICS, 0.0)
+        x, y, _ = self.dataset.fixations_of(index)
+        negatives = ShuffledFixations(target.size, *(one.numpy() for one in target.negatives))
+        for mine, log_density in self.gold_standard.leave_one_out(self.dataset, index):
+            of_subject = Target.of(x[mine], y[mine], negatives, bias)
+            components = Components.of(upsample(log_density, bias.size)[None], target.blur_sigma)
+            for metric, value in _single(components, of_subject, mean, own).items():
+                total[metric] += value * int(mine.sum()) / len(x)
+        return total
+
+
+def _single(components: Components, target: Target, mean: MeanPrediction, own: Tensor | None) -> dict[str, float]:
+    """Scores of one density."""
+    (scores,) = score_mixtures(components, ONE, target)
+    theirs = None if own is None else {"": own}
+    return scores | {"sAUC": shuffled_scores(components, {"": ONE[0]}, target, {"": mean}, theirs)[""]}
+
+
+def _saliency(saliency: Tensor, target: Target) -> dict[str, float]:
+    """Scores of a saliency map as it is; lifted for sAUC, which only asks for ranks."""
+    values = (saliency - saliency.min()).flatten()
+    auc = shuffled_auc(values[target.pixels], values[target.negatives[0]], target)
+    return score_saliency(saliency, target) | {"sAUC": auc}
+
+
+# Images are scored in the order of their sizes, and many data sets have but one.
+@functools.lru_cache(maxsize=1)
+def _of_size(scoring: Scoring, size: tuple[int, int]) -> tuple[Components, ShuffledFixations]:
+    """The baseline on images of a size, and sAUC's negatives for them before their own fixations are taken out."""
+    dataset = scoring.dataset
+    bias = torch.from_numpy(scoring.model.center_bias.of_size(size))
+    sizes = np.array([stimulus.size for stimulus in dataset.stimuli])
+    among = np.isin(np.arange(len(sizes)), scoring.among)
+    negatives = ShuffledFixations.of(size, sizes, among, dataset.image, dataset.x, dataset.y)
+    return Components.of(bias[None], dataset.blur_sigma), negatives
+
+
+def score_images(scoring: Scoring, indices: Sequence[int] | np.ndarray) -> tuple[dict[int, Scores], Cost]:
+    """Scores of all the images, index -> name -> metric -> score, computed by all cores of the Ray cluster.
+
+    Those of them that are `among` the negatives' images make the mean predictions of sAUC. The cost's peak is the
+    workers': the model, and some 400 MB at full HD, whatever the size of the data set, whose columns they share.
+    """
+    import ray
+
+    start, peak = time.monotonic(), 0
+    # In a list it comes as a reference, so that a worker unpickles it once and not for every image.
+    shared = [ray.put(scoring)]
+    images = sorted(map(int, indices), key=lambda index: scoring.dataset.stimuli[index].size)
+    averaged = [index for index in images if index in scoring.among]
+    totals: dict[str, Tensor] = {}
+    chunks = [averaged[k : k + IMAGES_PER_SUM] for k in range(0, len(averaged), IMAGES_PER_SUM)]
+    for sums, memory in _in_order(_sums, shared, chunks, "averaging", len(averaged)):
+        totals = {name: totals[name] + one if name in totals else one for name, one in sums.items()}
+        peak = max(peak, memory)
+    means = [ray.put({name: MeanPrediction(total, len(averaged)) for name, total in totals.items()})]
+    result = {}
+    for (index, scores), memory in _in_order(_scores, [*shared, *means], images, "scoring", len(images)):
+        result[index] = scores
+        peak = max(peak, memory)
+    return {int(index): result[int(index)] for index in indices}, Cost(time.monotonic() - start, len(images), peak)
+
+
+def _in_order(work: Any, shared: list[Any], items: Sequence[Any], what: str, count: int) -> Iterator[tuple[Any, int]]:
+    """What tasks make of the items, in their order, and the tasks' peak memory; prints how far they are."""
+    import ray
+
+    def task(shared: list[Any], item: Any) -> tuple[Any, int]:
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            return work(*(_received(one) for one in shared), item), peak_rss()
+
+    remote = ray.remote(num_cpus=1, max_retries=3)(task)
+    waiting = iter(items)
+    out = [remote.remote(shared, item) for item in itertools.islice(waiting, TASKS_AT_ONCE)]
+    shown = time.monotonic()
+    for done in range(1, len(items) + 1):
+        yield ray.get(out.pop(0))
+        out += [remote.remote(shared, item) for item in itertools.islice(waiting, 1)]
+        if time.monotonic() - shown > PROGRESS_SECONDS or done == len(items):
+            shown = time.monotonic()
+            print(f"{what}: {done * count // len(items)}/{count} images", flush=True)
+
+
+def _sums(scoring: Scoring, indices: Sequence[int]) -> dict[str, Tensor]:
+    return scoring.sums(indices)
+
+
+def _scores(scoring: Scoring, means: dict[str, MeanPrediction], index: int) -> tuple[int, Scores]:
+    return index, scoring.image(index, means)
+
+
+@functools.lru_cache(maxsize=2)
+def _received(reference: Any) -> Any:
+    import ray
+
+    return ray.get(reference)

@@ -1,0 +1,104 @@
+"""sAUC as the MIT/Tuebingen benchmark has it: a density against what the same model says of other images.
+
+Where many people look in any image, a fixation says little about this one. So the map that is ranked is the density
+over the mean density of the model's predictions for the other images (log p minus its logarithm), and the negatives are
+the fixations of the other images. The mean is taken at 500 x 500, where every size of image comes to the same.
+Kuemmerer, Wallis, Bethge, "Saliency benchmarking made easy", ECCV 2018; pysaliency's `ShuffledBaselineModel` and
+`ShuffledAUCSaliencyMapModel`, which average in float32 by default, this in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from acw.metrics import Components, Ranking, Target
+
+SIDE = 500
+# A place to which no prediction for another image gives any mass ranks above all others, not beside NaN.
+SMALLEST = 1e-300
+
+
+@lru_cache(maxsize=32)
+def _between(source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
+    """scipy's `zoom(order=1)` along one axis, whose first and last cells lie on each other: cells before and after each
+    place (int64 (target,)) and the share of the latter (float64)."""
+    place = np.linspace(0, source - 1, target)
+    low = np.minimum(place.astype(np.int64), max(source - 2, 0))
+    high = np.minimum(low + 1, source - 1)
+    return torch.from_numpy(low), torch.from_numpy(high), torch.from_numpy(place - low)
+
+
+def reduced(densities: Tensor, size: tuple[int, int]) -> Tensor:
+    """(M, SIDE, SIDE) float64 densities with sum 1, from positive ones (M, H * W) on the pixels of an image of a size.
+
+    Resized linearly in the logarithm, as pysaliency does it.
+    """
+    (top, bottom, down), (left, right, across) = (_between(cells, SIDE) for cells in size)
+    logs = densities.view(-1, *size).log()
+    rows = torch.lerp(logs[:, top], logs[:, bottom], down[:, None])
+    small = torch.lerp(rows[:, :, left], rows[:, :, right], across).nan_to_num(nan=-torch.inf)
+    return small.flatten(1).softmax(1).view(-1, SIDE, SIDE)
+
+
+@dataclass(frozen=True, eq=False)
+class MeanPrediction:
+    """What one model says of all scored images: the sum of its densities (`reduced`), and how many they are."""
+
+    total: Tensor
+    images: int
+
+    def others(self, own: Tensor | None) -> Tensor:
+        """(SIDE, SIDE) log of the mean density of the other images; own: this one's, None where it is none of them."""
+        if own is None or self.images == 1:
+            return (self.total / self.images).clamp_min(SMALLEST).log()
+        return ((self.total - own) / (self.images - 1)).clamp_min(SMALLEST).log()
+
+
+def at_pixels(log_mean: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """(n,) float64: a map (SIDE, SIDE) brought to an image of a size, at some of its pixels (int64 (n,)).
+
+    Not normalised there: a constant changes no rank.
+    """
+    (top, bottom, down), (left, right, across) = (_between(SIDE, cells) for cells in size)
+    row, column = pixels // size[1], pixels % size[1]
+    upper, lower = (
+        torch.lerp(log_mean[rows[row], left[column]], log_mean[rows[row], right[column]], across[column])
+        for rows in (top, bottom)
+    )
+    return torch.lerp(upper, lower, down[row])
+
+
+def shuffled_auc(at_fixations: Tensor, at_negatives: Tensor, target: Target) -> float:
+    """The chance that a fixation's value exceeds a negative's, ties counted as one half; values >= 0, float64."""
+    counts = target.negatives[1]
+    doubled = Ranking(at_fixations).doubled(at_negatives)
+    return float((doubled * counts).sum() / (2 * len(at_fixations) * counts.sum()))
+
+
+def scores(
+    components: Components,
+    weights: Mapping[str, Tensor],
+    target: Target,
+    means: Mapping[str, MeanPrediction],
+    own: Mapping[str, Tensor] | None,
+) -> dict[str, float]:
+    """sAUC of mixtures of the components, by name; weights: (C,) float64.
+
+    means: by name. own: this image's reduced predictions by name, None where it is none of the images in the means.
+    """
+    negatives, fixated = target.negatives[0], target.pixels
+    result = {}
+    for name, row in weights.items():
+        log_mean = means[name].others(None if own is None else own[name])
+        positive, negative = (
+            row @ components.density[:, pixels] * (-at_pixels(log_mean, pixels, target.size)).exp()
+            for pixels in (fixated, negatives)
+        )
+        result[name] = shuffled_auc(positive, negative, target)
+    return result

@@ -1,0 +1,180 @@
+"""sAUC, `--exact` and SIM_opt against pysaliency's own models, on maps made by hand and on real fixations."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_evaluation import AMONG, Blobs, means_of
+from test_evaluation import dataset as dataset
+from test_evaluation import model as model
+from test_evaluation import scoring as scoring
+from test_metrics import log_density, random_fixations, targets
+
+from acw import pysaliency_compat
+from acw.metrics import Components, ShuffledFixations, Target, score, score_saliency
+from acw.scoring import Scoring
+from acw.shuffled import SIDE, MeanPrediction, reduced, scores
+from acw.sim_opt import best_map
+
+GAZE = Path(__file__).parents[2] / "shared" / "gaze"
+SIZES = np.array([(48, 64), (60, 41), (33, 90), (48, 64)])
+ONE = torch.ones(1, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def pysaliency() -> ModuleType:
+    return pysaliency_compat.load()
+
+
+def benchmark_sauc(pysaliency: ModuleType, stimuli: Any, fixations: Any, maps: list[torch.Tensor]) -> np.ndarray:
+    """As the benchmark computes it of a model with these maps, its averages in float64."""
+
+    class Given(pysaliency.Model):
+        def _log_density(self, stimulus: np.ndarray) -> np.ndarray:
+            return by_id[pysaliency.datasets.get_image_hash(stimulus)].double().numpy()
+
+    by_id = dict(zip(stimuli.stimulus_ids, maps, strict=True))
+    given = Given(caching=False)
+    mean = pysaliency.models.ShuffledBaselineModel(given, stimuli, library="numpy", compute_size=(SIDE, SIDE))
+    shuffled = pysaliency.models.ShuffledAUCSaliencyMapModel(given, mean)
+    return shuffled.AUC_per_image(stimuli, fixations, nonfixations="shuffled")
+
+
+def our_sauc(maps: list[torch.Tensor], of_images: list[Target]) -> list[float]:
+    components = [Components.of(one[None], target.blur_sigma) for one, target in zip(maps, of_images, strict=True)]
+    small = [reduced(one.density, one.size)[0] for one in components]
+    means = {"": MeanPrediction(torch.stack(small).sum(0), len(small))}
+    return [
+        scores(one, {"": ONE}, target, means, {"": own})[""]
+        for one, target, own in zip(components, of_images, small, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["smooth", "quantised", "nearly flat", "peaked"])
+def test_sauc_is_the_benchmarks(pysaliency: ModuleType, kind: str) -> None:
+    image, x, y = random_fixations(SIZES)
+    maps = [log_density(kind, size, seed=i) for i, size in enumerate(SIZES)]
+    stimuli = pysaliency.Stimuli([np.full((*size, 3), i, np.uint8) for i, size in enumerate(SIZES)])
+    fixations = pysaliency.Fixations.create_without_history(x, y, image)
+    expected = benchmark_sauc(pysaliency, stimuli, fixations, maps)
+    found = our_sauc(maps, targets(SIZES, image, x, y, maps, 4.0))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_map_without_mass_anywhere_has_a_finite_sauc() -> None:
+    image, x, y = random_fixations(SIZES)
+    maps = [log_density("zero density", size, seed=i) for i, size in enumerate(SIZES)]
+    assert all(0 <= value <= 1 for value in our_sauc(maps, targets(SIZES, image, x, y, maps, 4.0)))
+
+
+def test_what_a_model_says_of_every_image_is_no_merit(pysaliency: ModuleType) -> None:
+    """A centre bias has a plain sAUC of its own on centred fixations of images of several sizes; here it has none."""
+    sizes = np.array([(48, 64)] * 4)
+    image, x, y = random_fixations(sizes)
+    bias = log_density("smooth", (48, 64))
+    found = our_sauc([bias] * 4, targets(sizes, image, x, y, [bias] * 4, 4.0))
+    np.testing.assert_allclose(found, 0.5, atol=0.05)
+
+
+@pytest.mark.skipif(not GAZE.is_dir(), reason="needs shared/gaze")
+def test_all_scores_equal_pysaliencys_on_twenty_real_images(scoring: Scoring, pysaliency: ModuleType) -> None:
+    """Densities by our scoring, its fast way and `--exact`; sAUC, last, by pysaliency's whole models."""
+    from acw.data import load_dataset
+
+    everything = load_dataset(str(GAZE))
+    chosen = np.linspace(0, len(everything.stimuli) - 1, 20).astype(int)
+    mine = [np.flatnonzero(everything.image == index) for index in chosen]
+    image = np.repeat(np.arange(20, dtype=np.int32), [len(one) for one in mine])
+    kept = np.concatenate(mine)
+    columns = {name: getattr(everything, name)[kept] for name in ("x", "y", "subject")}
+    stimuli = tuple(
+        dataclasses.replace(everything.stimuli[index], category=scoring.model.categories[k % 3])
+        for k, index in enumerate(chosen)
+    )
+    dataset = dataclasses.replace(everything, stimuli=stimuli, image=image, **columns)
+    sizes = [stimulus.size for stimulus in stimuli]
+    real = dataclasses.replace(
+        scoring,
+        dataset=dataset,
+        among=np.arange(20),
+        densities=RealSizes(sizes),
+        by_image={},
+        gold_standard=None,
+    )
+    means = {name: MeanPrediction(total, 20) for name, total in real.sums(range(20)).items()}
+    exact = dataclasses.replace(real, exact=True)
+    sauc = {}
+    for index in range(20):
+        fast, slow = real.image(index, means), exact.image(index, means)
+        sauc[index] = fast["category_weights"]["sAUC"]
+        for name in set(fast) - {"wrong_category"}:
+            for metric, value in slow[name].items():
+                tolerance = 1e-6 if metric in ("IG", "LL") else 1e-4
+                assert fast[name][metric] == pytest.approx(value, abs=tolerance), (index, name, metric)
+    maps = [dict(exact._every_density(exact._maps(index)))["category_weights"] for index in range(20)]
+    pictures = pysaliency.Stimuli([np.full((*size, 3), i, np.uint8) for i, size in enumerate(sizes)])
+    fixations = pysaliency.Fixations.create_without_history(dataset.x, dataset.y, dataset.image)
+    expected = benchmark_sauc(pysaliency, pictures, fixations, [torch.from_numpy(one) for one in maps])
+    np.testing.assert_allclose(list(sauc.values()), expected, rtol=0, atol=1e-4)
+
+
+@dataclasses.dataclass
+class RealSizes(Blobs):
+    sizes: list[tuple[int, int]]
+
+    def of(self, index: int) -> tuple[torch.Tensor, np.ndarray]:
+        generator = torch.Generator().manual_seed(index)
+        coarse = torch.randn((3, 1, 3, 4), generator=generator)
+        grid = (-(-self.sizes[index][0] // 8), -(-self.sizes[index][1] // 8))
+        smooth = torch.nn.functional.interpolate(coarse, grid, mode="bicubic")[:, 0]
+        one = 3 * smooth
+        return one - one.logsumexp((1, 2), keepdim=True), np.random.default_rng(index).normal(size=4)
+
+
+def test_exact_scores_are_those_of_this_module_too(scoring: Scoring) -> None:
+    """Images among the negatives' and not, with all references."""
+    exact, means = dataclasses.replace(scoring, exact=True, log_mixture=True), None
+    fast = dataclasses.replace(scoring, log_mixture=True)
+    means = means_of(fast)
+    for index in (0, 8):
+        assert (index in AMONG) == (index == 0)
+        slow, ours = exact.image(index, means), fast.image(index, means)
+        for name in ("uniform", "category_weights", "oracle_weights", "log_mixture", "gold_standard_upper"):
+            assert ours[name] == pytest.approx(slow[name], abs=1e-4), (index, name)
+
+
+@pytest.mark.parametrize("size", [(60, 80), (48, 100)])
+def test_the_map_for_sim_is_pysaliencys(pysaliency: ModuleType, size: tuple[int, int]) -> None:
+    """On a map that needs no coarser grid, with the benchmark's settings; and it has the better SIM."""
+    from pysaliency.metric_optimization import SIMSaliencyMapModel
+
+    one = log_density("smooth", size, seed=3).double()
+    one = (one - one.flatten().logsumexp(0)).numpy()
+    given = pysaliency.models.ModelFromFunction if hasattr(pysaliency.models, "ModelFromFunction") else None
+
+    class Given(pysaliency.Model):
+        def _log_density(self, stimulus: np.ndarray) -> np.ndarray:
+            return one
+
+    assert given is None or given
+    settings = {"fixation_count": 60, "min_iter": 10, "backlook": 1, "learning_rate_decay_scheme": "validation_loss"}
+    theirs = SIMSaliencyMapModel(Given(caching=False), 5.0, verbose=False, caching=False, **settings)
+    expected = theirs.saliency_map(np.zeros((*size, 3), np.uint8))
+    found = best_map(one, 5.0, 60)
+    np.testing.assert_allclose(found, np.maximum(expected, 0), rtol=1e-4, atol=1e-9)
+    rng = np.random.default_rng(0)
+    improved = []
+    for _ in range(20):
+        place = rng.choice(one.size, 60, p=np.exp(one).ravel())
+        rows, columns = np.divmod(place, size[1])
+        bias = Components.of(torch.from_numpy(one.astype(np.float32))[None], 5.0)
+        target = Target.of(columns, rows, ShuffledFixations(size, np.array([0]), np.array([1])), bias)
+        plain = score(torch.from_numpy(one.astype(np.float32)), target)["SIM"]
+        improved.append(score_saliency(torch.from_numpy(found), target)["SIM"] - plain)
+    assert np.mean(improved) > 0
