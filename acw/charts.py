@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from acw.markup import figure, minus
+
 # Okabe and Ito's palette, which colour-blind people can tell apart, without its yellow.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#7a6a00")
 INK, FAINT, GRID = "#1b1f24", "#8c959f", "#e3e7eb"
@@ -38,7 +40,7 @@ def lines(
     faint: further lines, thin and without a name (NaN where they have stopped).
     """
     width, height = size
-    names = [f"{name} {series[name][-1]:.3f}" for name in series]
+    names = [f"{name} {figure(series[name][-1])}" for name in series]
     alone = len(names) == 1
     box = _Box(44, 30, width - (10 if alone else 14 + CHARACTER * max(map(len, names))), height - 40)
     low, high = limits
@@ -55,7 +57,7 @@ def lines(
         parts.append(_text(box.right, 16, names[0], "soft", "end"))
     for tick in ticks(low, high, 5):
         parts.append(_line(box.left, y(tick), box.right, y(tick), GRID))
-        parts.append(_text(box.left - 6, y(tick) + 4, f"{tick:g}", "soft", "end"))
+        parts.append(_text(box.left - 6, y(tick) + 4, minus(f"{tick:g}"), "soft", "end"))
     for tick in ticks(first, last, min(8, last - first + 1)):
         if tick == int(tick):
             parts.append(_text(x(tick), box.bottom + 17, f"{tick:g}", "soft", "middle"))
@@ -110,7 +112,7 @@ def dots(categories: Sequence[str], marks: Sequence[Marks], *, label: str, width
     parts = []
     for tick in ticks(low, high, 9):
         parts.append(_line(x(tick), top - 6, x(tick), bottom, GRID if tick else FAINT))
-        parts.append(_text(x(tick), bottom + 16, f"{tick:g}", "soft", "middle"))
+        parts.append(_text(x(tick), bottom + 16, minus(f"{tick:g}"), "soft", "middle"))
     parts.append(_text((left + width) / 2, bottom + 34, label, "soft", "middle"))
     place = left
     for mark in marks:
@@ -176,16 +178,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float 
 
 
 def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    text = escape(text.replace("-", "\N{MINUS SIGN}") if _is_number(text) else text)
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{text}</text>'
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:

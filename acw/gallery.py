@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 
 from acw import markup
-from acw.markup import Interval, Row, figure
+from acw.markup import Interval, Row, figure, minus
 from acw.pictures import Pictures, colour_bar
 from acw.report import CENTRE_BIAS, GOLD_STANDARD, OURS, Example
 
@@ -65,7 +65,7 @@ def _example(category: str, image: str, weights: Weights, pictures: Pictures) ->
     low, high = pictures.range
     legend = {
         "density": f"<span>0{colour_bar('inferno')}{2**high:.0f} times uniform, as square roots</span>",
-        "log-density": f"<span>{figure(low)}{colour_bar('viridis')}{figure(high)} bits over uniform</span>",
+        "log-density": f"<span>{minus(f'{low:.1f}')}{colour_bar('viridis')}{high:.1f} bits over uniform</span>",
     }
     shown = f'<div class="maps">{"".join(figures)}</div><div class="legend">{markup.switched("map", legend)}</div>'
     if example.wrong is None:
@@ -77,17 +77,17 @@ def _right_and_wrong(category: str, weights: Weights, pictures: Pictures, other:
     right = pictures.example.log_densities[OURS]
     picture, scale = pictures.ratio(right, log_density)
     bar = (
-        f"<span>{figure(-scale)}{colour_bar('RdBu_r')}{figure(scale)} bits: more under the right category is red</span>"
+        f"<span>{minus(f'{-scale:g}')}{colour_bar('RdBu_r')}{scale:g} bits: more under the right category is red</span>"
     )
     rows: list[Row] = [
-        {"backbone": backbone, category: weight.mean, other: weights[other][backbone].mean}
+        {"weights": backbone, "right": weight.mean, "wrong": weights[other][backbone].mean}
         for backbone, weight in weights[category].items()
     ]
     return (
         "<h3>The same image under the right category's weights, and under the most unlike ones</h3>"
         f'<div class="maps">{_maps(pictures, f"as {category}, right", right)}'
         f"{_maps(pictures, f'as {other}, wrong', log_density)}{_figure(picture, 'log ratio of the two', '')}"
-        f'{markup.table(["backbone", category, other], {"": rows})}</div><div class="legend">{bar}</div>'
+        f'{markup.table(["weights", "right", "wrong"], {"": rows})}</div><div class="legend">{bar}</div>'
     )
 
 

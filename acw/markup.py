@@ -130,7 +130,12 @@ def figure(value: float, percent: bool = False, *, signed: bool = False) -> str:
     rounded = round(100 * value if percent else value, 0 if isinstance(value, int) else digits) + 0.0
     sign = "+" if signed and rounded else ""
     text = f"{rounded:{sign},.{0 if isinstance(value, int) else digits}f}" + (" %" if percent else "")
-    return text.replace("-", "\N{MINUS SIGN}")
+    return minus(text)
+
+
+def minus(number: str) -> str:
+    """The number with a true minus sign."""
+    return number.replace("-", "\N{MINUS SIGN}")
 
 
 def heat_map(rows: Mapping[str, Mapping[str, Interval]], what: str) -> str:

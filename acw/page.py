@@ -51,7 +51,7 @@ def write(run: Path, example: Callable[[str], Example], curves: Mapping[str, Seq
     example: gives the pictures of the held-out image of that name in per_image.csv. It is called for an image a
     category and for the worst ones, one after the other. Its `log_densities` are to hold `report.OURS` and
     `report.CENTRE_BIAS`, and may hold `report.GOLD_STANDARD`.
-    curves: title -> validation IG per epoch of some heads, as `report.head_curves` gives them.
+    curves: title -> validation IG per epoch of some heads, as `report.head_curves` and `report.joint_curves` give them.
     """
     evaluation = json.loads((run / "evaluation.json").read_text())
     category, scores = _per_image(run)
@@ -242,7 +242,8 @@ def _weights(run: Path, evaluation: dict[str, Any], weights: Weights) -> str:
         )
     return (
         f"<p>Shares of the backbones in each category's mixture, ± half their 95 % interval. {prior}</p>"
-        f'<div class="side"><div>{markup.heat_map(weights, "category")}</div><div>{_progressions({"": run})}</div></div>'
+        f'<div class="side"><div>{markup.heat_map(weights, "category")}</div>'
+        f"<div>{_progressions({'': run})}</div></div>"
     )
 
 
@@ -280,7 +281,7 @@ def _progressions(runs: Mapping[str, Path]) -> str:
     limits = (max(min(values) - 0.02, 0.0), max(max(values) + 0.02, min(values) + 0.1))
     length = {name: _steps(run) for name, run in runs.items()}
     colour = charts.colours(list(dict.fromkeys(b for h in histories.values() for one in h.values() for b in one)))
-    categories = list(dict.fromkeys(category for history in histories.values() for category in history))
+    categories = sorted({category for history in histories.values() for category in history})
     parts = {}
     for category in categories:
         drawn = [
@@ -320,13 +321,13 @@ def _training(curves: Mapping[str, Sequence[np.ndarray]]) -> str:
             length=longest,
             colour={"mean": colour[name]},
             faint=[curve.tolist() for curve in heads],
-            size=(292, 215),
+            size=(268, 205),
         )
         for name, heads in curves.items()
     ]
     return (
-        "<p>IG on the validation images of each head's fold, bits per fixation. Thin lines are heads, the thick one is "
-        "their mean, in which a head that has stopped keeps its last value.</p>"
+        "<p>IG on the validation images of each fold, bits per fixation. Thin lines are heads, or systems trained "
+        "jointly; the thick one is their mean, in which one that has stopped keeps its last value.</p>"
         f'<div class="charts">{"".join(drawn)}</div>'
     )
 

@@ -51,7 +51,7 @@ LONGEST_SIDE = 640
 # Contours enclose the most likely pixels that hold these shares of a density.
 ENCLOSED_MASS = (0.25, 0.5, 0.75)
 # Names in `Example.log_densities` that mean something: what the model predicts, IG's baseline, what other people saw.
-OURS, CENTRE_BIAS, GOLD_STANDARD = "acw", "centre bias", "gold standard"
+OURS, UNIFORM, CENTRE_BIAS, GOLD_STANDARD = "acw", "uniform mixture", "centre bias", "gold standard"
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,12 @@ def head_curves(histories: Mapping[Bank, Sequence[dict[str, Any]]]) -> dict[str,
         curves = np.array([entry["ig"] for entry in history], dtype=float).reshape(len(history), len(bank.members))
         heads[bank.backbone] += list(curves.T)
     return dict(heads)
+
+
+def joint_curves(histories: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[np.ndarray]]:
+    """The same of jointly trained systems, from each one's `SystemState.history`; empty where there are none."""
+    curves = [np.array([entry["ig"] for entry in history], dtype=float) for history in histories]
+    return {"trained jointly": curves} if curves else {}
 
 
 def extended(curve: np.ndarray, length: int) -> np.ndarray:

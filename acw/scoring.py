@@ -143,7 +143,7 @@ class Scoring:
         distinct = score_mixtures(components, torch.from_numpy(rows), target)
         of_rows = [distinct[k] for k in place.ravel()]
         result = {name: dict(one) for name, one in zip(maps.weights, of_rows, strict=False)}
-        weights = {name: torch.from_numpy(row) for name, row in maps.weights.items()}
+        weights = {name: torch.tensor(row) for name, row in maps.weights.items()}
         for name, value in shuffled_scores(components, weights, target, means, own).items():
             result[name]["sAUC"] = value
         if maps.wrong:
@@ -151,7 +151,7 @@ class Scoring:
             result["wrong_category"] = {m: float(np.mean([one[m] for one in of_wrong])) for m in of_wrong[0]}
             # What the model says of the other images, it says by their right categories.
             mean = means["category_weights"]
-            by_number = {str(k): torch.from_numpy(row) for k, row in enumerate(maps.wrong)}
+            by_number = {str(k): torch.tensor(row) for k, row in enumerate(maps.wrong)}
             theirs = None if own is None else dict.fromkeys(by_number, own["category_weights"])
             values = shuffled_scores(components, by_number, target, dict.fromkeys(by_number, mean), theirs)
             result["wrong_category"]["sAUC"] = float(np.mean(list(values.values())))
@@ -193,7 +193,7 @@ class Scoring:
         """Name and float64 (H, W) log-density, normalised, of every mixture and every other density."""
         components = maps.log_densities.double().exp()
         for name, row in maps.weights.items():
-            yield name, normalise(torch.tensordot(torch.from_numpy(row), components, 1).log()).numpy()
+            yield name, normalise(torch.tensordot(torch.tensor(row), components, 1).log()).numpy()
         for name, log_density in maps.singles.items():
             yield name, normalise(log_density.double()).numpy()
 
@@ -231,7 +231,7 @@ class Scoring:
             yield "gold_standard_upper", upsample(self.gold_standard.everybody(self.dataset, index), size)
         if self.log_mixture:
             row = weights["category_weights" if self.labelled else "global_weights"]
-            yield "log_mixture", normalise(torch.tensordot(torch.from_numpy(row).float(), full, 1))
+            yield "log_mixture", normalise(torch.tensordot(torch.tensor(row).float(), full, 1))
         for other in self.outside:
             if other.kind == "density":
                 yield other.name, torch.from_numpy(other.of(index).astype(np.float32))

@@ -1,9 +1,9 @@
 """The benchmark's map for SIM: a density is the wrong map for that score, so the best one is searched for.
 
 pysaliency's `SIMSaliencyMapModel` maximises the expected SIM under fixations drawn from the density. The benchmark's
-settings are as many fixations as an image has, at least 10 epochs, and a rate that falls where the validation loss stands
-still. Published values of SIM are this one. At full size an image takes hours, so it is searched on a grid on which the
-blur is about 5 px wide. Kuemmerer, Wallis, Bethge, "Saliency benchmarking made easy", ECCV 2018.
+settings are as many fixations as an image has, at least 10 epochs, and a rate that falls where the validation loss
+stands still. Published values of SIM are this one. At full size an image takes hours, so it is searched on a grid on
+which the blur is about 5 px wide. Kuemmerer, Wallis, Bethge, "Saliency benchmarking made easy", ECCV 2018.
 """
 
 from __future__ import annotations

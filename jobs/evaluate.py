@@ -43,8 +43,8 @@ def evaluate(
     trained_on = model.provenance["dataset"]
     if trained_on is None:
         raise UserError(
-            f"{location}: has no centre bias yet, and IG no baseline; have them taken from training folds, and held-out "
-            f"images scored: python jobs/pipeline.py deepgaze_iie --heads {location} --dataset D"
+            f"{location}: has no centre bias yet, and IG no baseline; have them taken from training folds, and the "
+            f"held-out images scored: python jobs/pipeline.py deepgaze_iie --heads {location} --dataset D"
         )
     if dataset.fingerprint == trained_on["fingerprint"]:
         print("warning: the model was trained on images of this very data set; see its own evaluation.json", flush=True)

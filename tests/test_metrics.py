@@ -236,9 +236,12 @@ def test_saliency_maps_are_scored_as_pysaliency_scores_them(pysaliency: ModuleTy
     baselines = [log_density("smooth", size, seed=10 + i) for i, size in enumerate(SIZES)]
     stimuli = pysaliency.Stimuli([np.full((*size, 3), i, np.uint8) for i, size in enumerate(SIZES)])
     fixations = pysaliency.Fixations.create_without_history(x, y, image)
-    model = pysaliency.SaliencyMapModelFromFunction(
-        lambda stimulus: maps[stimulus[0, 0, 0]].numpy().copy(), caching=False
-    )
+
+    class Given(pysaliency.SaliencyMapModel):
+        def _saliency_map(self, stimulus: np.ndarray) -> np.ndarray:
+            return maps[stimulus[0, 0, 0]].numpy().copy()
+
+    model = Given(caching=False)
     empirical = pysaliency.FixationMap(stimuli, fixations, kernel_size=4.0)
     regularisers = {"log_regularization": 2.2204e-16, "quotient_regularization": 2.2204e-16}
     nss = model.NSSs(stimuli, fixations)

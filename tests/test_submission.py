@@ -139,7 +139,8 @@ def test_an_export_that_ends_early_leaves_nothing(
         submission.export(model, cat2000, out)
     assert list(out.parent.iterdir()) == []
     monkeypatch.setattr(submission, "decode_image", decode_image)
-    for frees in ([submission.SPARE_BYTES], [10**9, 10**9, submission.SPARE_BYTES]):  # at the start; at the second image
+    full = submission.SPARE_BYTES
+    for frees in ([full], [10**9, 10**9, full]):  # at the start, at the second image
         left = iter(frees)
         monkeypatch.setattr(submission.shutil, "disk_usage", lambda _, left=left: SimpleNamespace(free=next(left)))
         with pytest.raises(UserError, match=r"submission\.hdf5: needs another 0 MiB or so, but 0 are free there"):
