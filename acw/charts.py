@@ -29,22 +29,21 @@ def lines(
     x_label: str,
     first: int,
     limits: tuple[float, float],
-    length: int,
     colour: Mapping[str, str],
     faint: Sequence[Sequence[float]] = (),
     size: tuple[int, int] = (520, 270),
 ) -> str:
     """Values over steps `first`, `first` + 1, ..., each line named at its end with its last value; one in the title.
 
-    limits: of the vertical axis; lines run out of the frame beyond them. length: steps on the horizontal axis.
-    faint: further lines, thin and without a name (NaN where they have stopped).
+    limits: of the vertical axis; lines run out of the frame beyond them. faint: further lines, thin and without a name
+    (NaN where they have stopped).
     """
     width, height = size
     names = [f"{name} {figure(series[name][-1])}" for name in series]
     alone = len(names) == 1
     box = _Box(44, 30, width - (10 if alone else 14 + CHARACTER * max(map(len, names))), height - 40)
     low, high = limits
-    last = first + max(length - 1, 1)
+    last = first + max(max(map(len, (*series.values(), *faint))) - 1, 1)
 
     def x(step: float) -> float:
         return box.left + (step - first) / (last - first) * (box.right - box.left)
@@ -135,7 +134,7 @@ def ticks(low: float, high: float, wanted: int) -> list[float]:
     """Round numbers within an interval, some `wanted` of them."""
     raw = (high - low) / max(wanted, 1)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.8)
     return [round(k * step, 10) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 

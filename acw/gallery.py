@@ -104,7 +104,7 @@ def failures(images: list[str], gains: Gains, example: Callable[[str], Example])
         text = f"IG {figure(gain)}"
         if known:
             gold = gains[image]["gold_standard"]
-            text = f"{figure(gain - gold, signed=True)} bits: IG {figure(gain)} of {figure(gold)}"
+            text = f"{figure(gain - gold)} bits: IG {figure(gain)} of {figure(gold)}"
         figures = [_figure(pictures.fixations(), "fixations", "")]
         figures += [_figure(pictures.density(densities[name]), name, "") for name in shown]
         items.append(

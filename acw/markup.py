@@ -153,7 +153,7 @@ def heat_map(rows: Mapping[str, Mapping[str, Interval]], what: str) -> str:
         for cell in row.values():
             share = max(cell.mean, 0) / highest
             red, green, blue = (round(255 + share * (full - 255)) for full in (8, 81, 156))
-            colour = f"background:rgb({red},{green},{blue});color:{'white' if share > 0.55 else '#1b1f24'}"
+            colour = f"background:rgb({red},{green},{blue});color:{'white' if share > 0.72 else '#1b1f24'}"
             half = (cell.high - cell.low) / 2
             text = f"{cell.mean:.2f} <small>± {half:.2f}</small>"
             cells.append(f'<td style="{colour}" data-number="{cell.mean:.9g}">{text}</td>')

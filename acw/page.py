@@ -177,7 +177,8 @@ def _mean(cell: Cell) -> float:
 def _comparisons(comparisons: Sequence[dict[str, Any]]) -> str:
     rows: dict[tuple[str, str], dict[str, Cell]] = {}
     for pair in comparisons:
-        row = rows.setdefault((pair["a"], pair["b"]), {"": f"{pair['a']} \N{MINUS SIGN} {pair['b']}"})
+        # No break after the minus sign: a long pair takes two lines, not three.
+        row = rows.setdefault((pair["a"], pair["b"]), {"": f"{pair['a']} \N{MINUS SIGN}\N{NO-BREAK SPACE}{pair['b']}"})
         row[pair["metric"]] = _interval(pair)
     metrics = _metrics({pair["metric"]: None} for pair in comparisons)
     return markup.table(["", *metrics], {"": list(rows.values())}, differences=True)

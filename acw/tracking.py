@@ -47,6 +47,7 @@ FILES = (
     "category_weights.csv",
     "category_weights_history.csv",
     "out_of_fold.csv",
+    "report.html",
 )
 EPOCH_METRICS = ("loss", "ig", "learning_rate", "sigma", "center_bias_weight")
 # What loading and prediction import; pinned to the versions in use, with which the scores were measured.

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from acw.banks import Bank, BankState
     from acw.features import FeatureStore
     from acw.fusion import CategoryWeights
+    from acw.gold_standard import GoldStandard
     from acw.model import Model
+    from acw.predictions import Predictions
 
 EXAMPLES = 4  # categories in the picture
 
@@ -34,6 +36,7 @@ def aggregate(job: Job) -> None:
     from acw import aggregation, tracking
     from acw.backbones import load_backbone
     from acw.evaluation import per_image_csv, summarise
+    from acw.predictions import Predictions
     from acw.storage import fingerprint, write_atomic, write_json
 
     recipe, dataset, split, folder = job.recipe, job.dataset, job.split, job.folder
@@ -49,9 +52,9 @@ def aggregate(job: Job) -> None:
     _write_weights(folder, model, fitted.category)
     write_atomic(folder / "out_of_fold.csv", _out_of_fold_csv(job, predictions, fitted.category.left_out))
 
-    scores = _held_out_scores(job, model, stores, fitted.controls)
+    gold = _gold_standard(job, model)
+    scores = _held_out_scores(job, model, stores, fitted.controls, gold)
     write_atomic(folder / "per_image.csv", per_image_csv(dataset, scores))
-    _draw_examples(job, model, stores)
     evaluation: dict[str, Any] = {
         "dataset": dataset.summary() | {"scored": "held-out images", "images_scored": len(scores)},
         **summarise(dataset, scores, recipe.seed),
@@ -64,6 +67,7 @@ def aggregate(job: Job) -> None:
         "provenance": record,
     }
     write_json(folder / "evaluation.json", evaluation)
+    _report(job, banks, Predictions(dataset, model, stores, gold))
     uri = tracking.tracking_uri(job.root, job.tracking_uri)
     registration = tracking.log_run(uri, folder, recipe, banks, evaluation)
     print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
@@ -98,22 +102,26 @@ def fused(job: Job, banks: Mapping[Bank, BankState], stores: Sequence[FeatureSto
     return heads, fitted, predictions
 
 
-def _held_out_scores(job: Job, model: Model, stores: list, controls: dict[str, np.ndarray]) -> dict:
+def _gold_standard(job: Job, model: Model) -> GoldStandard | None:
     from acw import gold_standard
+
+    if gold_standard.has_subjects(job.dataset, range(len(job.dataset.stimuli))):
+        return gold_standard.fit(job.dataset, job.split.development, model.center_bias)
+    print("no gold_standard: it needs two named subjects for every image", flush=True)
+    return None
+
+
+def _held_out_scores(
+    job: Job, model: Model, stores: list, controls: dict[str, np.ndarray], gold: GoldStandard | None
+) -> dict:
     from acw.resources import note
     from acw.scoring import Scoring, StoredDensities, score_images
 
     dataset, held_out = job.dataset, job.split.held_out
-    gold = None
-    if gold_standard.has_subjects(dataset, range(len(dataset.stimuli))):
-        gold = gold_standard.fit(dataset, job.split.development, model.center_bias)
-    else:
-        print("no gold_standard: it needs two named subjects for every image", flush=True)
-    sizes = [stimulus.size for stimulus in dataset.stimuli]
     scoring = Scoring(
         dataset=dataset,
         among=held_out,
-        densities=StoredDensities(model, stores, sizes),
+        densities=StoredDensities(model, stores, [stimulus.size for stimulus in dataset.stimuli]),
         model=model,
         by_image=controls,
         labelled=True,
@@ -126,25 +134,17 @@ def _held_out_scores(job: Job, model: Model, stores: list, controls: dict[str, n
     return scores
 
 
-def _draw_examples(job: Job, model: Model, stores: list) -> None:
-    """The first held-out image of some categories, with what the model, its backbones and the centre bias predict."""
-    from acw import report
-    from acw.fusion import mix
-    from acw.scoring import StoredDensities
+def _report(job: Job, banks: Mapping[Bank, BankState], predictions: Predictions) -> None:
+    """report.html, and the first held-out image of some categories as a picture."""
+    from acw import page, report
+    from acw.joint import trained_systems
 
-    dataset, held_out = job.dataset, job.split.held_out
-    stored = StoredDensities(model, stores, [stimulus.size for stimulus in dataset.stimuli])
-    rows = []
-    for category in dataset.categories[:EXAMPLES]:
-        index = next(i for i in held_out if dataset.stimuli[i].category == category)
-        stimulus = dataset.stimuli[index]
-        full = model.finalizer.upsample(stored.of(index)[0], stimulus.size)
-        mixtures = {"acw": model.mixing_weights(category, np.empty(0))} | model.backbone_rows
-        maps = {name: mix(full, torch.from_numpy(row).float()).numpy() for name, row in mixtures.items()}
-        maps["centre bias"] = model.center_bias.of_size(stimulus.size)
-        x, y, _ = dataset.fixations_of(index)
-        rows.append(report.Example(category, stimulus.pixels(), x, y, maps))
-    report.examples_figure(rows, job.folder / "examples.png")
+    dataset, held_out = job.dataset, [job.dataset.stimuli[index] for index in job.split.held_out]
+    first = [next(one.name for one in held_out if one.category == c) for c in dataset.categories[:EXAMPLES]]
+    report.examples_figure([predictions(name) for name in first], job.folder / "examples.png")
+    systems = trained_systems(job.recipe, job.folder) if job.recipe.joint else []
+    curves = report.head_curves({bank: state.history for bank, state in banks.items()})
+    page.write(job.folder, predictions, curves | report.joint_curves([system.history for system in systems]))
 
 
 def _write_weights(folder: Path, model: Model, weights: CategoryWeights) -> None:

@@ -87,6 +87,7 @@ class System:
 
 def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
     """Runs all systems and compares them; the path of reproduction.json."""
+    from acw import page
     from acw.storage import fingerprint, write_atomic, write_json
 
     wanted = [(name, changed, [name, *argv]) for name, changed in SYSTEMS.items()]
@@ -116,6 +117,7 @@ def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
     result = folder / "reproduction.json"
     content = {"table1": first, "table2": second, "comparisons": compared, "runs": runs}
     write_json(result, content | {"dataset": job.dataset.summary(), "split": job.split.hash, "fields": list(argv)})
+    page.write_comparison(folder)
     return result
 
 

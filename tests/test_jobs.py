@@ -86,7 +86,7 @@ def test_a_pipeline_leaves_scores_of_the_held_out_images_only(done: Run) -> None
     job, folder = done.job, done.job.folder
     assert done.lines[-1] == str(folder / "evaluation.json")
     evaluation = scores_of(folder / "evaluation.json")
-    assert_shape(evaluation, MODELS, {"oracle_weights", "gold_standard"}, {"Colour", "Faces"})
+    assert_shape(evaluation, MODELS, {"oracle_weights", "gold_standard", "gold_standard_upper"}, {"Colour", "Faces"})
     assert_means_of(folder / "per_image.csv", evaluation)
     ig = {name: e["overall"]["IG"]["mean"] for name, e in (evaluation["models"] | evaluation["references"]).items()}
     assert ig["center_bias"] == pytest.approx(0, abs=1e-6)  # it is what IG is measured over
@@ -175,12 +175,15 @@ def test_the_same_command_again_does_nothing_anew(done: Run) -> None:
 
 def test_the_optimum_is_known_for_the_built_in_displays(done: Run) -> None:
     from acw.data import synthetic
-    from acw.evaluation import ImageDensities, Scoring, summarise
+    from acw.evaluation import summarise
+    from acw.scoring import ImageDensities, Scoring
+    from acw.shuffled import MeanPrediction
 
     model, dataset = acw.load(done.job.folder), synthetic.load()
     images = np.arange(0, len(dataset.stimuli), 32)
     scoring = Scoring(dataset, images, ImageDensities(model, dataset), model, {}, False, None)
-    evaluation = summarise(dataset, {int(index): scoring.image(index) for index in images}, 0)
+    means = {name: MeanPrediction(total, len(images)) for name, total in scoring.sums(images.tolist()).items()}
+    evaluation = summarise(dataset, {int(index): scoring.image(index, means) for index in images}, 0)
     ig = {name: e["overall"]["IG"]["mean"] for name, e in (evaluation["models"] | evaluation["references"]).items()}
     assert set(evaluation["references"]) == {"optimum", "oracle_weights"}
     assert ig["optimum"] == max(ig.values())

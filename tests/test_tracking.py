@@ -20,6 +20,7 @@ from acw.backbones import BACKBONES, load_backbone
 from acw.banks import Bank, BankState, Head
 from acw.categories import CategoryClassifier
 from acw.center_bias import fixed_gaussian
+from acw.finalizer import Finalizer
 from acw.heads import new_heads
 from acw.model import Model
 from acw.recipes import Recipe, derive, named_recipe
@@ -45,7 +46,7 @@ def model() -> Model:
     result = Model(
         [backbone, second],
         {"lite0": new_heads(channels, 16.0, [1, 2]), "second": flat},
-        8.0,
+        Finalizer(),
         CATEGORIES,
         np.array([[0.9, 0.1], [0.2, 0.8]]),
         np.array([0.5, 0.5]),
