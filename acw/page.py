@@ -80,9 +80,9 @@ def write_comparison(folder: Path) -> Path:
     sections = {
         "Table 1": "<p>Validation images, as published; loss in nats per fixation.</p>" + _measured(found["table1"]),
         "Table 2": "<p>Held-out images. IG and LL in bits per fixation.</p>" + _measured(found["table2"]),
-        "Differences": "<p>On the same held-out images, in bold where the 95 % interval excludes 0.</p>"
+        "Differences": "<p>On the same held-out images, in bold where the 95 % interval excludes 0; LL's are IG's.</p>"
         + _comparisons(found["comparisons"]),
-        "Weights": _progressions({name: run for name, run in runs.items() if _steps(run) > 1}),
+        "Weights": _progressions({name: run for name, run in runs.items() if _learned(run)}),
         "Runs": _runs(folder, runs),
     }
     dataset = found["dataset"]
@@ -146,7 +146,7 @@ def _metrics(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 def _scores(evaluation: dict[str, Any]) -> str:
     groups: dict[str, list[Row]] = {}
     shares: dict[str, Any] = evaluation.get("explained", {})
-    explained = "of gold standard"
+    explained = "explained"
     metrics = _metrics(entry["overall"] for kind in ("models", "references") for entry in evaluation[kind].values())
     for kind, heading in (("models", "Models"), ("references", "References, which no model could be")):
         rows: list[Row] = []
@@ -158,10 +158,12 @@ def _scores(evaluation: dict[str, Any]) -> str:
         groups[heading] = sorted(rows, key=lambda row: -_mean(row.get("IG")))
     columns = ["", *metrics, *([explained] if shares else [])]
     return (
-        "<p>IG: bits per fixation over the centre bias; LL: over a uniform density. Means over images; the best model "
-        "is in bold. A click on a column's name sorts.</p>"
+        "<p>IG: bits per fixation over the centre bias; LL: over a uniform density"
+        + ("; explained: the share of the gold standard's IG" if shares else "")
+        + ". Means over images; the best model is in bold. A click on a column's name sorts.</p>"
         + markup.table(columns, groups, notes=NOTES, marked={HEADLINE}, percent={explained})
-        + "<h3>Paired differences</h3><p>On the same images, in bold where the 95 % interval excludes 0.</p>"
+        + "<h3>Paired differences</h3>"
+        + "<p>On the same images, in bold where the 95 % interval excludes 0; LL's are IG's.</p>"
         + _comparisons(evaluation["comparisons"])
     )
 
@@ -180,7 +182,8 @@ def _comparisons(comparisons: Sequence[dict[str, Any]]) -> str:
         # No break after the minus sign: a long pair takes two lines, not three.
         row = rows.setdefault((pair["a"], pair["b"]), {"": f"{pair['a']} \N{MINUS SIGN}\N{NO-BREAK SPACE}{pair['b']}"})
         row[pair["metric"]] = _interval(pair)
-    metrics = _metrics({pair["metric"]: None} for pair in comparisons)
+    # Both are over the same density, so a difference in LL is the one in IG.
+    metrics = [metric for metric in _metrics({pair["metric"]: None} for pair in comparisons) if metric != "LL"]
     return markup.table(["", *metrics], {"": list(rows.values())}, differences=True)
 
 
@@ -265,8 +268,10 @@ def _history(run: Path) -> dict[str, dict[str, list[float]]]:
     return result
 
 
-def _steps(run: Path) -> int:
-    return max(len(weights) for by_backbone in _history(run).values() for weights in by_backbone.values())
+def _learned(run: Path) -> bool:
+    """Whether any weight is another than at the start."""
+    every = [weights for by_backbone in _history(run).values() for weights in by_backbone.values()]
+    return any(weights[-1] != weights[0] for weights in every)
 
 
 def _progressions(runs: Mapping[str, Path]) -> str:
@@ -280,7 +285,6 @@ def _progressions(runs: Mapping[str, Path]) -> str:
     }
     values = [v for h in histories.values() for one in h.values() for weights in one.values() for v in weights]
     limits = (max(min(values) - 0.02, 0.0), max(max(values) + 0.02, min(values) + 0.1))
-    length = {name: _steps(run) for name, run in runs.items()}
     colour = charts.colours(list(dict.fromkeys(b for h in histories.values() for one in h.values() for b in one)))
     categories = sorted({category for history in histories.values() for category in history})
     parts = {}
@@ -292,7 +296,6 @@ def _progressions(runs: Mapping[str, Path]) -> str:
                 x_label=units[name],
                 first=0,
                 limits=limits,
-                length=length[name],
                 colour=colour,
             )
             for name, history in histories.items()
@@ -319,7 +322,6 @@ def _training(curves: Mapping[str, Sequence[np.ndarray]]) -> str:
             x_label="epoch",
             first=1,
             limits=(low - margin, high + margin),
-            length=longest,
             colour={"mean": colour[name]},
             faint=[curve.tolist() for curve in heads],
             size=(268, 205),

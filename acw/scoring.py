@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from acw.resources import Cost, peak_rss
 from acw.shuffled import MeanPrediction, reduced, shuffled_auc
 from acw.shuffled import scores as shuffled_scores
 from acw.sim_opt import best_map
+from acw.storage import UserError
 
 # Names in `references`: scores that no model could have, or that look at the answer.
 REFERENCES = ("gold_standard", "gold_standard_upper", "optimum", "oracle_weights")
@@ -171,6 +173,13 @@ class Scoring:
                 if name in SIM_OPT_OF or name in {other.name for other in self.outside}:
                     best = torch.from_numpy(best_map(density, target.blur_sigma, self.sim_opt))
                     result[name]["SIM_opt"] = score_saliency(best, target)["SIM"]
+        for name in (other.name for other in self.outside):
+            for metric, value in result[name].items():
+                if not math.isfinite(value):
+                    raise UserError(
+                        f"{name}: its {metric} on {self.dataset.stimuli[index].name} is {value}, as its density is 0 "
+                        "where somebody looked; give densities that are positive everywhere, or --kind saliency"
+                    )
         return {name: {m: one[m] for m in (*METRICS, "SIM_opt") if m in one} for name, one in result.items()}
 
     def _exact(

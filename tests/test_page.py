@@ -71,7 +71,7 @@ def _stimuli() -> Dataset:
     return Dataset("made up", "csv", "", stimuli, image, x, x, np.full(len(image), -1, np.int32), 10.0, ())
 
 
-def _write_run(folder: Path, steps: int = 3, joint: bool = False) -> None:
+def _write_run(folder: Path, steps: int = 3, *, joint: bool = False, learned: bool = True) -> None:
     dataset, rng = _stimuli(), np.random.default_rng(0)
     models = ["center_bias", *(f"backbone:{name}" for name in BACKBONES), "uniform", "global_weights"]
     models += ["category_weights", "gold_standard"]
@@ -99,7 +99,9 @@ def _write_run(folder: Path, steps: int = 3, joint: bool = False) -> None:
     for category in CATEGORIES:
         quoted = '"' + category.replace('"', '""') + '"'
         weights += [f"{quoted},{backbone},0.5,0.4,0.6" for backbone in BACKBONES]
-        history += [f"{quoted},{step},{backbone},0.5" for step in range(steps) for backbone in BACKBONES]
+        for step in range(steps):
+            first = 0.5 + 0.1 * step * learned
+            history += [f"{quoted},{step},lite0,{first}", f"{quoted},{step},lite1,{1 - first}"]
     (folder / "category_weights.csv").write_text("\n".join(weights) + "\n")
     (folder / "category_weights_history.csv").write_text("\n".join(history) + "\n")
 
@@ -192,9 +194,9 @@ def test_a_comparison_has_the_tables_and_the_weights_of_all_runs(tmp_path: Path,
     from selenium.webdriver.support.ui import Select
 
     runs = {}
-    for name, steps in (("acw_v1", 1), ("acw_v2", 4), ("acw_v3", 6)):
+    for name, steps in (("acw_v1", 4), ("acw_v2", 4), ("acw_v3", 6)):
         (tmp_path / name).mkdir()
-        _write_run(tmp_path / name, steps, joint=True)
+        _write_run(tmp_path / name, steps, joint=True, learned=name != "acw_v1")
         runs[name] = str(tmp_path / name)
     row = {"NSS": 2.0, "epochs": "3", "IG low": 0.1, "IG high": 0.3, "what changed": "nothing"}
     rows: Sequence[dict[str, Any]] = [

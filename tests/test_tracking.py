@@ -84,6 +84,7 @@ def write_run(folder: Path, model: Model, ig: np.ndarray, fingerprint: str = "da
     write_json(folder / "recipe.json", record)
     write_json(folder / "evaluation.json", EVALUATION)
     (folder / "per_image.csv").write_text("image,IG\n")
+    (folder / "report.html").write_text("<!doctype html>")
     rows = [(c, b, 0.5, 0.4, 0.6) for c in CATEGORIES for b in ("lite0", "second")]
     write_csv(folder / "category_weights.csv", [("category", "backbone", "weight", "low", "high"), *rows])
     (folder / "category_weights_history.csv").write_text("category,step,backbone,weight\n")
