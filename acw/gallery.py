@@ -15,7 +15,7 @@ from acw.report import CENTRE_BIAS, GOLD_STANDARD, OURS, Example
 HEADLINE = "category_weights"  # the model, of all in per_image.csv
 WORST = 10
 # Examples end here, so that the page stays below 20 MB with any number of categories.
-BYTES = 14_000_000
+BYTES = 12_000_000
 MAPS = ("density", "log-density")
 Weights = Mapping[str, Mapping[str, Interval]]  # category -> backbone -> weight
 Gains = Mapping[str, Mapping[str, float]]  # image -> model -> IG

@@ -81,8 +81,8 @@ def table(
                 if value is None:
                     cells.append(_text_cell(cell, name in numeric, notes or {}))
                     continue
-                away = differences and isinstance(cell, Interval) and (cell.low > 0 or cell.high < 0)
-                bold = away or (name in best and figure(value) == figure(best[name]))
+                away = isinstance(cell, Interval) and (cell.low > 0 or cell.high < 0) and bool(round(value, 4))
+                bold = (differences and away) or (name in best and figure(value) == figure(best[name]))
                 cells.append(_number_cell(cell, value, bold, percent=name in percent, signed=differences))
             kind = ' class="ours"' if row.get(columns[0]) in marked else ""
             lines.append(f"<tr{kind}>{''.join(cells)}</tr>")

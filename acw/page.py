@@ -134,7 +134,7 @@ def _lead(run: Path, evaluation: dict[str, Any]) -> str:
 
 
 def _range(low: float, high: float, signed: bool = False) -> str:
-    return f"{figure(low, signed=signed)}, {figure(high, signed=signed)}"
+    return f"{figure(low, signed=signed)},\N{NO-BREAK SPACE}{figure(high, signed=signed)}"
 
 
 def _metrics(entries: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -6,7 +6,8 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,8 +38,9 @@ SIM_OPT_OF = ("center_bias", "category_weights", "inferred_category")
 TASKS_AT_ONCE = 500
 # Images whose predictions one task adds up. Sums come in this order, so that workers change no digit.
 IMAGES_PER_SUM = 16
-PROGRESS_SECONDS = 10.0
 Scores = dict[str, dict[str, float]]
+# What `Densities` says of an image, as arrays, which Ray's workers read where they lie.
+Said = tuple[np.ndarray, np.ndarray]
 ONE = torch.ones((1, 1), dtype=torch.float64)
 
 
@@ -89,13 +91,11 @@ class _Maps:
 
     def reduced(self) -> dict[str, Tensor]:
         """Name -> density at the size at which predictions are averaged."""
-        size = (self.log_densities.shape[1], self.log_densities.shape[2])
-        components = self.log_densities.flatten(1).double().exp()
         # Names may share their weights: global and category weights under an infinite prior.
         rows, place = np.unique(np.stack(list(self.weights.values())), axis=0, return_inverse=True)
-        small = reduced(torch.from_numpy(rows) @ components, size)
+        small = reduced(self.log_densities, torch.from_numpy(rows))
         result = {name: small[k] for name, k in zip(self.weights, place.ravel(), strict=True)}
-        return result | {n: reduced(one.flatten()[None].double().exp(), size)[0] for n, one in self.singles.items()}
+        return result | {name: reduced(one[None], ONE)[0] for name, one in self.singles.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,22 +122,27 @@ class Scoring:
     exact: bool = False
     sim_opt: int = 0
 
-    def sums(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Name -> sum of a model's reduced densities over images."""
+    def said(self, index: int) -> Said:
+        """What the components say of an image: small, and costly to ask for."""
+        log_densities, pooled = self.densities.of(index)
+        return log_densities.numpy(), pooled
+
+    def sums(self, indices: Sequence[int], said: Mapping[int, Said] | None = None) -> dict[str, Tensor]:
+        """Name -> sum of a model's reduced densities over images. said: of these, if they were asked about before."""
         total: dict[str, Tensor] = {}
         for index in indices:
-            for name, one in self._maps(index).reduced().items():
-                total[name] = total[name] + one if name in total else one.clone()
+            for name, one in self._maps(index, said).reduced().items():
+                total[name] = total[name].add_(one) if name in total else one.clone()
         return total
 
-    def image(self, index: int, means: dict[str, MeanPrediction]) -> Scores:
-        """Scores of every model and reference on one image; means: of `among`, by name."""
+    def image(self, index: int, means: dict[str, MeanPrediction], said: Mapping[int, Said] | None = None) -> Scores:
+        """Scores of every model and reference on one image; means: of `among`, by name; said: as in `sums`."""
         size = self.dataset.stimuli[index].size
         x, y, _ = self.dataset.fixations_of(index)
-        bias, shuffled = _of_size(self, size)
+        _, bias, shuffled = _of_size(self, size)
         among = index in self.among
         target = Target.of(x, y, shuffled.without(x, y) if among else shuffled, bias)
-        maps = self._maps(index)
+        maps = self._maps(index, said)
         components = Components.of(maps.log_densities, target.blur_sigma)
         own = maps.reduced() if among else None
 
@@ -206,10 +211,11 @@ class Scoring:
         for name, log_density in maps.singles.items():
             yield name, normalise(log_density.double()).numpy()
 
-    def _maps(self, index: int) -> _Maps:
+    def _maps(self, index: int, said: Mapping[int, Said] | None) -> _Maps:
         size = self.dataset.stimuli[index].size
-        log_densities, pooled = self.densities.of(index)
-        full = self.model.finalizer.upsample(log_densities, size)
+        log_densities, pooled = self.said(index) if said is None else said[index]
+        # Copied: Ray's arrays are read-only, of which torch warns.
+        full = self.model.finalizer.upsample(torch.tensor(log_densities), size)
         weights, wrong = self._weights(index, pooled)
         x, y, _ = self.dataset.fixations_of(index)
         log_p = full[:, y.astype(int), x.astype(int)].T.double().numpy()
@@ -232,7 +238,7 @@ class Scoring:
 
     def _singles(self, index: int, full: Tensor, weights: dict[str, np.ndarray]) -> Iterator[tuple[str, Tensor]]:
         size = self.dataset.stimuli[index].size
-        yield "center_bias", torch.from_numpy(self.model.center_bias.of_size(size))
+        yield "center_bias", _of_size(self, size)[0]
         optimum = self.dataset.optimum_log_density(index)
         if optimum is not None:
             yield "optimum", torch.from_numpy(optimum)
@@ -277,14 +283,15 @@ def _saliency(saliency: Tensor, target: Target) -> dict[str, float]:
 
 # Images are scored in the order of their sizes, and many data sets have but one.
 @functools.lru_cache(maxsize=1)
-def _of_size(scoring: Scoring, size: tuple[int, int]) -> tuple[Components, ShuffledFixations]:
-    """The baseline on images of a size, and sAUC's negatives for them before their own fixations are taken out."""
+def _of_size(scoring: Scoring, size: tuple[int, int]) -> tuple[Tensor, Components, ShuffledFixations]:
+    """The baseline on images of a size, (H, W) and as components, and sAUC's negatives for them before their own
+    fixations are taken out."""
     dataset = scoring.dataset
     bias = torch.from_numpy(scoring.model.center_bias.of_size(size))
     sizes = np.array([stimulus.size for stimulus in dataset.stimuli])
     among = np.isin(np.arange(len(sizes)), scoring.among)
     negatives = ShuffledFixations.of(size, sizes, among, dataset.image, dataset.x, dataset.y)
-    return Components.of(bias[None], dataset.blur_sigma), negatives
+    return bias, Components.of(bias[None], dataset.blur_sigma), negatives
 
 
 def score_images(scoring: Scoring, indices: Sequence[int] | np.ndarray) -> tuple[dict[int, Scores], Cost]:
@@ -297,49 +304,60 @@ def score_images(scoring: Scoring, indices: Sequence[int] | np.ndarray) -> tuple
 
     start, peak = time.monotonic(), 0
     # In a list it comes as a reference, so that a worker unpickles it once and not for every image.
-    shared = [ray.put(scoring)]
+    shared: list[Any] = [ray.put(scoring)]
     images = sorted(map(int, indices), key=lambda index: scoring.dataset.stimuli[index].size)
-    averaged = [index for index in images if index in scoring.among]
+    chunks = [images[k : k + IMAGES_PER_SUM] for k in range(0, len(images), IMAGES_PER_SUM)]
+    survey = ray.remote(num_cpus=1, max_retries=3, num_returns=2)(_survey)
     totals: dict[str, Tensor] = {}
-    chunks = [averaged[k : k + IMAGES_PER_SUM] for k in range(0, len(averaged), IMAGES_PER_SUM)]
-    for sums, memory in _in_order(_sums, shared, chunks, "averaging", len(averaged)):
-        totals = {name: totals[name] + one if name in totals else one for name, one in sums.items()}
+    said: dict[int, Any] = {}
+    asked = _in_order([functools.partial(survey.remote, shared, chunk) for chunk in chunks])
+    for chunk, ((sums, memory), [kept]) in zip(chunks, asked, strict=True):
+        totals |= {name: totals[name] + one if name in totals else one for name, one in sums.items()}
+        said |= dict.fromkeys(chunk, kept)
         peak = max(peak, memory)
-    means = [ray.put({name: MeanPrediction(total, len(averaged)) for name, total in totals.items()})]
+        print(f"averaging: {len(said)}/{len(images)} images", flush=True)
+    assert totals, "none of the images has a say in the means"
+    averaged = int(np.isin(images, scoring.among).sum())
+    shared.append(ray.put({name: MeanPrediction(total, averaged) for name, total in totals.items()}))
+    score = ray.remote(num_cpus=1, max_retries=3, num_returns=1)(_score)
+    asked = _in_order([functools.partial(score.remote, shared, said[index], index) for index in images])
     result = {}
-    for (index, scores), memory in _in_order(_scores, [*shared, *means], images, "scoring", len(images)):
+    for index, ((scores, memory), _) in zip(images, asked, strict=True):
         result[index] = scores
         peak = max(peak, memory)
+        if len(result) * 10 // len(images) > (len(result) - 1) * 10 // len(images):
+            print(f"scoring: {len(result)}/{len(images)} images", flush=True)
     return {int(index): result[int(index)] for index in indices}, Cost(time.monotonic() - start, len(images), peak)
 
 
-def _in_order(work: Any, shared: list[Any], items: Sequence[Any], what: str, count: int) -> Iterator[tuple[Any, int]]:
-    """What tasks make of the items, in their order, and the tasks' peak memory; prints how far they are."""
+def _in_order(tasks: Sequence[Callable[[], Any]]) -> Iterator[tuple[Any, list[Any]]]:
+    """Starts tasks, some at a time, and gives in their order the first of their results, and references to others."""
     import ray
 
-    def task(shared: list[Any], item: Any) -> tuple[Any, int]:
-        torch.set_num_threads(1)
-        with torch.inference_mode():
-            return work(*(_received(one) for one in shared), item), peak_rss()
-
-    remote = ray.remote(num_cpus=1, max_retries=3)(task)
-    waiting = iter(items)
-    out = [remote.remote(shared, item) for item in itertools.islice(waiting, TASKS_AT_ONCE)]
-    shown = time.monotonic()
-    for done in range(1, len(items) + 1):
-        yield ray.get(out.pop(0))
-        out += [remote.remote(shared, item) for item in itertools.islice(waiting, 1)]
-        if time.monotonic() - shown > PROGRESS_SECONDS or done == len(items):
-            shown = time.monotonic()
-            print(f"{what}: {done * count // len(items)}/{count} images", flush=True)
+    waiting = iter(tasks)
+    out = deque(start() for start in itertools.islice(waiting, TASKS_AT_ONCE))
+    while out:
+        first, *others = out.popleft() if isinstance(out[0], list) else [out.popleft()]
+        yield ray.get(first), others
+        out.extend(start() for start in itertools.islice(waiting, 1))
 
 
-def _sums(scoring: Scoring, indices: Sequence[int]) -> dict[str, Tensor]:
-    return scoring.sums(indices)
+def _survey(shared: list[Any], indices: Sequence[int]) -> tuple[tuple[dict[str, Tensor], int], dict[int, Said]]:
+    """The sums of the reduced densities of those images that are `among` the negatives', peak memory, and what the
+    components say of all of them."""
+    torch.set_num_threads(1)
+    scoring = _received(*shared)
+    with torch.inference_mode():
+        said = {index: scoring.said(index) for index in indices}
+        sums = scoring.sums([index for index in indices if index in scoring.among], said)
+    return (sums, peak_rss()), said
 
 
-def _scores(scoring: Scoring, means: dict[str, MeanPrediction], index: int) -> tuple[int, Scores]:
-    return index, scoring.image(index, means)
+def _score(shared: list[Any], said: Mapping[int, Said], index: int) -> tuple[Scores, int]:
+    torch.set_num_threads(1)
+    scoring, means = map(_received, shared)
+    with torch.inference_mode():
+        return scoring.image(index, means, said), peak_rss()
 
 
 @functools.lru_cache(maxsize=2)

@@ -22,6 +22,8 @@ from acw.metrics import Components, Target
 SIDE = 500
 # A place to which no prediction for another image gives any mass ranks above all others, not beside NaN.
 SMALLEST = 1e-300
+# Relative, of a sum of densities in float64.
+ROUNDING = 1e-15
 
 
 @lru_cache(maxsize=32)
@@ -34,16 +36,29 @@ def _between(source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(low), torch.from_numpy(high), torch.from_numpy(place - low)
 
 
-def reduced(densities: Tensor, size: tuple[int, int]) -> Tensor:
-    """(M, SIDE, SIDE) float64 densities with sum 1, from positive ones (M, H * W) on the pixels of an image of a size.
+@lru_cache(maxsize=32)
+def _between_cells(source: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The cells that `_between(source, SIDE)` looks at, and it in numbers of these: at full HD half of all pixels."""
+    low, high, share = _between(source, SIDE)
+    cells, places = torch.cat([low, high]).unique(return_inverse=True)
+    return cells, places[:SIDE], places[SIDE:], share
+
+
+def reduced(log_densities: Tensor, weights: Tensor) -> Tensor:
+    """(M, SIDE, SIDE) float64 densities with sum 1 of mixtures, weights float64 (M, C), of log-densities (C, H, W).
 
     Resized linearly in the logarithm, as pysaliency does it.
     """
-    (top, bottom, down), (left, right, across) = (_between(cells, SIDE) for cells in size)
-    logs = densities.view(-1, *size).log()
-    rows = torch.lerp(logs[:, top], logs[:, bottom], down[:, None])
-    small = torch.lerp(rows[:, :, left], rows[:, :, right], across).nan_to_num(nan=-torch.inf)
-    return small.flatten(1).softmax(1).view(-1, SIDE, SIDE)
+    rows, top, bottom, down = _between_cells(log_densities.shape[1])
+    columns, left, right, across = _between_cells(log_densities.shape[2])
+    densities = log_densities.index_select(1, rows).index_select(2, columns).double().exp_()
+    result = densities.new_empty(len(weights), SIDE, SIDE)
+    for row, small in zip(weights, result, strict=True):
+        logs = (row @ densities.flatten(1)).log_().view(len(rows), len(columns))
+        bands = torch.lerp(logs[top], logs[bottom], down[:, None])
+        torch.lerp(bands[:, left], bands[:, right], across, out=small)
+    # Between two places of which one has no mass there is none.
+    return result.nan_to_num_(nan=-torch.inf).flatten(1).softmax(1).view_as(result)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +72,9 @@ class MeanPrediction:
         """(SIDE, SIDE) log of the mean density of the other images; own: this one's, None where it is none of them."""
         if own is None or self.images == 1:
             return (self.total / self.images).clamp_min(SMALLEST).log()
-        return ((self.total - own) / (self.images - 1)).clamp_min(SMALLEST).log()
+        # Where this image has nearly all of the mass, what is left of the others is known up to rounding.
+        others = torch.maximum(self.total - own, self.total * ROUNDING)
+        return (others / (self.images - 1)).clamp_min(SMALLEST).log()
 
 
 def at_pixels(log_mean: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -83,7 +100,7 @@ def shuffled_auc(at_fixations: Tensor, at_negatives: Tensor, target: Target) -> 
 
 
 def _keys(values: Tensor) -> Tensor:
-    """int64 that order as the values do, but for their last 12 bits, which are rounding: without it they would tie."""
+    """int64 that order as the values do without their last 12 bits, whose rounding must not part ties."""
     return (values.contiguous().view(torch.int64) + (1 << 11)) >> 12
 
 

@@ -30,10 +30,11 @@ from acw.backbones import BACKBONES
 from acw.categories import CategoryClassifier
 from acw.center_bias import fixed_gaussian
 from acw.data import Dataset, Stimulus
-from acw.evaluation import Scoring, score_images
 from acw.finalizer import Finalizer
 from acw.metrics import METRICS, Components, ShuffledFixations, Target, score
 from acw.model import Model
+from acw.scoring import Scoring, score_images
+from acw.shuffled import MeanPrediction
 
 SIZE = (1080, 1920)
 IMAGES = 400  # of CAT2000 are held out

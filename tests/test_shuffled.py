@@ -48,7 +48,7 @@ def benchmark_sauc(pysaliency: ModuleType, stimuli: Any, fixations: Any, maps: l
 
 def our_sauc(maps: list[torch.Tensor], of_images: list[Target]) -> list[float]:
     components = [Components.of(one[None], target.blur_sigma) for one, target in zip(maps, of_images, strict=True)]
-    small = [reduced(one.density, one.size)[0] for one in components]
+    small = [reduced(one[None], ONE[None])[0] for one in maps]
     means = {"": MeanPrediction(torch.stack(small).sum(0), len(small))}
     return [
         scores(one, {"": ONE}, target, means, {"": own})[""]
@@ -108,7 +108,7 @@ def test_all_scores_equal_pysaliencys_on_twenty_real_images(scoring: Scoring, py
             for metric, value in slow[name].items():
                 tolerance = 1e-6 if metric in ("IG", "LL") else 1e-4
                 assert fast[name][metric] == pytest.approx(value, abs=tolerance), (index, name, metric)
-    maps = [dict(exact._every_density(exact._maps(index)))["category_weights"] for index in range(20)]
+    maps = [dict(exact._every_density(exact._maps(index, None)))["category_weights"] for index in range(20)]
     pictures = pysaliency.Stimuli([np.full((*size, 3), i, np.uint8) for i, size in enumerate(sizes)])
     fixations = pysaliency.Fixations.create_without_history(dataset.x, dataset.y, dataset.image)
     expected = benchmark_sauc(pysaliency, pictures, fixations, [torch.from_numpy(one) for one in maps])
