@@ -134,7 +134,7 @@ def _recipe_name(argv: Sequence[str], description: str, program: str) -> str:
         "",
         "recipes:",
     ]
-    lines += [f"  {name:12}{(function.__doc__ or '').splitlines()[0]}" for name, function in RECIPES.items()]
+    lines += [f"  {name:14}{(function.__doc__ or '').splitlines()[0]}" for name, function in RECIPES.items()]
     lines += ["", f"{program} RECIPE --help lists every field with its default, unit and meaning."]
     if argv and argv[0] in ("-h", "--help"):
         print("\n".join(lines))

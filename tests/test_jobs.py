@@ -96,7 +96,7 @@ def test_a_pipeline_leaves_scores_of_the_held_out_images_only(done: Run) -> None
     names = np.array([stimulus.name for stimulus in job.dataset.stimuli])
     scored = rows(folder / "per_image.csv")
     assert {row["image"] for row in scored} == set(names[job.split.held_out])
-    assert len(scored) == len(job.split.held_out) * (len(MODELS) + 2)
+    assert len(scored) == len(job.split.held_out) * (len(MODELS) + 3)
     assert evaluation["dataset"]["images_scored"] == len(job.split.held_out) == 4
     assert {row["image"] for row in rows(folder / "out_of_fold.csv")} == set(names[job.split.development])
     assert (folder / "examples.png").stat().st_size > 10_000
@@ -390,8 +390,8 @@ def test_a_spoilt_csv(call: Callable[..., tuple[int, str, str]], tmp_path: Path)
 
 BELOW_A_FILE = "FILE/below"
 TYPED = {
-    "no recipe": ([], "first argument is a recipe: gaze, demo, cat2000"),
-    "unknown recipe": (["gazes"], "no recipe 'gazes'; recipes are gaze, demo, cat2000"),
+    "no recipe": ([], "first argument is a recipe: acw, gaze, demo, cat2000"),
+    "unknown recipe": (["gazes"], "no recipe 'gazes'; recipes are acw, gaze, demo, cat2000"),
     "unknown field": (["demo", "--sigmaa", "3"], "--sigmaa 3"),
     "abbreviated field": (["demo", "--learn", "3"], "--learn"),
     "field without a value": (["demo", "--sigma"], "--sigma"),
