@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,15 @@ class ExactTarget:
     target: Target
     baseline: np.ndarray
 
-    @property
+    @cached_property
     def _fixated(self) -> tuple[np.ndarray, np.ndarray]:
         return np.divmod(self.target.pixels.numpy(), self.target.size[1])
+
+    @cached_property
+    def _empirical(self) -> np.ndarray:
+        counts = np.zeros(self.target.size)
+        np.add.at(counts, self._fixated, 1)
+        return gaussian_filter(counts, self.target.blur_sigma, mode="reflect")
 
     def scores(self, log_density: np.ndarray, mean: MeanPrediction, own: Tensor | None) -> dict[str, float]:
         """All scores of one density, float64 (H, W) natural logs with logsumexp 0. own: as `MeanPrediction.others`."""
@@ -37,9 +44,6 @@ class ExactTarget:
         from pysaliency.roc import general_roc
 
         target, (rows, columns) = self.target, self._fixated
-        counts = np.zeros(target.size)
-        np.add.at(counts, (rows, columns), 1)
-        empirical = gaussian_filter(counts, target.blur_sigma, mode="reflect")
         density = np.exp(log_density)
         smooth = gaussian_filter(density, target.blur_sigma, mode="constant")
         log_p = log_density[rows, columns]
@@ -54,9 +58,9 @@ class ExactTarget:
             "AUC": general_roc(density[rows, columns], density.ravel())[0],
             "sAUC": general_roc(shuffled[rows, columns], np.repeat(shuffled.ravel()[negatives], repeats))[0],
             "NSS": NSS(density, columns, rows).mean(),
-            "CC": CC(convert_saliency_map_to_density(smooth), empirical),
-            "KLDiv": MIT_KLDiv(smooth, empirical),
-            "SIM": SIM(smooth, empirical),
+            "CC": CC(convert_saliency_map_to_density(smooth), self._empirical),
+            "KLDiv": MIT_KLDiv(smooth, self._empirical),
+            "SIM": SIM(smooth, self._empirical),
         }
         return {metric: float(found[metric]) for metric in METRICS}
 

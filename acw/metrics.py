@@ -35,28 +35,30 @@ _BLOCK = 1 << 17
 _FIXATIONS = 1 << 20
 
 
-def gaussian_blur(maps: Tensor, sigma: float, mode: Literal["constant", "reflect"]) -> Tensor:
-    """Blurs maps as `scipy.ndimage.gaussian_filter(map, sigma, mode=mode)` does (cval 0, truncate 4).
+def gaussian_blur(
+    maps: Tensor, sigma: float, mode: Literal["constant", "reflect"], radius: int | None = None
+) -> Tensor:
+    """Blurs maps as `scipy.ndimage.gaussian_filter(map, sigma, mode=mode, radius=radius)` does (cval 0, truncate 4).
 
     `maps` is (..., H, W), float32 or float64, on any device; sigma is in pixels, positive. Returns the same shape and
     dtype. The blur is linear: a mixture's blurred map is the mixture of its components' blurred maps.
     """
     assert sigma > 0, sigma
+    radius = int(4 * sigma + 0.5) if radius is None else radius
     height, width = maps.shape[-2:]
     # A Gaussian is separable, and its matrix is banded; products of 64-row blocks of the band were 3 times as fast as
     # the dense products, and 14 times as fast as scipy, on 1080 x 1920 maps with sigma 40 on one core.
-    vertical = _bands(height, sigma, mode, maps.dtype, maps.device)
+    vertical = _bands(height, sigma, radius, mode, maps.dtype, maps.device)
     maps = torch.cat([block @ maps[..., first:last, :] for first, last, block in vertical], dim=-2)
-    horizontal = _bands(width, sigma, mode, maps.dtype, maps.device)
+    horizontal = _bands(width, sigma, radius, mode, maps.dtype, maps.device)
     return torch.cat([maps[..., first:last] @ block.T for first, last, block in horizontal], dim=-1)
 
 
 @lru_cache(maxsize=32)
 def _bands(
-    length: int, sigma: float, mode: str, dtype: torch.dtype, device: torch.device
+    length: int, sigma: float, radius: int, mode: str, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[int, int, Tensor]]:
     """The blur along one axis as blocks (first input, last input + 1, matrix) for every 64 outputs."""
-    radius = int(4 * sigma + 0.5)
     offsets = np.arange(-radius, radius + 1)
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
     kernel /= kernel.sum()

@@ -32,7 +32,7 @@ from acw.storage import UserError
 
 # Names in `references`: scores that no model could have, or that look at the answer.
 REFERENCES = ("gold_standard", "gold_standard_upper", "optimum", "oracle_weights")
-# For whom the map that is best for SIM is searched, if asked: a minute an image and model.
+# For whom the map that is best for SIM is searched, if asked: ten seconds an image and model at full HD.
 SIM_OPT_OF = ("center_bias", "category_weights", "inferred_category")
 # Images that Ray knows of at a time: enough for a cluster to see that it should grow.
 TASKS_AT_ONCE = 500

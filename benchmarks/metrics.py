@@ -31,10 +31,10 @@ from acw.categories import CategoryClassifier
 from acw.center_bias import fixed_gaussian
 from acw.data import Dataset, Stimulus
 from acw.finalizer import Finalizer
-from acw.metrics import METRICS, Components, ShuffledFixations, Target, score
+from acw.metrics import METRICS, Components, ShuffledFixations, Target, score_mixtures
 from acw.model import Model
 from acw.scoring import Scoring, score_images
-from acw.shuffled import MeanPrediction
+from acw.shuffled import MeanPrediction, reduced, scores
 
 SIZE = (1080, 1920)
 IMAGES = 400  # of CAT2000 are held out
@@ -99,34 +99,37 @@ def against_pysaliency(rounds: int) -> Figures:
     """One density of one image, with all other fixations of a data set on a second image: seconds and differences."""
     pysaliency = pysaliency_compat.load()
     data = dataset([FIXATIONS, (IMAGES - 1) * FIXATIONS])
-    log_density = finalizer.upsample(RandomDensities().of(0)[0][0], SIZE)
+    maps = [finalizer.upsample(RandomDensities().of(index)[0][0], SIZE) for index in range(2)]
     bias = torch.from_numpy(fixed_gaussian().of_size(SIZE))
     stimuli = pysaliency.Stimuli([np.full((*SIZE, 3), i, np.uint8) for i in range(2)])
     fixations = pysaliency.Fixations.create_without_history(data.x, data.y, data.image)
 
     class Given(pysaliency.Model):
-        def __init__(self, log_density: torch.Tensor) -> None:
+        def __init__(self, maps: list[torch.Tensor]) -> None:
             super().__init__(caching=True)
-            self.log_p = log_density
+            self.maps = maps
 
         def _log_density(self, stimulus: np.ndarray) -> np.ndarray:
-            return self.log_p.double().numpy()
+            return self.maps[stimulus[0, 0, 0]].double().numpy()
 
     first, of_first = stimuli[:1], fixations[fixations.n == 0]
     provider = pysaliency.saliency_map_models.FullShuffledNonfixationProvider(stimuli, fixations)
+    mean = pysaliency.models.ShuffledBaselineModel(Given(maps), stimuli, library="numpy", caching=False)
+    mean.get_average_prediction()  # once a data set
     regularisers = {"log_regularization": 2.2204e-16, "quotient_regularization": 2.2204e-16}
 
     def theirs(metrics: Sequence[str]) -> dict[str, float]:
         """By pysaliency, which keeps the maps that these metrics have in common."""
-        model, baseline = Given(log_density), Given(bias)
+        model, baseline = Given(maps), Given([bias])
         density = pysaliency.DensitySaliencyMapModel(model)
         smooth = pysaliency.BluringSaliencyMapModel(density, BLUR_SIGMA, mode="constant")
+        shuffled = pysaliency.models.ShuffledAUCSaliencyMapModel(model, mean)
         empirical = pysaliency.FixationMap(first, of_first, kernel_size=BLUR_SIGMA)
         of = {
             "IG": lambda: model.information_gain(first, of_first, baseline),
             "LL": lambda: model.information_gain(first, of_first, pysaliency.UniformModel()),
             "AUC": lambda: density.AUC(first, of_first, nonfixations="uniform"),
-            "sAUC": lambda: density.AUC(first, of_first, nonfixations=lambda *_: provider(stimuli, fixations, 0)),
+            "sAUC": lambda: shuffled.AUC(first, of_first, nonfixations=lambda *_: provider(stimuli, fixations, 0)),
             "NSS": lambda: density.NSS(first, of_first),
             "CC": lambda: smooth.CC(first, empirical),
             "KLDiv": lambda: smooth.KLDiv(first, empirical, minimum_value=0, **regularisers),
@@ -136,11 +139,17 @@ def against_pysaliency(rounds: int) -> Figures:
             return {metric: float(of[metric]()) for metric in metrics}
 
     of_size = Components.of(bias[None], BLUR_SIGMA)
-    shuffled = ShuffledFixations.of(SIZE, np.array([SIZE] * 2), np.full(2, True), data.image, data.x, data.y)
+    negatives = ShuffledFixations.of(SIZE, np.array([SIZE] * 2), np.full(2, True), data.image, data.x, data.y)
+    weight = torch.ones(1, 1, dtype=torch.float64)
+    means = {"": MeanPrediction(sum(reduced(one[None], weight)[0] for one in maps), 2)}
     x, y, _ = data.fixations_of(0)
 
     def ours() -> dict[str, float]:
-        return score(log_density, Target.of(x, y, shuffled.without(x, y), of_size))
+        target = Target.of(x, y, negatives.without(x, y), of_size)
+        components = Components.of(maps[0][None], BLUR_SIGMA)
+        own = {"": reduced(maps[0][None], weight)[0]}
+        sauc = scores(components, {"": weight[0]}, target, means, own)[""]
+        return score_mixtures(components, weight, target)[0] | {"sAUC": sauc}
 
     alone = {f"pysaliency {metric}, s": functools.partial(theirs, [metric]) for metric in METRICS}
     figures = harness.alternate(
@@ -157,11 +166,13 @@ def of_a_data_set(images: int) -> Figures:
     cores = os.cpu_count() or 1
     everything = scoring(IMAGES)
     seconds = []
-    for index in range(3):
-        before = time.process_time()
-        with torch.inference_mode():
-            everything.image(index)
-        seconds.append(time.process_time() - before)
+    with torch.inference_mode():
+        means = {name: MeanPrediction(total, 2) for name, total in everything.sums([0, 1]).items()}
+        for index in range(3):
+            before = time.process_time()
+            everything.sums([index])
+            everything.image(index, means)
+            seconds.append(time.process_time() - before)
     cluster.connect()
     _, start = score_images(everything, range(cores))
     _, cost = score_images(everything, range(images))

@@ -91,7 +91,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--kind", choices=("density", "saliency"), help="what --maps holds")
     parser.add_argument("--predictions", action="append", default=[], metavar="[NAME=]FILE", help="pysaliency's HDF5")
     parser.add_argument("--exact", action="store_true", help="scores by pysaliency itself: slow, equal to 1e-4")
-    parser.add_argument("--sim-opt", action="store_true", help="SIM of maps optimised for it, too: a minute an image")
+    parser.add_argument(
+        "--sim-opt", action="store_true", help="SIM of maps optimised for it, too: half a minute an image"
+    )
     add_dataset_options(parser)
     options = vars(parser.parse_args(argv))
     if options["maps"] and not options["kind"]:

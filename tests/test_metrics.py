@@ -305,11 +305,12 @@ def test_densities_of_another_size_or_blur_are_refused() -> None:
     [
         (torch.exp, "not normalised"),
         (lambda m: m + 0.02, "not normalised"),
+        (lambda m: 0.6 * m + 0.4 * log_density("smooth", (48, 64), seed=1), "not normalised"),
         (lambda m: m.masked_fill(m == m.max(), torch.nan), "holds NaN"),
         (lambda m: m.T.contiguous(), r"\(64, 48\)"),
         (lambda m: m.double(), "torch.float64"),
     ],
-    ids=["density", "unnormalised", "NaN", "transposed", "float64"],
+    ids=["density", "unnormalised", "weighted sum of log-densities", "NaN", "transposed", "float64"],
 )
 def test_what_is_no_log_density_is_refused(spoil: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
