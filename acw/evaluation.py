@@ -125,10 +125,10 @@ def table(evaluation: dict[str, Any]) -> str:
         rows = sorted(evaluation[kind].items(), key=lambda item: _ig(item[1])["mean"])
         for name, entry in rows:
             overall = entry["overall"]
-            values = "".join(f"{overall[m]['mean']:9.4f}" if m in overall else f"{'-':>9}" for m in metrics)
-            interval_ = "[{:.4f}, {:.4f}]".format(*_ig(entry)["ci95"]) if "IG" in overall else "-"
+            values = "".join(f"{overall[m]['mean']:z9.4f}" if m in overall else f"{'-':>9}" for m in metrics)
+            interval_ = "[{:z.4f}, {:z.4f}]".format(*_ig(entry)["ci95"]) if "IG" in overall else "-"
             share = explained.get(name, {}).get("gold_standard")
-            lines.append(f"{name:24}{values}   {interval_:18}" + (f"{share['mean']:10.1%}" if share else ""))
+            lines.append(f"{name:24}{values}   {interval_:18}" + (f"{share['mean']:z10.1%}" if share else ""))
     return "\n".join(line.rstrip() for line in lines)
 
 

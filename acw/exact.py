@@ -16,7 +16,6 @@ from torch import Tensor
 
 from acw import pysaliency_compat
 from acw.metrics import METRICS, Target
-from acw.shuffled import MeanPrediction
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +35,8 @@ class ExactTarget:
         np.add.at(counts, self._fixated, 1)
         return gaussian_filter(counts, self.target.blur_sigma, mode="reflect")
 
-    def scores(self, log_density: np.ndarray, mean: MeanPrediction, own: Tensor | None) -> dict[str, float]:
-        """All scores of one density, float64 (H, W) natural logs with logsumexp 0. own: as `MeanPrediction.others`."""
+    def scores(self, log_density: np.ndarray, log_mean: Tensor) -> dict[str, float]:
+        """All scores of one density, float64 (H, W) natural logs with logsumexp 0; log_mean: of the other images'."""
         _pysaliency()
         from pysaliency.metrics import CC, NSS, SIM, MIT_KLDiv, convert_saliency_map_to_density
         from pysaliency.models import ShuffledBaselineModel
@@ -50,7 +49,7 @@ class ExactTarget:
         # pysaliency's own resizing, of the mean of the others in its place.
         others: Any = ShuffledBaselineModel(None, [])
         with np.errstate(invalid="ignore"):
-            shuffled = log_density - others._resize_prediction(mean.others(own).numpy().copy(), target.size)
+            shuffled = log_density - others._resize_prediction(log_mean.numpy().copy(), target.size)
         negatives, repeats = (one.numpy() for one in target.negatives)
         found = {
             "IG": (log_p - self.baseline[rows, columns]).mean() / math.log(2),

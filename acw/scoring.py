@@ -25,11 +25,15 @@ from acw.metrics import METRICS, Components, ShuffledFixations, Target, score_mi
 from acw.model import Model
 from acw.outside import Outside
 from acw.resources import Cost, peak_rss
-from acw.shuffled import MeanPrediction, reduced, shuffled_auc
-from acw.shuffled import scores as shuffled_scores
+from acw.shuffled import MeanPrediction, reduced, shuffled_auc, shuffled_aucs
 from acw.sim_opt import best_map
 from acw.storage import UserError
 
+# Names of models that are mixtures of the components, but for backbones, sources and controls.
+MODELS = (
+    *("center_bias", "uniform", "global_weights", "category_weights", "inferred_category", "wrong_category"),
+    "log_mixture",
+)
 # Names in `references`: scores that no model could have, or that look at the answer.
 REFERENCES = ("gold_standard", "gold_standard_upper", "optimum", "oracle_weights")
 # For whom the map that is best for SIM is searched, if asked: ten seconds an image and model at full HD.
@@ -146,33 +150,35 @@ class Scoring:
         components = Components.of(maps.log_densities, target.blur_sigma)
         own = maps.reduced() if among else None
 
+        def of_others(name: str) -> Tensor:
+            return means[name].others(None if own is None else own[name])
+
         rows, place = np.unique(np.stack([*maps.weights.values(), *maps.wrong]), axis=0, return_inverse=True)
         distinct = score_mixtures(components, torch.from_numpy(rows), target)
         of_rows = [distinct[k] for k in place.ravel()]
         result = {name: dict(one) for name, one in zip(maps.weights, of_rows, strict=False)}
-        weights = {name: torch.tensor(row) for name, row in maps.weights.items()}
-        for name, value in shuffled_scores(components, weights, target, means, own).items():
-            result[name]["sAUC"] = value
+        for name, row in maps.weights.items():
+            (result[name]["sAUC"],) = shuffled_aucs(components, torch.tensor(row)[None], target, of_others(name))
         if maps.wrong:
             of_wrong = of_rows[len(maps.weights) :]
             result["wrong_category"] = {m: float(np.mean([one[m] for one in of_wrong])) for m in of_wrong[0]}
             # What the model says of the other images, it says by their right categories.
-            mean = means["category_weights"]
-            by_number = {str(k): torch.tensor(row) for k, row in enumerate(maps.wrong)}
-            theirs = None if own is None else dict.fromkeys(by_number, own["category_weights"])
-            values = shuffled_scores(components, by_number, target, dict.fromkeys(by_number, mean), theirs)
-            result["wrong_category"]["sAUC"] = float(np.mean(list(values.values())))
+            wrong = torch.from_numpy(np.stack(maps.wrong))
+            values = shuffled_aucs(components, wrong, target, of_others("category_weights"))
+            result["wrong_category"]["sAUC"] = float(np.mean(values))
         for name, log_density in maps.singles.items():
             single = bias if name == "center_bias" else Components.of(log_density[None], target.blur_sigma)
-            result[name] = _single(single, target, means[name], None if own is None else own[name])
+            result[name] = _single(single, target, of_others(name))
         if self.gold_standard is not None:
-            upper = None if own is None else own["gold_standard_upper"]
-            result["gold_standard"] = self._leave_one_out(index, target, bias, means["gold_standard_upper"], upper)
+            result["gold_standard"] = self._leave_one_out(index, target, bias, of_others("gold_standard_upper"))
         for other in self.outside:
             if other.kind == "saliency":
                 result[other.name] = _saliency(torch.from_numpy(other.of(index)), target)
         if self.exact:
-            result |= self._exact(target, bias, maps, means, own)
+            exact = ExactTarget(target, (bias.density[0] / bias.density[0].sum()).log().view(size).numpy())
+            # All but those of wrong categories and single subjects.
+            for name, density in self._every_density(maps):
+                result[name] = exact.scores(density, of_others(name))
         if self.sim_opt:
             for name, density in self._every_density(maps):
                 if name in SIM_OPT_OF or name in {other.name for other in self.outside}:
@@ -186,21 +192,6 @@ class Scoring:
                         "where somebody looked; give densities that are positive everywhere, or --kind saliency"
                     )
         return {name: {m: one[m] for m in (*METRICS, "SIM_opt") if m in one} for name, one in result.items()}
-
-    def _exact(
-        self,
-        target: Target,
-        bias: Components,
-        maps: _Maps,
-        means: dict[str, MeanPrediction],
-        own: dict[str, Tensor] | None,
-    ) -> Scores:
-        """Scores by pysaliency of every density but those of wrong categories and single subjects."""
-        exact = ExactTarget(target, (bias.density[0].log() - bias.density[0].sum().log()).view(target.size).numpy())
-        return {
-            name: exact.scores(log_density, means[name], None if own is None else own[name])
-            for name, log_density in self._every_density(maps)
-        }
 
     @staticmethod
     def _every_density(maps: _Maps) -> Iterator[tuple[str, np.ndarray]]:
@@ -251,9 +242,7 @@ class Scoring:
             if other.kind == "density":
                 yield other.name, torch.from_numpy(other.of(index).astype(np.float32))
 
-    def _leave_one_out(
-        self, index: int, target: Target, bias: Components, mean: MeanPrediction, own: Tensor | None
-    ) -> dict[str, float]:
+    def _leave_one_out(self, index: int, target: Target, bias: Components, log_mean: Tensor) -> dict[str, float]:
         """Each subject scored by the others' density, averaged over fixations; sAUC by everybody's on other images."""
         assert self.gold_standard is not None
         total = dict.fromkeys(METRICS, 0.0)
@@ -262,16 +251,15 @@ class Scoring:
         for mine, log_density in self.gold_standard.leave_one_out(self.dataset, index):
             of_subject = Target.of(x[mine], y[mine], negatives, bias)
             components = Components.of(upsample(log_density, bias.size)[None], target.blur_sigma)
-            for metric, value in _single(components, of_subject, mean, own).items():
+            for metric, value in _single(components, of_subject, log_mean).items():
                 total[metric] += value * int(mine.sum()) / len(x)
         return total
 
 
-def _single(components: Components, target: Target, mean: MeanPrediction, own: Tensor | None) -> dict[str, float]:
+def _single(components: Components, target: Target, log_mean: Tensor) -> dict[str, float]:
     """Scores of one density."""
     (scores,) = score_mixtures(components, ONE, target)
-    theirs = None if own is None else {"": own}
-    return scores | {"sAUC": shuffled_scores(components, {"": ONE[0]}, target, {"": mean}, theirs)[""]}
+    return scores | {"sAUC": shuffled_aucs(components, ONE, target, log_mean)[0]}
 
 
 def _saliency(saliency: Tensor, target: Target) -> dict[str, float]:

@@ -9,7 +9,6 @@ Kuemmerer, Wallis, Bethge, "Saliency benchmarking made easy", ECCV 2018; pysalie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -56,7 +55,7 @@ def reduced(log_densities: Tensor, weights: Tensor) -> Tensor:
     for row, small in zip(weights, result, strict=True):
         logs = (row @ densities.flatten(1)).log_().view(len(rows), len(columns))
         bands = torch.lerp(logs[top], logs[bottom], down[:, None])
-        torch.lerp(bands[:, left], bands[:, right], across, out=small)
+        torch.lerp(bands.index_select(1, left), bands.index_select(1, right), across, out=small)
     # Between two places of which one has no mass there is none.
     return result.nan_to_num_(nan=-torch.inf).flatten(1).softmax(1).view_as(result)
 
@@ -91,6 +90,14 @@ def at_pixels(log_mean: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor
     return torch.lerp(upper, lower, down[row])
 
 
+def shuffled_aucs(components: Components, weights: Tensor, target: Target, log_mean: Tensor) -> list[float]:
+    """sAUC of M mixtures of the components, weights float64 (M, C); log_mean: of what was said of other images."""
+    fixations = len(target.pixels)
+    pixels = torch.cat([target.pixels, target.negatives[0]])
+    values = weights @ components.density[:, pixels] * (-at_pixels(log_mean, pixels, target.size)).exp()
+    return [shuffled_auc(row[:fixations], row[fixations:], target) for row in values]
+
+
 def shuffled_auc(at_fixations: Tensor, at_negatives: Tensor, target: Target) -> float:
     """The chance that a fixation's value exceeds a negative's, ties counted as one half; values >= 0, float64."""
     counts = target.negatives[1]
@@ -102,26 +109,3 @@ def shuffled_auc(at_fixations: Tensor, at_negatives: Tensor, target: Target) -> 
 def _keys(values: Tensor) -> Tensor:
     """int64 that order as the values do without their last 12 bits, whose rounding must not part ties."""
     return (values.contiguous().view(torch.int64) + (1 << 11)) >> 12
-
-
-def scores(
-    components: Components,
-    weights: Mapping[str, Tensor],
-    target: Target,
-    means: Mapping[str, MeanPrediction],
-    own: Mapping[str, Tensor] | None,
-) -> dict[str, float]:
-    """sAUC of mixtures of the components, by name; weights: (C,) float64.
-
-    means: by name. own: this image's reduced predictions by name, None where it is none of the images in the means.
-    """
-    negatives, fixated = target.negatives[0], target.pixels
-    result = {}
-    for name, row in weights.items():
-        log_mean = means[name].others(None if own is None else own[name])
-        positive, negative = (
-            row @ components.density[:, pixels] * (-at_pixels(log_mean, pixels, target.size)).exp()
-            for pixels in (fixated, negatives)
-        )
-        result[name] = shuffled_auc(positive, negative, target)
-    return result

@@ -28,7 +28,8 @@ SAMPLES = 1000
 BATCH = 50
 FEWEST_EPOCHS = 10
 MOST_EPOCHS = 1000
-# At full size: of the mass of one px.
+# At full size: of the mass of one px of an image that has at least so many.
+SMALLEST_IMAGE = 800 * 600
 LEARNING_RATE = 1e-7
 LOWEST_RATE = 1e-11
 DECAY = 0.333333333
@@ -41,11 +42,9 @@ def best_map(log_density: np.ndarray, blur_sigma: float, fixations: int) -> np.n
     blur_sigma: of the empirical map, px. fixations: an image's number of them.
     """
     factor = min(1.0, BLUR / blur_sigma)
-    if factor == 1:
-        return maximise(log_density, blur_sigma, fixations)
     small = zoom(log_density, factor, order=1, mode="nearest")
-    # A cell has the mass of so many px, of which each step moves the same share.
-    area = log_density.size / small.size
+    # A cell has the mass of so many px, of which each step moves the same share; in small images it would take ages.
+    area = max(log_density.size, SMALLEST_IMAGE) / small.size
     found = maximise(small - logsumexp(small), blur_sigma * factor, fixations, area)
     back = [target / own for target, own in zip(log_density.shape, found.shape, strict=True)]
     return zoom(found, back, order=1, mode="nearest")

@@ -34,7 +34,7 @@ from acw.finalizer import Finalizer
 from acw.metrics import METRICS, Components, ShuffledFixations, Target, score_mixtures
 from acw.model import Model
 from acw.scoring import Scoring, score_images
-from acw.shuffled import MeanPrediction, reduced, scores
+from acw.shuffled import MeanPrediction, reduced, shuffled_aucs
 
 SIZE = (1080, 1920)
 IMAGES = 400  # of CAT2000 are held out
@@ -141,14 +141,14 @@ def against_pysaliency(rounds: int) -> Figures:
     of_size = Components.of(bias[None], BLUR_SIGMA)
     negatives = ShuffledFixations.of(SIZE, np.array([SIZE] * 2), np.full(2, True), data.image, data.x, data.y)
     weight = torch.ones(1, 1, dtype=torch.float64)
-    means = {"": MeanPrediction(sum(reduced(one[None], weight)[0] for one in maps), 2)}
+    said = MeanPrediction(sum(reduced(one[None], weight)[0] for one in maps), 2)
     x, y, _ = data.fixations_of(0)
 
     def ours() -> dict[str, float]:
         target = Target.of(x, y, negatives.without(x, y), of_size)
         components = Components.of(maps[0][None], BLUR_SIGMA)
-        own = {"": reduced(maps[0][None], weight)[0]}
-        sauc = scores(components, {"": weight[0]}, target, means, own)[""]
+        of_others = said.others(reduced(maps[0][None], weight)[0])
+        (sauc,) = shuffled_aucs(components, weight, target, of_others)
         return score_mixtures(components, weight, target)[0] | {"sAUC": sauc}
 
     alone = {f"pysaliency {metric}, s": functools.partial(theirs, [metric]) for metric in METRICS}

@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--predictions", action="append", default=[], metavar="[NAME=]FILE", help="pysaliency's HDF5")
     parser.add_argument("--exact", action="store_true", help="scores by pysaliency itself: slow, equal to 1e-4")
     parser.add_argument(
-        "--sim-opt", action="store_true", help="SIM of maps optimised for it, too: half a minute an image"
+        "--sim-opt", action="store_true", help="SIM of maps optimised for it, too: half a minute a full-HD image"
     )
     add_dataset_options(parser)
     options = vars(parser.parse_args(argv))
@@ -105,13 +105,15 @@ def main(argv: Sequence[str]) -> None:
     location = options["model"] if ":/" in options["model"] else str(local_path(options["model"], "--model"))
     dataset = read_dataset(options)
     from acw.outside import open_maps, open_predictions
+    from acw.scoring import MODELS, REFERENCES
     from acw.sim_opt import CAT2000_FIXATIONS
 
     outside = [open_maps(spec, options["kind"], dataset) for spec in options["maps"]]
     outside += [open_predictions(spec, dataset) for spec in options["predictions"]]
     names = [other.name for other in outside]
-    if len(set(names)) < len(names):
-        raise UserError(f"--maps, --predictions: two models are called {names[0]}; name them, NAME=PATH")
+    taken = [name for name in names if names.count(name) > 1 or name in (*MODELS, *REFERENCES)]
+    if taken:
+        raise UserError(f"--maps, --predictions: two models are called {taken[0]}; call yours otherwise: NAME=PATH")
     fixations = round(len(dataset.x) / len(dataset.stimuli)) if dataset.reader != "cat2000" else CAT2000_FIXATIONS
     evaluate(location, dataset, out, tuple(outside), options["exact"], fixations if options["sim_opt"] else 0)
     print(out, flush=True)

@@ -19,11 +19,11 @@ from test_metrics import log_density, random_fixations, targets
 from acw import pysaliency_compat, sim_opt
 from acw.metrics import Components, ShuffledFixations, Target, score, score_saliency
 from acw.scoring import Scoring
-from acw.shuffled import SIDE, MeanPrediction, reduced, scores
+from acw.shuffled import SIDE, MeanPrediction, reduced, shuffled_aucs
 
 GAZE = Path(__file__).parents[2] / "shared" / "gaze"
 SIZES = np.array([(48, 64), (60, 41), (33, 90), (48, 64)])
-ONE = torch.ones(1, dtype=torch.float64)
+ONE = torch.ones((1, 1), dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,10 @@ def benchmark_sauc(pysaliency: ModuleType, stimuli: Any, fixations: Any, maps: l
 
 def our_sauc(maps: list[torch.Tensor], of_images: list[Target]) -> list[float]:
     components = [Components.of(one[None], target.blur_sigma) for one, target in zip(maps, of_images, strict=True)]
-    small = [reduced(one[None], ONE[None])[0] for one in maps]
-    means = {"": MeanPrediction(torch.stack(small).sum(0), len(small))}
+    small = [reduced(one[None], ONE)[0] for one in maps]
+    mean = MeanPrediction(torch.stack(small).sum(0), len(small))
     return [
-        scores(one, {"": ONE}, target, means, {"": own})[""]
+        shuffled_aucs(one, ONE, target, mean.others(own))[0]
         for one, target, own in zip(components, of_images, small, strict=True)
     ]
 
