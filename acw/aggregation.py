@@ -108,7 +108,7 @@ def out_of_fold(
     baseline: dict[int, float] = {}
     for fold in range(recipe.folds):
         for backbone, store in zip(recipe.backbones, stores, strict=True):
-            for group in group_by_shape(store, training.sizes, split.validation(fold), finalizer):
+            for group in group_by_shape([store], training.sizes, split.validation(fold), finalizer):
                 bias = torch.from_numpy(training.finalizer_bias[fold].of_size(finalizer.grid(training.sizes[group[0]])))
                 for start in range(0, len(group), EVALUATION_BATCH):
                     some = group[start : start + EVALUATION_BATCH]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,21 +121,28 @@ class BankState:
 
     @classmethod
     def load(cls, path: Path) -> BankState:
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                history = json.loads(file.metadata()["history"])
-        except SafetensorError as error:
-            raise UserError(f"{path}: unreadable checkpoint ({error}); delete it to train its heads again") from None
-        groups: dict[str, Any] = {
-            group: {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(f"{group}/")}
-            for group in _GROUPS
-        }
-        return cls(**groups, **{name: tensors[name] for name in _VECTORS}, history=history)
+        tensors, metadata = read_checkpoint(path)
+        fields: dict[str, Any] = {group: below(tensors, group) for group in _GROUPS}
+        fields |= {name: tensors[name] for name in _VECTORS}
+        return cls(**fields, history=json.loads(metadata["history"]))
 
 
 _GROUPS = ("parameters", "best", "first_moment", "second_moment")
 _VECTORS = ("steps", "bad_epochs", "learning_rate", "best_ig")
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A checkpoint's tensors and metadata; raises UserError for one that is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: unreadable checkpoint ({error}); delete it to train its heads again") from None
+
+
+def below(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
+    """Those whose names are `GROUP/NAME`, by NAME."""
+    return {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{group}/")}
 
 
 def head_seed(seed: int, backbone: str, fold: int, head: int) -> int:

@@ -59,11 +59,17 @@ class Batch:
 
 
 def group_by_shape(
-    store: FeatureStore, sizes: Sequence[tuple[int, int]], indices: Sequence[int] | np.ndarray, finalizer: Finalizer
+    stores: Iterable[FeatureStore],
+    sizes: Sequence[tuple[int, int]],
+    indices: Sequence[int] | np.ndarray,
+    finalizer: Finalizer,
 ) -> list[list[int]]:
-    """Images split into those whose features and density grids have one shape."""
+    """Images split into those whose features, in every store, and density grids have one shape."""
+    groups = [list(indices)]
+    for store in stores:
+        groups = [part for group in groups for part in store.groups(group)]
     result: list[list[int]] = []
-    for group in store.groups(indices):
+    for group in groups:
         by_grid: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index in group:
             by_grid[finalizer.grid(sizes[index])].append(index)
@@ -83,7 +89,7 @@ class Batches:
 
     def groups(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """The images split into those that fit one batch."""
-        groups = group_by_shape(self.store, self.training_set.sizes, indices, self.finalizer)
+        groups = group_by_shape([self.store], self.training_set.sizes, indices, self.finalizer)
         return [np.array(group) for group in groups]
 
     def load(self, indices: np.ndarray) -> Batch:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from acw import heads as bank_of_heads
-from acw.batches import TrainingSet, read_ahead
+from acw.banks import below, read_checkpoint
+from acw.batches import Batches, TrainingSet, group_by_shape, read_ahead
 from acw.features import FeatureStore
 from acw.finalizer import Finalizer, finalize
 from acw.heads import Features, Parameters
@@ -81,7 +80,7 @@ class SystemState:
 
     def heads(self, backbone: str) -> Parameters:
         """The best-validation parameters of a backbone's heads, stacked."""
-        return _of_backbone(self.best, backbone)
+        return below(self.best, backbone)
 
     def weights(self) -> np.ndarray:
         """(G, N) float64: the best-validation category weights."""
@@ -95,16 +94,8 @@ class SystemState:
 
     @classmethod
     def load(cls, path: Path) -> SystemState:
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata()
-        except SafetensorError as error:
-            raise UserError(f"{path}: unreadable checkpoint ({error}); delete it to train it again") from None
-        groups: dict[str, Any] = {
-            group: {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(f"{group}/")}
-            for group in _GROUPS
-        }
+        tensors, metadata = read_checkpoint(path)
+        groups: dict[str, Any] = {group: below(tensors, group) for group in _GROUPS}
         return cls(**groups, **json.loads(metadata["numbers"]), history=json.loads(metadata["history"]))
 
 
@@ -114,10 +105,6 @@ _NUMBERS = ("steps", "rate", "bad_epochs", "best_ig")
 
 def system_path(folder: Path, fold: int) -> Path:
     return folder / "systems" / f"fold{fold}.safetensors"
-
-
-def _of_backbone(parameters: dict[str, Tensor], backbone: str) -> Parameters:
-    return {name.partition("/")[2]: t for name, t in parameters.items() if name.startswith(f"{backbone}/")}
 
 
 def train_system(
@@ -202,8 +189,9 @@ def _validate(parameters: dict[str, Tensor], batches: _Batches) -> float:
     on_device = {name: value.to(batches.device) for name, value in parameters.items()}
     total = 0.0
     for batch in read_ahead(batches.groups(batches.validation), batches.load):
-        gain_B = mixture_log_likelihood(on_device, batch, batches).double().cpu() - batch.baseline_B
-        total += float(gain_B.sum())
+        baseline = [((rows @ batch.baseline_HW) * columns).sum(1).mean() for rows, columns in batch.places]
+        gain_B = mixture_log_likelihood(on_device, batch, batches) - (torch.stack(baseline) - batch.log_area_B)
+        total += float(gain_B.double().sum())
     return total / len(batches.validation) / math.log(2)
 
 
@@ -211,15 +199,15 @@ def _validate(parameters: dict[str, Tensor], batches: _Batches) -> float:
 class _Batch:
     """Images of one shape. features: per backbone. places: of each image, as `Finalizer.places`. log_area_B: px a cell.
 
-    baseline_B: float64 mean log-density of the fold's KDE at the fixations, nats.
+    bias_HW: what the heads add; baseline_HW: the fold's KDE, over which IG is measured.
     """
 
     category_B: Tensor
     features: dict[str, Features]
     places: list[tuple[Tensor, Tensor]]
     log_area_B: Tensor
-    baseline_B: Tensor
     bias_HW: Tensor
+    baseline_HW: Tensor
 
 
 class _Batches:
@@ -230,36 +218,30 @@ class _Batches:
         self.finalizer: Finalizer = recipe.finalizer
         self.training = np.flatnonzero((data.training.fold >= 0) & (data.training.fold != fold))
         self.validation = np.flatnonzero(data.training.fold == fold)
-        self._offsets = np.searchsorted(data.training.image, np.arange(len(data.training.sizes) + 1))
+        # Fixations and centre biases are the same with every backbone's features.
+        self._one = Batches(data.training, next(iter(data.stores.values())), self.finalizer, device)
 
     def groups(self, indices: np.ndarray) -> list[np.ndarray]:
         """The images split into those whose tensors have one shape in every store."""
-        by_shape: dict[Any, list[int]] = defaultdict(list)
-        for index in indices.tolist():
-            shapes = [(store.tap_sizes[index], store.readouts[index]) for store in self.data.stores.values()]
-            by_shape[(*shapes, self.finalizer.grid(self.data.training.sizes[index]))].append(index)
-        return [np.array(group) for group in by_shape.values()]
+        groups = group_by_shape(self.data.stores.values(), self.data.training.sizes, indices, self.finalizer)
+        return [np.array(group) for group in groups]
 
     def load(self, indices: np.ndarray) -> _Batch:
         training = self.data.training
         sizes = [training.sizes[index] for index in indices]
         grid = self.finalizer.grid(sizes[0])
-        baseline = torch.from_numpy(training.baseline[self.fold].of_size(grid))
-        places, at_fixations = [], []
+        places = []
         for index, size in zip(indices, sizes, strict=True):
-            part = slice(self._offsets[index], self._offsets[index + 1])
-            x, y = training.x[part], training.y[part]
-            rows, columns = self.finalizer.places(x, y, size, grid)
+            part = slice(self._one.offsets[index], self._one.offsets[index + 1])
+            rows, columns = self.finalizer.places(training.x[part], training.y[part], size, grid)
             places.append((rows.to(self.device), columns.to(self.device)))
-            at_fixations.append(self.finalizer.at_pixels(baseline, x, y, size).mean())
-        bias = torch.from_numpy(training.finalizer_bias[self.fold].of_size(grid))
         return _Batch(
             torch.from_numpy(self.data.category[indices]).to(self.device),
             {name: store.load(list(indices), self.device) for name, store in self.data.stores.items()},
             places,
             torch.tensor([math.log(h * w / (grid[0] * grid[1])) for h, w in sizes], device=self.device),
-            torch.tensor(np.array(at_fixations)),
-            bias.to(self.device),
+            self._one.bias("finalizer_bias", grid)[self.fold],
+            self._one.bias("baseline", grid)[self.fold],
         )
 
 
@@ -268,7 +250,7 @@ def mixture_log_likelihood(parameters: dict[str, Tensor], batch: _Batch, batches
     log_weights_BN = parameters[LOGITS].log_softmax(1)[batch.category_B]
     of_backbones: list[list[Tensor]] = []  # per backbone, per image (F,)
     for name, features in batch.features.items():
-        bank = _of_backbone(parameters, name)
+        bank = below(parameters, name)
         priority_SBhw = bank_of_heads.readout(bank, features)
         bias_SHW = batch.bias_HW.expand(len(priority_SBhw), -1, -1)
         scores_SBHW = finalize(bank, priority_SBhw, bias_SHW, batches.finalizer)
@@ -298,12 +280,14 @@ def unfinished_systems(recipe: Recipe, folder: Path) -> list[int]:
 
 def trained_systems(recipe: Recipe, folder: Path) -> list[SystemState]:
     """The finished systems of a run, a fold each; raises UserError if one is missing or has not finished."""
-    if waiting := unfinished_systems(recipe, folder):
-        path = system_path(folder, waiting[0])
-        raise UserError(
-            f"{path}: joint training has not finished; run jobs/train.py again, it goes on where it stopped"
-        )
-    return [SystemState.load(system_path(folder, fold)) for fold in range(recipe.folds)]
+    systems = []
+    for path in (system_path(folder, fold) for fold in range(recipe.folds)):
+        systems += [SystemState.load(path)] if path.exists() else []
+        if not path.exists() or not systems[-1].finished(recipe):
+            raise UserError(
+                f"{path}: joint training has not finished; run jobs/train.py again, it goes on where it stopped"
+            )
+    return systems
 
 
 def weights_history(systems: Sequence[SystemState]) -> np.ndarray:
