@@ -24,7 +24,7 @@ from acw.features import FeatureStore
 from acw.finalizer import Finalizer
 from acw.fusion import CategoryWeights, Likelihoods
 from acw.heads import Parameters, concatenate, select
-from acw.joint import SystemState, weights_history
+from acw.joint import SystemState, trained_systems, weights_history
 from acw.model import Model
 from acw.recipes import Recipe
 from acw.storage import UserError
@@ -61,6 +61,26 @@ def trained_heads(recipe: Recipe, folder: Path) -> dict[Bank, BankState]:
         if len(result[bank].active(recipe)):
             raise UserError(f"{path}: training has not finished; run jobs/train.py again, it goes on where it stopped")
     return result
+
+
+def trained(recipe: Recipe, folder: Path) -> tuple[dict[Bank, BankState], list[SystemState]]:
+    """The finished banks and, of a joint training, systems of a run; neither where it takes another model's heads.
+
+    Raises UserError if one is missing or has not finished.
+    """
+    banks = {} if recipe.heads else trained_heads(recipe, folder)
+    return banks, trained_systems(recipe, folder) if recipe.joint else []
+
+
+def heads_by_fold(
+    recipe: Recipe, banks: Mapping[Bank, BankState], systems: Sequence[SystemState]
+) -> list[dict[str, Parameters]]:
+    """Per fold and backbone the heads that make a run's model; the one entry of a model that is taken as it is."""
+    if recipe.heads:
+        return [Model.load(Path(recipe.heads)).heads]
+    if recipe.joint:
+        return [{name: system.heads(name) for name in recipe.backbones} for system in systems]
+    return best_heads(recipe, banks)
 
 
 def best_heads(recipe: Recipe, banks: Mapping[Bank, BankState]) -> list[dict[str, Parameters]]:
@@ -101,7 +121,7 @@ def out_of_fold(
 ) -> OutOfFold:
     """Each development image predicted by the heads of the fold whose validation set it is in, averaged over seeds.
 
-    heads: per fold and backbone; or of one model, which trained on none of the images.
+    heads: as `heads_by_fold` gives them; those of a model taken as it is trained on none of the images.
     """
     finalizer = recipe.finalizer
     log_p: dict[int, np.ndarray] = {}
@@ -222,25 +242,24 @@ def assemble(
 
 
 def fold_models(
-    recipe: Recipe, dataset: Dataset, split: Split, heads: Sequence[Mapping[str, Parameters]], fitted: Fusion
+    recipe: Recipe, dataset: Dataset, split: Split, heads: Sequence[Mapping[str, Parameters]], finished: Model
 ) -> list[Model]:
     """A model a fold, of its own heads and centre biases, that can score the images which it did not train on.
 
-    heads: as for `out_of_fold`. Weights are the system's own or, where they were fitted on all folds' predictions, the
-    final ones. It cannot infer a category.
+    heads: as for `out_of_fold`. Weights are the system's own or, where the finished model has one set, that one. It
+    cannot infer a category.
     """
     training = training_set(dataset, split, recipe)
-    own = fitted.category.weights[:, :, None].repeat(recipe.folds, 2)
-    if fitted.components is not None:
-        own = fitted.components.reshape(len(own), -1, recipe.folds) * recipe.folds
+    by_system = finished.weights.reshape(len(finished.categories), len(finished.names), -1) * finished.systems
+    own = [by_system[:, :, fold % finished.systems] for fold in range(recipe.folds)]
     return [
         Model(
             backbones=recipe.backbone_values,
             heads={name: dict(heads[fold % len(heads)][name]) for name in recipe.backbones},
             finalizer=recipe.finalizer,
             categories=list(dataset.categories),
-            weights=own[:, :, fold],
-            global_weights=own[:, :, fold].mean(0),
+            weights=own[fold],
+            global_weights=own[fold].mean(0),
             center_bias=training.baseline[fold],
             finalizer_bias=training.finalizer_bias[fold],
             classifier=categories.CategoryClassifier(np.empty(0), np.empty(0), np.empty(0), np.empty(0), math.nan),

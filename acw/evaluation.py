@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +9,9 @@ import numpy as np
 
 from acw.bootstrap import interval, ratio_interval
 from acw.data import Dataset
-from acw.metrics import METRICS
+from acw.metrics import ALL_METRICS
 from acw.scoring import REFERENCES, Scores
+from acw.storage import csv_text
 
 # By whose IG a model's is divided: what share of it the model explains.
 EXPLAINED_BY = ("gold_standard", "gold_standard_upper")
@@ -20,22 +19,19 @@ EXPLAINED_BY = ("gold_standard", "gold_standard_upper")
 
 def per_image_csv(dataset: Dataset, scores: dict[int, Scores]) -> str:
     """A row an image and model: image, category, source, model, and the metrics; empty where there is no such score."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = metrics_of(scores)
-    writer.writerow(["image", "category", "source", "model", *columns])
+    columns, rows = metrics_of(scores), []
     for index, by_model in scores.items():
         stimulus = dataset.stimuli[index]
         for name, values in by_model.items():
             row = [f"{values[metric]:.6g}" if metric in values else "" for metric in columns]
-            writer.writerow([stimulus.name, stimulus.category, stimulus.source or "", name, *row])
-    return text.getvalue()
+            rows.append([stimulus.name, stimulus.category, stimulus.source or "", name, *row])
+    return csv_text(["image", "category", "source", "model", *columns], rows)
 
 
 def metrics_of(scores: dict[int, Scores]) -> list[str]:
-    """The metrics of METRICS that any model was scored by, and `SIM_opt` where it was asked for."""
+    """The metrics that any model was scored by."""
     there = {metric for one in next(iter(scores.values())).values() for metric in one}
-    return [metric for metric in (*METRICS, "SIM_opt") if metric in there]
+    return [metric for metric in ALL_METRICS if metric in there]
 
 
 def summarise(dataset: Dataset, scores: dict[int, Scores], seed: int) -> dict[str, Any]:
@@ -115,7 +111,7 @@ def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
 def table(evaluation: dict[str, Any]) -> str:
     """The score table that a person reads, models first, best IG last, then references."""
     entries = [entry for kind in ("models", "references") for entry in evaluation[kind].values()]
-    metrics = [metric for metric in (*METRICS, "SIM_opt") if any(metric in entry["overall"] for entry in entries)]
+    metrics = [metric for metric in ALL_METRICS if any(metric in entry["overall"] for entry in entries)]
     explained = evaluation.get("explained", {})
     header = f"{'':24}" + "".join(f"{metric:>9}" for metric in metrics) + "   IG 95 % interval"
     header += "     explained" if explained else ""

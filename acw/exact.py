@@ -37,7 +37,7 @@ class ExactTarget:
 
     def scores(self, log_density: np.ndarray, log_mean: Tensor) -> dict[str, float]:
         """All scores of one density, float64 (H, W) natural logs with logsumexp 0; log_mean: of the other images'."""
-        _pysaliency()
+        pysaliency_compat.load()
         from pysaliency.metrics import CC, NSS, SIM, MIT_KLDiv, convert_saliency_map_to_density
         from pysaliency.models import ShuffledBaselineModel
         from pysaliency.roc import general_roc
@@ -62,7 +62,3 @@ class ExactTarget:
             "SIM": SIM(smooth, self._empirical),
         }
         return {metric: float(found[metric]) for metric in METRICS}
-
-
-def _pysaliency() -> Any:
-    return pysaliency_compat.load()

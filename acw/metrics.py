@@ -23,6 +23,7 @@ from torch import Tensor
 from acw.storage import UserError
 
 METRICS = ("IG", "LL", "AUC", "sAUC", "NSS", "CC", "KLDiv", "SIM")
+ALL_METRICS = (*METRICS, "SIM_opt")  # the last only where it is asked for
 
 # The regulariser of the Tuebingen/MIT saliency benchmark, as in pysaliency.metrics.MIT_KLDiv.
 _KLDIV_REGULARISER = 2.2204e-16

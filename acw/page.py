@@ -21,12 +21,12 @@ from acw import charts, gallery, markup
 from acw.bootstrap import interval
 from acw.gallery import HEADLINE, Weights
 from acw.markup import Cell, Interval, Row, figure
+from acw.metrics import ALL_METRICS
 from acw.report import Example, extended
 from acw.resources import noted
 from acw.storage import write_atomic
 
 FILE = "report.html"
-METRICS = ("IG", "LL", "AUC", "sAUC", "NSS", "CC", "KLDiv", "SIM", "SIM_opt")
 NOTES = {
     "category_weights": "the model: a weight per category and backbone",
     "inferred_category": "the same, the category inferred from the image",
@@ -101,7 +101,7 @@ def _per_image(run: Path) -> tuple[dict[str, str], Scores]:
     with (run / "per_image.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             category[row["image"]] = row["category"]
-            scores[row["image"]][row["model"]] = {m: float(row[m]) for m in METRICS if row.get(m)}
+            scores[row["image"]][row["model"]] = {m: float(row[m]) for m in ALL_METRICS if row.get(m)}
     return category, dict(scores)
 
 
@@ -140,7 +140,7 @@ def _range(low: float, high: float, signed: bool = False) -> str:
 def _metrics(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     """The metrics that any of the entries has, in their usual order."""
     present = {metric for entry in entries for metric in entry}
-    return [metric for metric in METRICS if metric in present] + sorted(present - set(METRICS))
+    return [metric for metric in ALL_METRICS if metric in present] + sorted(present - set(ALL_METRICS))
 
 
 def _scores(evaluation: dict[str, Any]) -> str:

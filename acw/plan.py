@@ -301,8 +301,9 @@ def _score(recipe: Recipe, sample: Dataset, stores: list[FeatureStore]) -> float
     with torch.inference_mode():
         means = {name: MeanPrediction(total, 2) for name, total in scoring.sums([0, 1]).items()}
         start = time.monotonic()
-        scoring.sums([1])
-        scoring.image(1, means)
+        said = {1: scoring.said(1)}
+        scoring.sums([1], said)
+        scoring.image(1, means, said)
         return time.monotonic() - start
 
 

@@ -21,7 +21,7 @@ from acw.features import FeatureStore
 from acw.finalizer import normalise, upsample
 from acw.fusion import Likelihoods, oracle
 from acw.gold_standard import GoldStandard
-from acw.metrics import METRICS, Components, ShuffledFixations, Target, score_mixtures, score_saliency
+from acw.metrics import ALL_METRICS, METRICS, Components, ShuffledFixations, Target, score_mixtures, score_saliency
 from acw.model import Model
 from acw.outside import Outside
 from acw.resources import Cost, peak_rss
@@ -191,7 +191,7 @@ class Scoring:
                         f"{name}: its {metric} on {self.dataset.stimuli[index].name} is {value}, as its density is 0 "
                         "where somebody looked; give densities that are positive everywhere, or --kind saliency"
                     )
-        return {name: {m: one[m] for m in (*METRICS, "SIM_opt") if m in one} for name, one in result.items()}
+        return {name: {m: one[m] for m in ALL_METRICS if m in one} for name, one in result.items()}
 
     @staticmethod
     def _every_density(maps: _Maps) -> Iterator[tuple[str, np.ndarray]]:

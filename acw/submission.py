@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from acw.data.images import decode_image, inspect_image
-from acw.data.readers import _is_stimulus
+from acw.data.readers import is_stimulus
 from acw.model import Model
 from acw.outside import keys_of, open_hdf5
 from acw.storage import UserError, write_atomic
@@ -61,7 +61,7 @@ def stimuli_of(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"stimuli {folder}: there is no such folder; correct the path")
     top = next((inner for inner in (folder / "testSet" / "Stimuli", folder / "Stimuli") if inner.is_dir()), folder)
-    files = sorted(path for path in top.rglob("*") if _is_stimulus(path))
+    files = sorted(path for path in top.rglob("*") if is_stimulus(path))
     if not files:
         raise UserError(f"stimuli {top}: there are no images in this folder; give CAT2000's testSet or one of images")
     shared = os.path.commonpath([file.parent for file in files])

@@ -6,12 +6,11 @@ python jobs/aggregate.py demo                   # the embedded displays, on a CP
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,13 @@ import numpy as np
 import torch
 
 from acw.cli import Job, parse, run
+from acw.storage import csv_text
 
 if TYPE_CHECKING:
-    from acw.banks import Bank, BankState
-    from acw.features import FeatureStore
+    from acw.aggregation import Fusion, OutOfFold
     from acw.fusion import CategoryWeights
     from acw.gold_standard import GoldStandard
+    from acw.joint import SystemState
     from acw.model import Model
     from acw.predictions import Predictions
 
@@ -33,7 +33,7 @@ EXAMPLES = 4  # categories in the picture
 
 def aggregate(job: Job) -> None:
     """Leaves the model, its weights and its scores in the run's folder and in MLflow."""
-    from acw import aggregation, tracking
+    from acw import aggregation, report, tracking
     from acw.backbones import load_backbone
     from acw.evaluation import per_image_csv, summarise
     from acw.predictions import Predictions
@@ -41,8 +41,11 @@ def aggregate(job: Job) -> None:
 
     recipe, dataset, split, folder = job.recipe, job.dataset, job.split, job.folder
     stores = list(job.stores().values())
-    banks = {} if recipe.heads else aggregation.trained_heads(recipe, folder)
-    heads, fitted, predictions = fused(job, banks, stores)
+    banks, systems = aggregation.trained(recipe, folder)
+    heads = aggregation.heads_by_fold(recipe, banks, systems)
+    training = aggregation.training_set(dataset, split, recipe)
+    predictions = aggregation.out_of_fold(recipe, dataset, training, split, heads, stores)
+    fitted = _weights(job, predictions, systems)
     record = json.loads((folder / "recipe.json").read_text())
     model = aggregation.assemble(recipe, dataset, split, heads, stores, fitted, record)
     networks = [load_backbone(backbone) for backbone in recipe.backbone_values]
@@ -67,7 +70,9 @@ def aggregate(job: Job) -> None:
         "provenance": record,
     }
     write_json(folder / "evaluation.json", evaluation)
-    _report(job, banks, Predictions(dataset, model, stores, gold))
+    curves = report.head_curves({bank: state.history for bank, state in banks.items()})
+    curves |= report.joint_curves([system.history for system in systems])
+    _report(job, Predictions(dataset, model, stores, gold), curves)
     uri = tracking.tracking_uri(job.root, job.tracking_uri)
     registration = tracking.log_run(uri, folder, recipe, banks, evaluation)
     print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
@@ -75,31 +80,19 @@ def aggregate(job: Job) -> None:
     write_json(folder / "registration.json", dataclasses.asdict(registration) | {"store": fingerprint(uri)})
 
 
-def fused(job: Job, banks: Mapping[Bank, BankState], stores: Sequence[FeatureStore]) -> Any:
-    """Heads by fold and backbone, their weights, and what they predict of images that they did not train on."""
+def _weights(job: Job, predictions: OutOfFold, systems: Sequence[SystemState]) -> Fusion:
+    """The weights of the mixture, as the recipe says."""
     from acw import aggregation
-    from acw.joint import trained_systems
-    from acw.model import Model
 
-    recipe, dataset, split = job.recipe, job.dataset, job.split
-    training = aggregation.training_set(dataset, split, recipe)
-    systems = trained_systems(recipe, job.folder) if recipe.joint else []
-    if recipe.heads:
-        heads = [Model.load(Path(recipe.heads)).heads]
-    elif recipe.joint:
-        heads = [{name: system.heads(name) for name in recipe.backbones} for system in systems]
-    else:
-        heads = aggregation.best_heads(recipe, banks)
-    predictions = aggregation.out_of_fold(recipe, dataset, training, split, heads, stores)
+    recipe, dataset = job.recipe, job.dataset
     if recipe.joint:
-        fitted = aggregation.joint_weights(dataset, split, predictions, systems)
         print(f"weights: learned with the heads, by {recipe.folds} systems", flush=True)
-    elif recipe.category_weights:
-        fitted = aggregation.fit_weights(dataset, predictions, recipe.seed)
-        print(f"weights: prior strength {fitted.category.strength} images, chosen by cross-validation", flush=True)
-    else:
-        fitted = aggregation.even_weights(dataset, predictions)
-    return heads, fitted, predictions
+        return aggregation.joint_weights(dataset, job.split, predictions, systems)
+    if not recipe.category_weights:
+        return aggregation.even_weights(dataset, predictions)
+    fitted = aggregation.fit_weights(dataset, predictions, recipe.seed)
+    print(f"weights: prior strength {fitted.category.strength} images, chosen by cross-validation", flush=True)
+    return fitted
 
 
 def _gold_standard(job: Job, model: Model) -> GoldStandard | None:
@@ -134,17 +127,14 @@ def _held_out_scores(
     return scores
 
 
-def _report(job: Job, banks: Mapping[Bank, BankState], predictions: Predictions) -> None:
+def _report(job: Job, predictions: Predictions, curves: dict[str, list[np.ndarray]]) -> None:
     """report.html, and the first held-out image of some categories as a picture."""
     from acw import page, report
-    from acw.joint import trained_systems
 
     dataset, held_out = job.dataset, [job.dataset.stimuli[index] for index in job.split.held_out]
     first = [next(one.name for one in held_out if one.category == c) for c in dataset.categories[:EXAMPLES]]
     report.examples_figure([predictions(name) for name in first], job.folder / "examples.png")
-    systems = trained_systems(job.recipe, job.folder) if job.recipe.joint else []
-    curves = report.head_curves({bank: state.history for bank, state in banks.items()})
-    page.write(job.folder, predictions, curves | report.joint_curves([system.history for system in systems]))
+    page.write(job.folder, predictions, curves)
 
 
 def _write_weights(folder: Path, model: Model, weights: CategoryWeights) -> None:
@@ -166,7 +156,7 @@ def _weights_csv(categories: list[str], backbones: list[str], weights: Any) -> s
         for b, backbone in enumerate(backbones):
             values = (weights.weights[c, b], weights.low[c, b], weights.high[c, b])
             rows.append([category, backbone, *(f"{value:.6f}" for value in values)])
-    return _csv(["category", "backbone", "weight", "low", "high"], rows)
+    return csv_text(["category", "backbone", "weight", "low", "high"], rows)
 
 
 def _history_csv(categories: list[str], backbones: list[str], weights: Any) -> str:
@@ -174,7 +164,7 @@ def _history_csv(categories: list[str], backbones: list[str], weights: Any) -> s
     for category, steps in zip(categories, weights.history, strict=True):
         for step, values in enumerate(steps):
             rows += [[category, str(step), b, f"{value:.6f}"] for b, value in zip(backbones, values, strict=True)]
-    return _csv(["category", "step", "backbone", "weight"], rows)
+    return csv_text(["category", "step", "backbone", "weight"], rows)
 
 
 def _out_of_fold_csv(job: Job, predictions: Any, left_out: np.ndarray) -> str:
@@ -182,13 +172,7 @@ def _out_of_fold_csv(job: Job, predictions: Any, left_out: np.ndarray) -> str:
     gain = (left_out - predictions.baseline) / math.log(2)
     stimuli = [job.dataset.stimuli[index] for index in predictions.images]
     rows = [[s.name, s.category, f"{value:.6f}"] for s, value in zip(stimuli, gain, strict=True)]
-    return _csv(["image", "category", "IG"], rows)
-
-
-def _csv(header: list[str], rows: list[list[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue()
+    return csv_text(["image", "category", "IG"], rows)
 
 
 def _json_number(value: float) -> float | str:

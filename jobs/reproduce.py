@@ -74,21 +74,16 @@ class System:
     def epochs(self) -> str:
         """The most that any head was trained, and any system jointly."""
         from acw import aggregation
-        from acw.joint import trained_systems
 
-        recipe, folder = self.job.recipe, self.job.folder
-        if recipe.heads:
-            return ""
-        alone = max(len(state.history) for state in aggregation.trained_heads(recipe, folder).values())
-        if not recipe.joint:
-            return str(alone)
-        return f"{alone} + {max(len(system.history) for system in trained_systems(recipe, folder))}"
+        banks, systems = aggregation.trained(self.job.recipe, self.job.folder)
+        epochs = [[len(state.history) for state in banks.values()], [len(system.history) for system in systems]]
+        return " + ".join(str(max(counts)) for counts in epochs if counts)
 
 
 def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
     """Runs all systems and compares them; the path of reproduction.json."""
     from acw import page
-    from acw.storage import fingerprint, write_atomic, write_json
+    from acw.storage import csv_text, fingerprint, write_atomic, write_json
 
     wanted = [(name, changed, [name, *argv]) for name, changed in SYSTEMS.items()]
     if deepgaze:
@@ -105,7 +100,7 @@ def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
     folder = job.root / f"reproduction-{job.dataset.name}-{fingerprint([s.job.folder.name for s in systems])}"
     first, second = _table_1(systems), _table_2(systems)
     for number, rows in ((1, first), (2, second)):
-        write_atomic(folder / f"table{number}.csv", _csv(rows))
+        write_atomic(folder / f"table{number}.csv", csv_text(list(rows[0]), [list(row.values()) for row in rows]))
         print(f"\nTable {number}, " + ("validation images" if number == 1 else "held-out images"))
         print(_text(rows), flush=True)
     compared = _comparisons(systems)
@@ -133,8 +128,7 @@ def _without_backbones(argv: Sequence[str]) -> list[str]:
 
 def _validation(job: Job) -> dict[int, dict[str, float]]:
     """Scores of each development image by what did not train on it, kept in the run's folder."""
-    from aggregate import fused
-
+    import acw
     from acw import aggregation
     from acw.cluster import connect
     from acw.storage import write_json
@@ -142,11 +136,10 @@ def _validation(job: Job) -> dict[int, dict[str, float]]:
 
     path = job.folder / "validation.json"
     if not path.exists():
-        stores = list(job.stores().values())
-        banks = {} if job.recipe.heads else aggregation.trained_heads(job.recipe, job.folder)
-        models = aggregation.fold_models(job.recipe, job.dataset, job.split, *fused(job, banks, stores)[:2])
+        heads = aggregation.heads_by_fold(job.recipe, *aggregation.trained(job.recipe, job.folder))
+        models = aggregation.fold_models(job.recipe, job.dataset, job.split, heads, acw.load(job.folder))
         connect()
-        write_json(path, validation_scores(job.dataset, job.split, models, stores))
+        write_json(path, validation_scores(job.dataset, job.split, models, list(job.stores().values())))
     return {int(index): scores for index, scores in json.loads(path.read_text()).items()}
 
 
@@ -168,21 +161,22 @@ def _table_2(systems: Sequence[System]) -> list[dict[str, Any]]:
     """All metrics on held-out images, IG with its interval, beside what was published for CAT2000's test set."""
     rows: list[dict[str, Any]] = []
     for system in systems:
-        overall = system.evaluation["models"][HEADLINE]["overall"]
-        low, high = overall["IG"]["ci95"]
-        row = {"system": system.name, "measured": "here", **{metric: overall[metric]["mean"] for metric in TABLE_2}}
-        rows.append(row | {"LL": overall["LL"]["mean"], "IG low": low, "IG high": high, "what changed": system.changed})
-        if "log_mixture" in system.evaluation["models"]:
-            log_mixture = system.evaluation["models"]["log_mixture"]["overall"]
-            row = {metric: log_mixture[metric]["mean"] for metric in (*TABLE_2, "LL")}
+        models = system.evaluation["models"]
+        rows.append(_scored(system.name, models[HEADLINE], system.changed))
+        if "log_mixture" in models:
             changed = f"{system.name} with the paper's weighted sum of log-densities, renormalised"
-            low, high = log_mixture["IG"]["ci95"]
-            row |= {"IG low": low, "IG high": high, "what changed": changed}
-            rows.append({"system": f"{system.name}, log mixture", "measured": "here", **row})
+            rows.append(_scored(f"{system.name}, log mixture", models["log_mixture"], changed))
     for name, values in PUBLISHED_2.items():
         row = {"system": name, "measured": "published, other data split", **dict(zip(TABLE_2, values, strict=True))}
         rows.append(row | {"LL": None, "IG low": None, "IG high": None, "what changed": ""})
     return rows
+
+
+def _scored(name: str, entry: dict[str, Any], changed: str) -> dict[str, Any]:
+    """A row of what was measured here; entry: a model's in evaluation.json."""
+    means = {metric: entry["overall"][metric]["mean"] for metric in (*TABLE_2, "LL")}
+    low, high = entry["overall"]["IG"]["ci95"]
+    return {"system": name, "measured": "here", **means, "IG low": low, "IG high": high, "what changed": changed}
 
 
 def _comparisons(systems: Sequence[System]) -> list[dict[str, Any]]:
@@ -210,16 +204,6 @@ def _per_image(system: System) -> dict[str, tuple[str, list[float]]]:
         rows = [row for row in csv.DictReader(file) if row["model"] == HEADLINE]
     found = {row["image"]: (row["category"], [float(row[metric]) for metric in (*TABLE_2, "LL")]) for row in rows}
     return dict(sorted(found.items()))
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    import io
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
-    return text.getvalue()
 
 
 def _text(rows: Sequence[dict[str, Any]]) -> str:

@@ -105,7 +105,7 @@ def _read_cat2000(folder: Path) -> tuple[list[Stimulus], _Fixations]:
     if not locations.is_dir():
         raise UserError(f"dataset {root}: has no folder FIXATIONLOCS beside Stimuli; add it (trainSet has it)")
     categories = sorted(path for path in (root / "Stimuli").iterdir() if path.is_dir() and path.name != "Output")
-    paths = [path for category in categories for path in sorted(category.iterdir()) if _is_stimulus(path, {".jpg"})]
+    paths = [path for category in categories for path in sorted(category.iterdir()) if is_stimulus(path, {".jpg"})]
     if not paths:
         raise UserError(f"dataset {root}: has no images Stimuli/<Category>/*.jpg; add them")
     expected = {locations / path.parent.name / f"{path.stem}.mat": path for path in paths}
@@ -256,7 +256,7 @@ def _read_csv(folder: Path, fixations: str | None) -> tuple[list[Stimulus], _Fix
         images.append(file)
         places.append((_coordinate(row, "x", table, line), _coordinate(row, "y", table, line)))
         subjects.append(row.get("subject", ""))
-    present = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if _is_stimulus(path)]
+    present = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if is_stimulus(path)]
     unnamed = [file for file in present if file not in categories]
     _refuse(unnamed, folder, f"images without a fixation in {table.name}", "add fixations or remove the images")
     stimuli = [_stimulus(folder / file, file, category, None) for file, category in categories.items()]
@@ -294,7 +294,7 @@ def _coordinate(row: dict[str, str], axis: str, table: Path, line: int) -> float
 # --- What all have in common -------------------------------------------------------------------------------------
 
 
-def _is_stimulus(path: Path, suffixes: Iterable[str] = SUFFIXES) -> bool:
+def is_stimulus(path: Path, suffixes: Iterable[str] = SUFFIXES) -> bool:
     """Not so CAT2000's saliency maps, nor what file managers hide among images."""
     hidden = path.name.startswith(".") or path.stem.endswith("_SaliencyMap") or path.parent.name == "Output"
     return path.suffix.lower() in suffixes and not hidden and path.is_file()
