@@ -145,7 +145,7 @@ def demo() -> Recipe:
 
     make demo, or: python jobs/pipeline.py demo
 
-    Cost: 3 minutes on 2 cores. Expect 1.73 bit on the held-out displays, where 2.59 is possible.
+    Cost: 3 minutes on 2 cores. Expect 1.71 bit on the held-out displays, where 2.59 is possible.
     """
     return dataclasses.replace(gaze(), name="demo", max_epochs=6)
 
