@@ -75,7 +75,7 @@ def allocate(tasks: int, workers: int, accelerator: str) -> Allocation:
     if wants_gpus(accelerator):
         present = int(ray.cluster_resources().get("GPU", 0))
         return Allocation(min(tasks, workers or present or GPUS_TO_START), 1, 1)
-    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cores = _cores()
     if not sum(cores):
         raise UserError(
             "the Ray cluster has no CPU to work on; add a node, or give --accelerator gpu to have one started"
@@ -83,3 +83,14 @@ def allocate(tasks: int, workers: int, accelerator: str) -> Allocation:
     count = min(tasks, workers or sum(cores), sum(cores))
     cpus = max(c for c in range(1, max(cores) + 1) if c == 1 or sum(n // c for n in cores) >= count)
     return Allocation(count, cpus, 0)
+
+
+def nodes_with_cpus() -> int:
+    """How many nodes of the cluster have cores to work on."""
+    return sum(cores > 0 for cores in _cores())
+
+
+def _cores() -> list[int]:
+    import ray
+
+    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]

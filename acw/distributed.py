@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from acw.banks import Bank, checkpoint_path, plan_banks, unfinished
 from acw.batches import TrainingSet
-from acw.cluster import allocate
+from acw.cluster import allocate, nodes_with_cpus
 from acw.features import FeatureStore
 from acw.heads import Parameters
 from acw.joint import JointSet, SystemState, system_path, train_system, unfinished_systems
@@ -43,7 +43,7 @@ class Work:
     training_set: TrainingSet
     stores: dict[str, FeatureStore]
     folder: Path
-    threads: int
+    threads: dict[Bank, int]
 
 
 def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureStore], folder: Path) -> Cost:
@@ -64,6 +64,8 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
     # Cores are shared out as for all banks: a rerun then has the threads, and so the heads, of an uninterrupted run.
     allocation = allocate(len(banks), recipe.workers, recipe.accelerator)
     workers = min(allocation.workers, len(waiting))
+    spare = allocation.gpus == 0 and nodes_with_cpus() == 1
+    threads = threads_of(share(banks, stores, allocation.workers), stores, allocation.cpus, spare)
     print(
         f"training {sum(len(bank.members) for bank in waiting)} heads in {len(waiting)} banks on {workers} "
         f"workers of {allocation.cpus} CPU and {allocation.gpus} GPU",
@@ -71,7 +73,7 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
     )
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config={"work": Work(recipe, waiting, training_set, stores, folder, allocation.cpus)},
+        train_loop_config={"work": Work(recipe, waiting, training_set, stores, folder, threads)},
         # Workers share no gradients, so the backend only has to come up, also where a GPU is a fraction or a fake.
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -151,13 +153,13 @@ def run_worker(config: dict) -> None:
 
     work: Work = config["work"]
     context = ray.train.get_context()
-    torch.set_num_threads(work.threads)
     # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
     banks = share(work.banks, work.stores, context.get_world_size())[context.get_world_rank()]
     try:
         for bank in banks:
             store = work.stores[bank.backbone]
+            torch.set_num_threads(work.threads[bank])
             for _ in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device):
                 if (work.folder / COMPLAINT).exists():
                     return  # another worker has met what ends the job
@@ -171,20 +173,41 @@ def share(banks: Sequence[Bank], stores: dict[str, FeatureStore], workers: int) 
 
     It depends on nothing else, so a restarted worker gets the banks that it had.
     """
-
-    def cost(bank: Bank) -> float:
-        store = stores[bank.backbone]
-        values = sum(h * w * c for (h, w), c in zip(store.tap_sizes[0], store.channels, strict=True))
-        # Beside the first layer over all channels, the later layers cost about as much as 1,500 channels a cell.
-        return len(bank.members) * (values + 1500 * store.readouts[0][0] * store.readouts[0][1])
-
     shares: list[list[Bank]] = [[] for _ in range(workers)]
     load = [0.0] * workers
-    for bank in sorted(banks, key=lambda bank: (-cost(bank), bank.name)):
+    for bank in sorted(banks, key=lambda bank: (-_effort(bank, stores), bank.name)):
         least = load.index(min(load))
         shares[least].append(bank)
-        load[least] += cost(bank)
+        load[least] += _effort(bank, stores)
     return shares
+
+
+def threads_of(
+    shares: Sequence[Sequence[Bank]], stores: dict[str, FeatureStore], cpus: int, spare: bool
+) -> dict[Bank, int]:
+    """How many threads each bank is trained with: its worker's `cpus` and, where workers can spare theirs as they share
+    a machine, those of the workers that are done by the middle of its training.
+
+    By what banks should take and not by what they do, so that the same recipe has the same heads.
+    """
+    loads = [sum(_effort(bank, stores) for bank in banks) for banks in shares]
+    result = {}
+    for banks in shares:
+        start = 0.0
+        for bank in banks:
+            middle = start + _effort(bank, stores) / 2
+            start += _effort(bank, stores)
+            busy = sum(load >= middle for load in loads)
+            result[bank] = cpus * len(loads) // busy if spare else cpus
+    return result
+
+
+def _effort(bank: Bank, stores: dict[str, FeatureStore]) -> float:
+    """What an epoch of a bank takes, in no unit."""
+    store = stores[bank.backbone]
+    values = sum(h * w * c for (h, w), c in zip(store.tap_sizes[0], store.channels, strict=True))
+    # Beside the first layer over all channels, the later layers cost about as much as 1,500 channels a cell.
+    return len(bank.members) * (values + 1500 * store.readouts[0][0] * store.readouts[0][1])
 
 
 class Progress:

@@ -36,12 +36,13 @@ PLATEAU_THRESHOLD = 1e-4
 EVALUATION_BATCH = 16
 # The loss's normaliser is a sum over cells of one of these lengths (image px), the first whose error is within the
 # tolerance (nats per fixation, of the mean over images, for the worst head), measured on some images against a sum over
-# much finer cells. Fresh heads are smoother than they will be at the end of their first epoch, so what is measured on
-# them promises nothing.
+# much finer cells; or over the finest of these, where halving them has come to nothing: sums converge. Fresh heads are
+# smoother than they will be at the end of their first epoch, so what is measured on them promises nothing.
 COARSE_CELLS = (32.0, 24.0, 16.0, 8.0, 4.0)
 REFERENCE_CELL = 2.0
 FRESH_CELL = 8.0
 LOSS_TOLERANCE = 1e-4
+SETTLED = LOSS_TOLERANCE / 10
 CHECKED_IMAGES = 16
 # Of the reference's fine cells there are many.
 CHECKED_AT_ONCE = 2
@@ -147,15 +148,23 @@ def coarsest(parameters: Parameters, members: Sequence[Head], batches: Batches, 
     folds = torch.tensor([head.fold for head in members])
     development = np.flatnonzero(batches.training_set.fold >= 0)
     chosen = development[np.linspace(0, len(development) - 1, min(CHECKED_IMAGES, len(development))).astype(int)]
-    strides = strides_of(batches.finalizer, (FRESH_CELL,) if fresh else COARSE_CELLS)
-    reference = strides_of(batches.finalizer, (REFERENCE_CELL,))[-1]
-    difference_SK = torch.zeros(len(strides), len(members), device=batches.device)
     groups = batches.groups(chosen)
-    for batch in batches.ahead(g[k : k + CHECKED_AT_ONCE] for g in groups for k in range(0, len(g), CHECKED_AT_ONCE)):
-        exact = log_likelihood(parameters, folds, batch, batches, reference)
-        for row, stride in zip(difference_SK, strides, strict=True):
-            row += (log_likelihood(parameters, folds, batch, batches, stride) - exact).sum(1) / len(chosen)
-    errors_SK = difference_SK.abs().cpu()
+
+    def mean_of(strides: Sequence[float]) -> Tensor:
+        mean_SK = torch.zeros(len(strides), len(members), dtype=torch.float64, device=batches.device)
+        parts = (g[k : k + CHECKED_AT_ONCE] for g in groups for k in range(0, len(g), CHECKED_AT_ONCE))
+        for batch in batches.ahead(parts):
+            for row, stride in zip(mean_SK, strides, strict=True):
+                row += log_likelihood(parameters, folds, batch, batches, stride).double().sum(1) / len(chosen)
+        return mean_SK
+
+    strides = strides_of(batches.finalizer, (FRESH_CELL,) if fresh else COARSE_CELLS)
+    finest = strides_of(batches.finalizer, (REFERENCE_CELL,))[-1]
+    mean_SK = mean_of(strides)
+    exact_K = mean_SK[-1]
+    if strides[-1] > finest and (fresh or bool(((mean_SK[-2] - exact_K).abs() > SETTLED).any())):
+        exact_K = mean_of([finest])[0]
+    errors_SK = (mean_SK - exact_K).abs().cpu()
     good_SK = errors_SK < LOSS_TOLERANCE
     good_SK[0 if fresh else -1] = True
     first_K = good_SK.int().argmax(0)
