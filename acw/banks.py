@@ -1,4 +1,7 @@
-"""Which heads are trained together, what each is trained with, and the checkpoint of a bank of them."""
+"""Which heads are trained together, what each is trained with, and the checkpoint of a bank of them.
+
+torch is imported only where tensors are at hand: `acw status` has no time to wait for it.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from acw import heads as bank_of_heads
-from acw.heads import Parameters
 from acw.recipes import Recipe
 from acw.storage import UserError, write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from acw.heads import Parameters
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,10 @@ class BankState:
 
     @classmethod
     def new(cls, recipe: Recipe, bank: Bank, channels: int) -> BankState:
+        import torch
+
+        from acw import heads as bank_of_heads
+
         parameters = bank_of_heads.stack(
             [
                 bank_of_heads.new_head(
@@ -108,11 +115,15 @@ class BankState:
 
     def active(self, recipe: Recipe) -> Tensor:
         """Indices of the heads that still train."""
+        import torch
+
         if len(self.history) >= recipe.max_epochs:
             return torch.empty(0, dtype=torch.int64)
         return torch.nonzero(self.learning_rate > recipe.min_learning_rate)[:, 0]
 
     def save(self, path: Path) -> None:
+        from safetensors.torch import save_file
+
         tensors = {f"{group}/{name}": t for group in _GROUPS for name, t in getattr(self, group).items()}
         tensors |= {name: getattr(self, name) for name in _VECTORS}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -152,6 +163,11 @@ def head_seed(seed: int, backbone: str, fold: int, head: int) -> int:
 
 def checkpoint_path(folder: Path, bank: Bank) -> Path:
     return folder / "banks" / f"{bank.name}.safetensors"
+
+
+def system_path(folder: Path, fold: int) -> Path:
+    """Of the joint training of a fold's heads."""
+    return folder / "systems" / f"fold{fold}.safetensors"
 
 
 def unfinished(recipe: Recipe, folder: Path) -> list[Bank]:

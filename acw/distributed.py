@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from acw.banks import Bank, checkpoint_path, plan_banks, unfinished
+from acw.banks import Bank, checkpoint_path, plan_banks, system_path, unfinished
 from acw.batches import TrainingSet
 from acw.cluster import allocate, nodes_with_cpus
 from acw.features import FeatureStore
 from acw.heads import Parameters
-from acw.joint import JointSet, SystemState, system_path, train_system, unfinished_systems
+from acw.joint import JointSet, SystemState, train_system, unfinished_systems
 from acw.recipes import Recipe
 from acw.resources import Cost, peak_rss
 from acw.storage import UserError, write_atomic

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acw import heads as bank_of_heads
-from acw.banks import below, read_checkpoint
+from acw.banks import below, read_checkpoint, system_path
 from acw.batches import Batches, TrainingSet, group_by_shape, read_ahead
 from acw.features import FeatureStore
 from acw.finalizer import Finalizer, finalize
@@ -101,10 +101,6 @@ class SystemState:
 
 _GROUPS = ("parameters", "best", "first", "second")
 _NUMBERS = ("steps", "rate", "bad_epochs", "best_ig")
-
-
-def system_path(folder: Path, fold: int) -> Path:
-    return folder / "systems" / f"fold{fold}.safetensors"
 
 
 def train_system(
