@@ -349,6 +349,8 @@ def _recipe(run: Path, evaluation: dict[str, Any]) -> str:
         for step, cost in costs.items()
     ]
     total = sum(cost["seconds"] for cost in costs.values()) / 60
+    price = record["recipe"].get("price_per_hour")
+    money = f", {total / 60 * price:.2f} at {price:g} an hour" if price else ""
     # All that fits in a line; the rest has a table of its own.
     origin = {name: value for name, value in record.items() if isinstance(value, str | int | float)}
     about = {name: value for name, value in dataset.items() if isinstance(value, str | int | float)}
@@ -356,7 +358,7 @@ def _recipe(run: Path, evaluation: dict[str, Any]) -> str:
     fields = {name: ", ".join(v) if isinstance(v, list) else v for name, v in record["recipe"].items()}
     time = markup.table(list(steps[0]), {"": steps}) if steps else "<p>Not noted.</p>"
     return (
-        f"<h3>Time and memory, {total:.1f} minutes in all</h3>{time}"
+        f"<h3>Time and memory, {total:.1f} minutes in all{money}</h3>{time}"
         f'<div class="side"><div><h3>Origin</h3>{markup.facts(origin)}</div>'
         f"<div><h3>Data set</h3>{markup.facts(about)}</div></div>"
         f"<details><summary>Recipe, all {len(fields)} fields</summary>{markup.facts(fields)}</details>"

@@ -84,6 +84,9 @@ class Recipe:
     accelerator: str = field(
         "auto", "auto|gpu|cpu", "auto: GPUs where the cluster has any; gpu: demand", identity=False
     )
+    price_per_hour: float = field(
+        0.0, "money", "of all the machines that the run occupies, for the report; 0: unknown", identity=False
+    )
 
     @property
     def fingerprint(self) -> str:
@@ -305,6 +308,7 @@ def _check(recipe: Recipe) -> None:
     for name in ("seeds", "batch_size", "max_epochs", "joint_max_epochs", "heads_per_worker"):
         require(getattr(recipe, name) >= 1, name, "1 or more")
     require(0 <= recipe.weight_decay < float("inf"), "weight_decay", "0 or more")
+    require(0 <= recipe.price_per_hour < float("inf"), "price_per_hour", "0 or more")
     require(1 <= recipe.density_cell < float("inf"), "density_cell", "1 or more")
     require(0 < recipe.initial_scale < float("inf"), "initial_scale", "positive")
     require(

@@ -243,8 +243,8 @@ def test_what_is_no_model_says_so(tmp_path: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "pixels",
-    [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), image(0, 4)],
-    ids=["float", "grey", "alpha", "empty"],
+    [image(4, 4) / np.float32(255), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), image(0, 4)],
+    ids=["divided by 255 before", "grey", "alpha", "empty"],
 )
 def test_what_is_no_image_is_refused(model: Model, pixels: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"an image is uint8 \(H, W, 3\) RGB, not"):

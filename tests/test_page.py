@@ -18,6 +18,7 @@ from acw.evaluation import per_image_csv, summarise
 from acw.metrics import METRICS, Components, ShuffledFixations, Target, score
 from acw.pictures import Pictures
 from acw.report import CENTRE_BIAS, GOLD_STANDARD, OURS, Example
+from acw.resources import Cost, note
 from acw.storage import write_json
 
 # A name that is markup if it is not escaped, and an end of a script.
@@ -82,7 +83,7 @@ def _write_run(folder: Path, steps: int = 3, *, joint: bool = False, learned: bo
         scores[index]["outside"] = {m: v for m, v in scores[index]["uniform"].items() if m not in ("IG", "LL")}
     (folder / "per_image.csv").write_text(per_image_csv(dataset, scores))
     record = {
-        "recipe": {"name": "demo", "backbones": list(BACKBONES), "joint": joint},
+        "recipe": {"name": "demo", "backbones": list(BACKBONES), "joint": joint, "price_per_hour": 3.0},
         "seed": 0,
         "commit": "unknown",
         "versions": {"torch": "2"},
@@ -95,6 +96,7 @@ def _write_run(folder: Path, steps: int = 3, *, joint: bool = False, learned: bo
     }
     write_json(folder / "evaluation.json", evaluation)
     write_json(folder / "recipe.json", record)
+    note(folder, "heads", Cost(1800.0, 100, 2**30))
     weights, history = ["category,backbone,weight,low,high"], ["category,step,backbone,weight"]
     for category in CATEGORIES:
         quoted = '"' + category.replace('"', '""') + '"'
@@ -186,6 +188,7 @@ def test_the_page_needs_nothing_else_and_fits_a_laptop(run: Path, browser: Any) 
     assert opened.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
     broken = "return [...document.querySelectorAll('image, img')].filter(i => !/^data:/.test(i.href?.baseVal ?? i.src))"
     assert opened.execute_script(broken) == []
+    assert "30.0 minutes in all, 1.50 at 3 an hour" in (run / page.FILE).read_text()
     assert not opened.get_log("browser")
 
 

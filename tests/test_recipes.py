@@ -117,7 +117,7 @@ def test_weights_sources_replace_a_backbones_own() -> None:
 
 def test_the_fingerprint_leaves_out_how_a_run_is_computed() -> None:
     recipe = named_recipe("gaze")
-    assert derive(recipe, {"workers": 7, "accelerator": "cpu"}).fingerprint == recipe.fingerprint
+    assert derive(recipe, {"workers": 7, "accelerator": "cpu", "price_per_hour": 2}).fingerprint == recipe.fingerprint
     changes = {
         "seed": 1, "holdout": 0.25, "folds": 4, "seeds": 2, "center_bias": "gaussian", "density_cell": 9,
         "sigma": 17, "learn_sigma": False, "batch_size": 9, "learning_rate": 3e-3, "lr_factor": 0.2, "lr_patience": 3,
