@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol, get_args
@@ -30,7 +29,8 @@ from scipy.special import logsumexp
 from acw import pysaliency_compat
 from acw.data import Dataset, Stimulus
 from acw.data.dataset import SYNTHETIC
-from acw.storage import UserError
+from acw.hdf5 import keys_of, open_hdf5
+from acw.storage import UserError, resolve_inside
 
 Kind = Literal["density", "saliency"]
 SUFFIXES = (".npy", ".png", ".jpg", ".jpeg")
@@ -94,6 +94,7 @@ def open_maps(spec: str, kind: Kind, dataset: Dataset) -> Outside:
             raise UserError(f"{paths[0]}: there is {paths[1].name} too; keep the one that is to be scored")
         if other := owner.get(paths[0]):
             raise UserError(f"{paths[0]}: would be the map of {other.name} and {stimulus.name}; rename one stimulus")
+        resolve_inside(paths[0], folder)
         owner[paths[0]] = stimulus
     return Outside(name or folder.name, kind, dataset.stimuli, _Maps(tuple(owner), kind))
 
@@ -231,28 +232,6 @@ def _grey(path: Path) -> np.ndarray:
             return np.asarray(opaque.convert("L")).astype(np.float64)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: no PNG or JPEG that can be read whole ({error}); write it anew") from error
-
-
-# --- pysaliency's HDF5 -------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def open_hdf5(path: Path) -> Iterator[h5py.File]:
-    """An HDF5 file to read from. Raises UserError where it is missing or damaged, also while it is read."""
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file; correct the path")
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path}: no HDF5 file that can be read whole ({error}); write it anew") from error
-
-
-def keys_of(file: h5py.File) -> list[str]:
-    """The names of all arrays in a file, with those of their groups: `Street/001.jpg`."""
-    keys: list[str] = []
-    file.visititems(lambda key, item: keys.append(key) if isinstance(item, h5py.Dataset) else None)
-    return keys
 
 
 def _matching(stimuli: Sequence[Stimulus], keys: Sequence[str], path: Path) -> tuple[str, ...]:

@@ -61,6 +61,15 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
+def resolve_inside(path: Path, folder: Path) -> Path:
+    """The path after links. Raises UserError where that is outside of the folder: data from elsewhere is read from its
+    own folder only, whatever names and links are in it."""
+    found = path.resolve()
+    if not found.is_relative_to(folder.resolve()):
+        raise UserError(f"{path}: lies outside the folder {folder}, by its name or a link; copy it inside")
+    return found
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

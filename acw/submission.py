@@ -20,9 +20,9 @@ from scipy.special import logsumexp
 
 from acw.data.images import decode_image, inspect_image
 from acw.data.readers import is_stimulus
+from acw.hdf5 import keys_of, open_hdf5
 from acw.model import Model
-from acw.outside import keys_of, open_hdf5
-from acw.storage import UserError, write_atomic
+from acw.storage import UserError, resolve_inside, write_atomic
 
 # Of logsumexp from 0, in nat.
 TOLERANCE = 1e-3
@@ -64,6 +64,8 @@ def stimuli_of(folder: Path) -> dict[str, Path]:
     files = sorted(path for path in top.rglob("*") if is_stimulus(path))
     if not files:
         raise UserError(f"stimuli {top}: there are no images in this folder; give CAT2000's testSet or one of images")
+    for file in files:
+        resolve_inside(file, folder)
     shared = os.path.commonpath([file.parent for file in files])
     return {file.relative_to(shared).as_posix(): file for file in files}
 

@@ -20,7 +20,7 @@ from acw import pysaliency_compat
 from acw.data import synthetic
 from acw.data.dataset import SYNTHETIC, Dataset, Stimulus
 from acw.data.images import SUFFIXES, inspect_image
-from acw.storage import UserError
+from acw.storage import UserError, resolve_inside
 
 READERS = ("hdf5", "cat2000", "csv")
 NO_CATEGORY = "all"
@@ -114,6 +114,8 @@ def _read_cat2000(folder: Path) -> tuple[list[Stimulus], _Fixations]:
     _refuse(unlocated, root, "images without a file in FIXATIONLOCS", "add the files or remove the images")
     orphans = sorted(path.relative_to(root) for path in present - set(expected))
     _refuse(orphans, root, "files of fixations without an image in Stimuli", "add the images or remove the files")
+    for path in (*expected, *paths):
+        resolve_inside(path, folder)
     stimuli = [_stimulus(path, path.relative_to(root).as_posix(), path.parent.name, None) for path in paths]
     pixels = [_fixated_pixels(mat, stimulus.size) for mat, stimulus in zip(expected, stimuli, strict=True)]
     image = np.repeat(np.arange(len(pixels)), [len(places) for places in pixels])
@@ -153,7 +155,7 @@ def _read_hdf5(folder: Path) -> tuple[list[Stimulus], _Fixations]:
         raise UserError(f"{folder / 'stimuli.hdf5'}: holds no FileStimuli; save the images as files and describe those")
     if not hasattr(recorded, "x"):
         raise UserError(f"{folder / 'fixations.hdf5'}: holds no fixations; save Fixations or FixationTrains there")
-    files = [_inside(folder, filename, "stimuli.hdf5") for filename in described.filenames]
+    files = [_inside(folder, filename) for filename in described.filenames]
     attributes = {name: list(values) for name, values in described.attributes.items()}
     categories = _hdf5_categories(folder, files, attributes.get("category"))
     sources = [_source(value) for value in attributes.get("source", [None] * len(files))]
@@ -176,13 +178,17 @@ def _read_hdf5(folder: Path) -> tuple[list[Stimulus], _Fixations]:
 def _hdf5_object(folder: Path, name: str) -> Any:
     import h5py
 
+    from acw.hdf5 import keys_of
+
     pysaliency = pysaliency_compat.load()
     path = folder / name
     if not path.is_file():
         raise UserError(f"dataset {folder}: has no {name}; add it or choose another reader")
+    resolve_inside(path, folder)
     try:
         # Given the open file: given a path, pysaliency may hand out what it read there before.
         with h5py.File(path) as file:
+            keys_of(file)  # refuses what is not in the file itself
             _refuse_missing_coordinates(file, path)
             return pysaliency.read_hdf5(file)
     except UserError:
@@ -246,7 +252,7 @@ def _read_csv(folder: Path, fixations: str | None) -> tuple[list[Stimulus], _Fix
     places: list[tuple[float, float]] = []
     subjects: list[str] = []
     for line, row in _csv_rows(table):
-        file = files.get(row["image"]) or files.setdefault(row["image"], _inside(folder, row["image"], table.name))
+        file = files.get(row["image"]) or files.setdefault(row["image"], _inside(folder, row["image"]))
         if not (folder / file).is_file():
             raise UserError(f"{table}, line {line}: the image {row['image']} is not in {folder}; add it or correct it")
         category = row.get("category", NO_CATEGORY)
@@ -300,12 +306,9 @@ def is_stimulus(path: Path, suffixes: Iterable[str] = SUFFIXES) -> bool:
     return path.suffix.lower() in suffixes and not hidden and path.is_file()
 
 
-def _inside(folder: Path, file: str, named_in: str) -> str:
+def _inside(folder: Path, file: str) -> str:
     """A file's path relative to the data set's folder, after links; a file outside is refused."""
-    path = (folder / file).resolve()
-    if not path.is_relative_to(folder):
-        raise UserError(f"dataset {folder}: {named_in} names {file}, which lies outside the folder; copy it inside")
-    return path.relative_to(folder).as_posix()
+    return resolve_inside(folder / file, folder).relative_to(folder).as_posix()
 
 
 def _stimulus(path: Path, file: str, category: str, source: str | None) -> Stimulus:
