@@ -1,4 +1,9 @@
-"""Files that are either whole or absent: atomic writes, checksums, and the error that a user can act on."""
+"""Files that are either whole or absent, here or in S3: atomic writes, checksums, and the error that a user can act on.
+
+Everything takes paths. What is in S3 has a path too, that of its copy on this node (`acw.mirror`): `local` gives it,
+`write_atomic` uploads what is written there, and whoever reads what another process or node may have written fetches
+it first. For any other path, `fetch` and its like do nothing but look at the disk.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +17,112 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+# The folder, in whatever cache, below which paths are `bucket/key`.
+MIRROR = "acw-s3-mirror"
+
 
 class UserError(ValueError):
     """Something that the user can mend. The message is one line that names the thing and the remedy; exit status 2."""
 
 
+class Damaged(UserError):
+    """A file whose bytes are not those that were written."""
+
+
+def local(location: str | Path) -> Path:
+    """The path of a file or folder, given by its path or by `s3://bucket/key`; nothing need be there.
+
+    Raises UserError for an address that is none.
+    """
+    text = str(location)
+    if not text.startswith("s3://"):
+        return Path(location)
+    from acw import s3
+
+    bucket, key = s3.parts(text)
+    return _mirror() / bucket / key
+
+
+def _mirror() -> Path:
+    return Path(os.environ.get("ACW_CACHE") or "~/.cache").expanduser().resolve() / MIRROR
+
+
+def shown(text: str | Path) -> str:
+    """A path, or a text with paths in it, with s3:// addresses for what is in S3."""
+    return str(text).replace(f"{_mirror()}/", "s3://")
+
+
+def mirrored(path: Path) -> bool:
+    """Whether a path is that of something in S3."""
+    return MIRROR in path.parts
+
+
+def fetch(path: Path, *, immutable: bool = False) -> Path:
+    """The same path, where now the newest version of what is in S3 is; `exists` then tells whether there is any.
+
+    immutable: an untouched copy is taken as it is. Raises Damaged if the object is, UserError if it cannot be had.
+    """
+    if mirrored(path):
+        from acw import mirror
+
+        mirror.fetch(path, immutable)
+    return path
+
+
+def version(path: Path) -> str:
+    """What is another whenever a file is: its size and time of change, or the object's ETag. Empty without a file."""
+    if mirrored(path):
+        from acw import mirror
+
+        return mirror.etag(path) or ""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def present(path: Path) -> bool:
+    """Whether a file is there, without fetching it."""
+    return version(path) != ""
+
+
+def listing(folder: Path) -> list[Path]:
+    """All files below a folder, in order; of those in S3, which need not be here, without fetching them."""
+    if mirrored(folder):
+        from acw import mirror
+
+        return sorted(path for path, _ in mirror.listing(folder))
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, there or not."""
+    if mirrored(path):
+        from acw import mirror
+
+        mirror.remove(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def ray_storage(folder: Path) -> dict[str, Any]:
+    """What ray.train.RunConfig takes so that Ray keeps its own files in `ray` below a folder, wherever that is."""
+    path = folder / "ray"
+    if not mirrored(path):
+        return {"storage_path": str(path)}
+    from acw import mirror, s3
+
+    place = mirror.uri(path).removeprefix("s3://")
+    return {"storage_path": place, "storage_filesystem": s3.Settings.from_environment().filesystem()}
+
+
 def write_atomic(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
     """Writes a file under a temporary name in its own folder, flushes it to disk and renames it into place.
 
-    `content` is the bytes or text, or a function that writes the file at the path that it is given.
-    Raises UserError if the folder cannot be written or the disk is full; no partial file is left then.
+    `content` is the bytes or text, or a function that writes the file at the path that it is given. What belongs to S3
+    is uploaded before it is renamed. Raises UserError if the folder cannot be written, the disk is full or S3 does not
+    take it; no partial file is left then.
     """
     temporary: Path | None = None
     try:
@@ -39,9 +140,17 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], None]) -> N
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-        temporary = None
+        if mirrored(path):
+            from acw import mirror
+
+            mirror.put(temporary, path)
+        else:
+            temporary.replace(path)
     except OSError as error:
+        if mirrored(path):
+            from acw import mirror
+
+            raise UserError(mirror.no_room(path, error)) from error
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}); free the disk or choose another --root") from error
     finally:

@@ -1,0 +1,280 @@
+"""S3: one settings object for boto3, pyarrow and MLflow, the few requests that are made, and what their errors mean.
+
+Credentials are never seen here: boto3, pyarrow and MLflow each find them in their own chain (environment, profile,
+instance role), so that they cannot get into a log, a pickle or a file.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from acw.storage import UserError, sha256_file
+
+if TYPE_CHECKING:
+    from pyarrow.fs import S3FileSystem
+
+CHECKSUM = "sha256"  # the objects' metadata that holds it
+CONNECT_SECONDS = 10
+READ_SECONDS = 30
+# With back-off between them, so many outlast a server's restart: about a minute.
+ATTEMPTS = 10
+# A job's first request shall not take that long to say that there is no server at all.
+FIRST_ATTEMPTS = 3
+# Larger objects go in parts of this size, several at once.
+PART_BYTES = 16 * 2**20
+PARTS_AT_ONCE = 8
+
+_WRONG_KEY = {
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidClientTokenId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+_WRONG_REGION = {"301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where S3 is: endpoint (empty for AWS's own), region and profile (empty for what ~/.aws/config says)."""
+
+    endpoint: str
+    region: str
+    profile: str
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        def first(*names: str) -> str:
+            return next((os.environ[name] for name in names if os.environ.get(name)), "")
+
+        return cls(
+            first("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+            first("AWS_REGION", "AWS_DEFAULT_REGION"),
+            first("AWS_PROFILE"),
+        )
+
+    @property
+    def shown(self) -> str:
+        """The endpoint as messages name it."""
+        return urlsplit(self.endpoint).netloc.rpartition("@")[2] or "AWS"
+
+    def client(self, attempts: int) -> Any:
+        """boto3's client, whose requests end in finite time: they are repeated with back-off, `attempts` in all."""
+        import boto3
+        from botocore.config import Config
+
+        config = Config(
+            retries={"mode": "standard", "total_max_attempts": attempts},
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            max_pool_connections=4 * PARTS_AT_ONCE,
+        )
+        session = boto3.Session(profile_name=self.profile or None, region_name=self.region or None)
+        return session.client("s3", endpoint_url=self.endpoint or None, config=config)
+
+    def filesystem(self) -> S3FileSystem:
+        """pyarrow's file system, for Ray's own checkpoints."""
+        import boto3
+        from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
+
+        region = self.region or boto3.Session(profile_name=self.profile or None).region_name
+        address = urlsplit(self.endpoint)
+        return S3FileSystem(
+            region=region,
+            scheme=address.scheme or "https",
+            endpoint_override=address.netloc or None,
+            connect_timeout=CONNECT_SECONDS,
+            request_timeout=READ_SECONDS,
+            retry_strategy=AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        )
+
+    def mlflow_environment(self) -> dict[str, str]:
+        """What MLflow's clients of artifacts read, beside boto3's own variables."""
+        found = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": str(ATTEMPTS)}
+        if self.endpoint:
+            found["MLFLOW_S3_ENDPOINT_URL"] = self.endpoint
+        if self.region:
+            found["AWS_DEFAULT_REGION"] = self.region
+        return found
+
+
+@functools.lru_cache(maxsize=8)
+def _client(settings: Settings, attempts: int) -> Any:
+    return settings.client(attempts)
+
+
+def client(attempts: int = ATTEMPTS) -> Any:
+    """This process's client by the environment's settings; one for all threads."""
+    return _client(Settings.from_environment(), attempts)
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object as it is in its bucket. etag: another for other bytes. sha256: as noted at its upload, or empty."""
+
+    key: str
+    etag: str
+    size: int
+    sha256: str = ""
+
+
+def parts(uri: str) -> tuple[str, str]:
+    """Bucket and key, or prefix, of `s3://bucket/key`; raises UserError for what is none."""
+    bucket, _, key = uri.removeprefix("s3://").rstrip("/").partition("/")
+    if not uri.startswith("s3://") or not bucket or any(part in ("", ".", "..") for part in key.split("/") if key):
+        raise UserError(f"{uri}: is no S3 address; write s3://BUCKET or s3://BUCKET/PREFIX")
+    return bucket, key
+
+
+def reach(uri: str) -> None:
+    """Raises UserError, within seconds, where the bucket is not there or may not be read: before any work is done."""
+    bucket, _ = parts(uri)
+    with explained(uri):
+        # Of all requests that need no object, this one has answers that say what is wrong.
+        client(FIRST_ATTEMPTS).list_objects_v2(Bucket=bucket, MaxKeys=1)
+
+
+def head(uri: str) -> Found | None:
+    """The object as it is now; None where there is none."""
+    bucket, key = parts(uri)
+    with explained(uri):
+        try:
+            answer = client().head_object(Bucket=bucket, Key=key)
+        except Exception as error:
+            if _code(error) in ("404", "NoSuchKey"):
+                return None
+            if _code(error) == "403":
+                # HEAD's answers do not say which of several reasons it is; this one's do.
+                client().list_objects_v2(Bucket=bucket, MaxKeys=1)
+            raise
+    return Found(key, answer["ETag"], answer["ContentLength"], answer["Metadata"].get(CHECKSUM, ""))
+
+
+def listing(uri: str) -> Iterator[Found]:
+    """All objects below a prefix, without their checksums, in order of their keys."""
+    bucket, prefix = parts(uri)
+    with explained(uri):
+        pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/" if prefix else "")
+        for page in pages:
+            for entry in page.get("Contents", []):
+                # A key that ends so is how some programs show an empty folder.
+                if not entry["Key"].endswith("/"):
+                    yield Found(entry["Key"], entry["ETag"], entry["Size"])
+
+
+def upload(path: Path, uri: str) -> Found | None:
+    """Uploads a file with its checksum, in parts if it is large, and asks how it is there.
+
+    Returns None if another's upload has replaced it already. Raises UserError where that cannot be done.
+    """
+    bucket, key = parts(uri)
+    checksum, size = sha256_file(path), path.stat().st_size
+    with explained(uri), path.open("rb") as file:
+        client().upload_fileobj(
+            file, bucket, key, ExtraArgs={"Metadata": {CHECKSUM: checksum}}, Config=_transfer_config(size)
+        )
+    found = head(uri)
+    return found if found and (found.sha256, found.size) == (checksum, size) else None
+
+
+def replace(path: Path, uri: str, etag: str | None) -> bool:
+    """Uploads a file in the place of an object that still has this ETag, or of none; False if that has changed."""
+    bucket, key = parts(uri)
+    condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+    with explained(uri), path.open("rb") as file:
+        try:
+            client().put_object(Bucket=bucket, Key=key, Body=file, Metadata={CHECKSUM: sha256_file(path)}, **condition)
+        except Exception as error:
+            if _code(error) in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
+                return False
+            raise
+    return True
+
+
+def download(uri: str, found: Found, path: Path) -> bool:
+    """Downloads an object to a file, in parts if it is large; whether its size and checksum are those of the upload."""
+    bucket, key = parts(uri)
+    with explained(uri), path.open("wb") as file:
+        client().download_fileobj(bucket, key, file, Config=_transfer_config(found.size))
+    return path.stat().st_size == found.size and found.sha256 in ("", sha256_file(path))
+
+
+def delete(uri: str) -> None:
+    """Deletes an object; there may be none."""
+    bucket, key = parts(uri)
+    with explained(uri):
+        client().delete_object(Bucket=bucket, Key=key)
+
+
+def _transfer_config(size: int) -> Any:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(
+        multipart_threshold=PART_BYTES,
+        multipart_chunksize=PART_BYTES,
+        max_concurrency=PARTS_AT_ONCE,
+        use_threads=size > PART_BYTES,
+    )
+
+
+def _code(error: BaseException) -> str:
+    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+
+
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Turns whatever boto3 raises into a UserError of one line; never quotes what might hold a key."""
+    from boto3.exceptions import Boto3Error
+    from botocore import exceptions
+    from s3transfer.exceptions import RetriesExceededError
+
+    try:
+        yield
+    except (exceptions.BotoCoreError, exceptions.ClientError, Boto3Error, RetriesExceededError) as error:
+        # Where a transfer has given up, the reason is inside.
+        cause = getattr(error, "last_exception", error)
+        raise UserError(f"{uri}: {_explanation(uri, cause)}") from None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{uri}: S3 cannot be asked ({type(error).__name__}); correct AWS_ENDPOINT_URL") from None
+
+
+def _explanation(uri: str, error: BaseException) -> str:
+    """What is wrong, and the remedy."""
+    from botocore import exceptions
+
+    server, bucket = Settings.from_environment().shown, uri.removeprefix("s3://").partition("/")[0]
+    code = _code(error)
+    name = type(error).__name__
+    if isinstance(error, exceptions.ProfileNotFound):
+        return "AWS_PROFILE names a profile that this machine does not have; correct or unset it"
+    if any(word in name for word in ("Credential", "SSO", "Token")):
+        return f"no credentials ({name}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
+    if isinstance(error, exceptions.ConnectTimeoutError | exceptions.ReadTimeoutError):
+        return f"{server} answers too slowly, {READ_SECONDS} s several times over; see to the network and run again"
+    if isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError):
+        return f"no S3 server answers at {server} ({name}); start it or correct AWS_ENDPOINT_URL"
+    if code in _WRONG_KEY:
+        return f"{server} refuses the key ({code}); set the right AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if code in ("403", "AccessDenied", "AllAccessDisabled"):
+        return f"{server} denies access ({code}); use another key, or let this one list, read and write the bucket"
+    if code == "NoSuchBucket":
+        return f"there is no bucket {bucket} at {server}; create it or correct its name"
+    if code in ("404", "NoSuchKey"):
+        return "there is no such object; correct the address"
+    if code in _WRONG_REGION:
+        return f"the bucket is in another region ({code}); set AWS_REGION to its own"
+    if code == "RequestTimeTooSkewed":
+        return "this machine's clock is wrong; set it"
+    if isinstance(error, exceptions.ParamValidationError) or code == "InvalidBucketName":
+        return f"'{bucket}' cannot be a bucket's name; correct the address"
+    return f"{server} fails ({code or name}); see to the server and run again"
