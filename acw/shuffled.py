@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from acw.metrics import Components, Target
 
@@ -35,27 +36,16 @@ def _between(source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(low), torch.from_numpy(high), torch.from_numpy(place - low)
 
 
-@lru_cache(maxsize=32)
-def _between_cells(source: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The cells that `_between(source, SIDE)` looks at, and it in numbers of these: at full HD half of all pixels."""
-    low, high, share = _between(source, SIDE)
-    cells, places = torch.cat([low, high]).unique(return_inverse=True)
-    return cells, places[:SIDE], places[SIDE:], share
-
-
 def reduced(log_densities: Tensor, weights: Tensor) -> Tensor:
     """(M, SIDE, SIDE) float64 densities with sum 1 of mixtures, weights float64 (M, C), of log-densities (C, H, W).
 
-    Resized linearly in the logarithm, as pysaliency does it.
+    Resized linearly in the logarithm, first and last cells on each other, as pysaliency does it.
     """
-    rows, top, bottom, down = _between_cells(log_densities.shape[1])
-    columns, left, right, across = _between_cells(log_densities.shape[2])
-    densities = log_densities.index_select(1, rows).index_select(2, columns).double().exp_()
+    densities, size = log_densities.double().exp_().flatten(1), log_densities.shape[1:]
     result = densities.new_empty(len(weights), SIDE, SIDE)
     for row, small in zip(weights, result, strict=True):
-        logs = (row @ densities.flatten(1)).log_().view(len(rows), len(columns))
-        bands = torch.lerp(logs[top], logs[bottom], down[:, None])
-        torch.lerp(bands.index_select(1, left), bands.index_select(1, right), across, out=small)
+        logs = (row @ densities).log_().view(1, 1, *size)
+        small.copy_(interpolate(logs, size=(SIDE, SIDE), mode="bilinear", align_corners=True)[0, 0])
     # Between two places of which one has no mass there is none.
     return result.nan_to_num_(nan=-torch.inf).flatten(1).softmax(1).view_as(result)
 
