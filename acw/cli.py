@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from acw import credentials
 from acw.data import Dataset, Split, load_dataset, split
 from acw.recipes import RECIPES, Recipe, derive, named_recipe
 from acw.storage import UserError, fingerprint, write_atomic
@@ -230,6 +231,7 @@ def user_error(error: BaseException | None) -> UserError | None:
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a job: exit status 0 if it did all that it says, 2 and one line on stderr for an error of the user's."""
     try:
+        credentials.refuse(sys.argv[1:])
         main(sys.argv[1:])
     except Exception as error:
         if (known := user_error(error)) is None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -315,8 +316,20 @@ class Model:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> Model:
-        """The model of a folder that `save` wrote; raises UserError where there is none."""
-        description = describe(folder)
+        """The model of a folder that `save` wrote; raises UserError where there is none, or a damaged one.
+
+        It may come from anywhere: numbers and names are all that is taken from it, never code.
+        """
+        try:
+            return cls._read(folder, describe(folder), torch.device(device))
+        except UserError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise UserError(f"{folder}: this model is damaged ({reason}); copy it anew") from error
+
+    @classmethod
+    def _read(cls, folder: Path, description: dict[str, Any], device: torch.device) -> Model:
         backbones = []
         for fields in description["backbones"]:
             fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name != "source"}
@@ -341,7 +354,7 @@ class Model:
             CategoryClassifier(**classifier, accuracy=description["classifier_accuracy"]),
             description["provenance"],
             description["systems"],
-            torch.device(device),
+            device,
         )
 
 
@@ -350,7 +363,16 @@ def describe(folder: Path) -> dict[str, Any]:
     path = folder / "model.json"
     if not path.exists():
         raise UserError(f"{folder}: no model here (model.json is missing); give a finished run's folder or a model URI")
-    description = json.loads(path.read_text())
-    if description["format"] != FORMAT:
-        raise UserError(f"{path}: format {description['format']}, this acw reads {FORMAT}; use the acw that wrote it")
+    try:
+        description = json.loads(path.read_text())
+        version = description["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is no description of a model; copy the model anew") from error
+    if version != FORMAT:
+        raise UserError(f"{path}: format {version}, this acw reads {FORMAT}; use the acw that wrote it")
+    for backbone in description["backbones"]:
+        file = Path(backbone["weights"])
+        # timm would ask a model hub, or another folder, for a name with a colon.
+        if file.name != backbone["weights"] or file.suffix != ".safetensors" or ":" in backbone["timm_name"]:
+            raise UserError(f"{path}: the weights of {backbone['name']} are not in its folder; copy the model anew")
     return description

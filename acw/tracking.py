@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from acw import report
+from acw import credentials, report
 from acw.bootstrap import interval
 from acw.recipes import Recipe
 from acw.resources import FILE, noted
@@ -69,13 +69,15 @@ class Registration:
 
 
 def tracking_uri(root: Path, given: str | None) -> str:
-    """The store's URI: the one given, or `mlflow.db` under the root.
+    """The store's URI: the one given, or `mlflow.db` under the root. A password in it goes to the environment, so that
+    no later error or record can hold it.
 
     Raises UserError for a store that cannot be used: only sqlite files and servers know where artifacts belong.
     """
     uri = given or f"sqlite:///{root.absolute() / 'mlflow.db'}"
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{_database(uri)}"
+    uri = credentials.taken_out(uri)
     if urlsplit(uri).scheme not in ("http", "https"):
         raise UserError(f"tracking URI {uri}: give http://HOST:PORT of an MLflow server, or sqlite:///FILE")
     return uri
@@ -116,7 +118,7 @@ def connect(uri: str) -> tuple[MlflowClient, str]:
         raise _refused(uri, error) from error
     if experiment.lifecycle_stage != "active":
         number = experiment.experiment_id
-        raise UserError(f"{_shown(uri)}: experiment '{NAME}' is deleted; mlflow experiments restore -x {number}")
+        raise UserError(f"{uri}: experiment '{NAME}' is deleted; mlflow experiments restore -x {number}")
     return client, experiment.experiment_id
 
 
@@ -146,18 +148,12 @@ def _answers(uri: str) -> None:
         if status < 500:
             return
         problem = f"status {status}"
-    raise UserError(f"{_shown(uri)}: no MLflow server answers here ({problem}); start it, or correct --tracking-uri")
+    raise UserError(f"{uri}: no MLflow server answers here ({problem}); start it, or correct --tracking-uri")
 
 
 def _refused(uri: str, error: Exception) -> UserError:
-    reason = str(error).partition("\n")[0].replace(uri, _shown(uri))
-    return UserError(f"{_shown(uri)}: MLflow cannot use this store ({reason}); correct the URI or its credentials")
-
-
-def _shown(uri: str) -> str:
-    """The URI without a password."""
-    scheme, separator, rest = uri.partition("://")
-    return scheme + separator + rest.rpartition("@")[2]
+    reason = str(error).partition("\n")[0]
+    return UserError(f"{uri}: MLflow cannot use this store ({reason}); correct the URI or its credentials")
 
 
 def log_run(
@@ -392,7 +388,7 @@ def download_model(uri: str) -> Path:
             f"{uri}: no model URI; give models:/{NAME}@champion, models:/{NAME}/VERSION or runs:/RUN_ID/model"
         )
     store = tracking_uri(DEFAULT_ROOT, os.environ.get("MLFLOW_TRACKING_URI"))
-    remedy = f"no such model in {_shown(store)}; set MLFLOW_TRACKING_URI to the right store, or give a run's folder"
+    remedy = f"no such model in {store}; set MLFLOW_TRACKING_URI to the right store, or give a run's folder"
     destination = None
     if store.startswith("sqlite:"):
         if not _database(store).exists():

@@ -252,9 +252,11 @@ def test_unusable_stores_and_models_are_refused(
         acw.load("models:/acw/99")
     with socket.socket() as listener:  # bound, not listening: nobody answers
         listener.bind(("127.0.0.1", 0))
+        for name in ("USERNAME", "PASSWORD"):  # where it goes, and from where the test's end takes it
+            monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
         uri = f"http://user:secret@127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(UserError, match="no MLflow server answers") as caught:
-            tracking.connect(uri)
+            tracking.connect(tracking_uri(tmp_path, uri))
         assert "secret" not in str(caught.value)
     with pytest.raises(UserError, match="sqlite:///FILE"):
         tracking_uri(tmp_path, "file:///tmp/mlruns")
