@@ -1,42 +1,44 @@
-"""Training's entry on a Ray cluster: banks of heads spread over Ray Train's workers, systems of a joint training over
-Ray's tasks; and progress a person can read."""
+"""Training's entry on a Ray cluster: banks of heads spread over a crew of Ray Train's workers, systems of a joint
+training over Ray's tasks; and progress a person can read."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from acw.banks import Bank, checkpoint_path, plan_banks, system_path, unfinished
 from acw.batches import TrainingSet
-from acw.cluster import allocate, nodes_with_cpus
+from acw.cluster import Allocation, allocate, nodes_with_cpus, place_of, room
+from acw.crew import News, complete, new_board
 from acw.features import FeatureStore
 from acw.heads import Parameters
 from acw.joint import JointSet, SystemState, train_system, unfinished_systems
 from acw.recipes import Recipe
 from acw.resources import Cost, peak_rss
-from acw.storage import UserError, write_atomic
+from acw.storage import UserError, fetch
 from acw.training import train_epochs
 
-# Ray Train starts all its workers anew when one dies; each goes on from its banks' checkpoints. Spot machines are lost
-# often in a long run, and each loss costs an epoch at most.
-MAX_FAILURES = 10
-CONTROLLER_FAILURES = 3
+# How often the joint training of a fold may be lost with its node; each loss costs an epoch at most.
+MAX_RETRIES = 10
 PROGRESS_SECONDS = 5.0
 UNIT = "heads x images"
-# What a worker leaves in the run's folder when only the user can help.
-COMPLAINT = "training-failed.txt"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker gets: all banks that have epochs left, of which it takes its share."""
+    """What every worker gets: all banks that have epochs left, of which it takes its share.
+
+    threads: of each bank. board: `crew.Board`, as an actor.
+    """
 
     recipe: Recipe
     banks: list[Bank]
@@ -44,17 +46,16 @@ class Work:
     stores: dict[str, FeatureStore]
     folder: Path
     threads: dict[Bank, int]
+    allocation: Allocation
+    board: Any
 
 
 def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureStore], folder: Path) -> Cost:
     """Trains all heads of a recipe that have epochs left; leaves their checkpoints in the run's folder.
 
     Returns the cost, in which an image counts once for every head that trained or was validated on it.
-    Raises UserError for what a user can mend, and Ray's TrainingFailedError after too many lost workers.
+    Raises UserError for what a user can mend, which workers that are lost again and again are too.
     """
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     banks = plan_banks(recipe)
     waiting = unfinished(recipe, folder)
     if not waiting:
@@ -62,41 +63,28 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
         return Cost(0.0, 0, peak_rss(), UNIT)
     start, before = time.monotonic(), _work(banks, folder)[0]
     # Cores are shared out as for all banks: a rerun then has the threads, and so the heads, of an uninterrupted run.
-    allocation = allocate(len(banks), recipe.workers, recipe.accelerator)
-    workers = min(allocation.workers, len(waiting))
+    allocation = allocate(len(banks), recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
     spare = allocation.gpus == 0 and nodes_with_cpus() == 1
     threads = threads_of(share(banks, stores, allocation.workers), stores, allocation.cpus, spare)
+    workers = min(allocation.workers, room(allocation), len(waiting))
+    crew = dataclasses.replace(allocation, workers=workers)
     print(
-        f"training {sum(len(bank.members) for bank in waiting)} heads in {len(waiting)} banks on {workers} "
-        f"workers of {allocation.cpus} CPU and {allocation.gpus} GPU",
+        f"training {sum(len(bank.members) for bank in waiting)} heads in {len(waiting)} banks on {crew}",
         flush=True,
     )
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config={"work": Work(recipe, waiting, training_set, stores, folder, threads)},
-        # Workers share no gradients, so the backend only has to come up, also where a GPU is a fraction or a fake.
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
-            use_gpu=allocation.gpus > 0,
-            resources_per_worker={"CPU": allocation.cpus, "GPU": allocation.gpus},
-        ),
-        run_config=ray.train.RunConfig(
-            # Checkpoints are ours, so Ray needs no memory of earlier attempts; an old name would bring back its result.
-            name=time.strftime("%Y%m%d-%H%M%S"),
-            storage_path=str(folder / "ray"),
-            failure_config=ray.train.FailureConfig(
-                max_failures=MAX_FAILURES,
-                controller_failure_limit=CONTROLLER_FAILURES,  # type: ignore[call-arg]  # of Ray Train V2
-            ),
-        ),
-    )
-    complaint = folder / COMPLAINT
-    complaint.unlink(missing_ok=True)
+    board = new_board()
+
+    def work(left: list[Bank]) -> dict[str, Any]:
+        return {"work": Work(recipe, left, training_set, stores, folder, threads, allocation, board)}
+
+    def left() -> list[Bank]:
+        return unfinished(recipe, folder)
+
+    def epochs() -> int:
+        return sum(len(_read(checkpoint_path(folder, bank))[0]) for bank in banks)
+
     with Progress(recipe, banks, folder, workers):
-        trainer.fit()
-    if complaint.exists():
-        raise UserError(complaint.read_text())
+        complete(run_worker, work, left, epochs, board, allocation, folder)
     after, peak = _work(banks, folder)
     return Cost(time.monotonic() - start, after - before, max(peak, peak_rss()), UNIT)
 
@@ -113,23 +101,28 @@ def train_jointly(recipe: Recipe, data: JointSet, heads: Sequence[dict[str, Para
     if not waiting:
         print(f"joint training: all {recipe.folds} systems are trained", flush=True)
         return Cost(0.0, 0, peak_rss(), UNIT)
-    allocation = allocate(recipe.folds, recipe.workers, recipe.accelerator)
+    allocation = allocate(recipe.folds, recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
+    board = new_board()
+    news = News(board, "joint training")
 
     # A task that dies with its node starts again, from its checkpoint.
-    @ray.remote(num_cpus=allocation.cpus, num_gpus=allocation.gpus, max_retries=MAX_FAILURES)
+    @ray.remote(num_cpus=allocation.cpus, num_gpus=allocation.gpus, max_retries=MAX_RETRIES)
     def one(data: JointSet, heads: dict[str, Parameters], fold: int) -> tuple[int, int, int]:
         torch.set_num_threads(allocation.cpus)
-        device = "cuda" if torch.cuda.is_available() and allocation.gpus else "cpu"
-        epochs = sum(1 for _ in train_system(recipe, fold, data, heads, folder, torch.device(device)))
+        device = torch.device("cuda" if torch.cuda.is_available() and allocation.gpus else "cpu")
+        place = place_of(allocation, device)
+        ray.get(board.begin.remote(f"fold {fold}", place))
+        epochs = sum(1 for _ in train_system(recipe, fold, data, heads, folder, device, place))
         return fold, epochs, peak_rss()
 
     start, shared, trained, peak = time.monotonic(), ray.put(data), 0, peak_rss()
     out = [one.remote(shared, heads[fold], fold) for fold in waiting]
     while out:
         ready, out = ray.wait(out, timeout=PROGRESS_SECONDS)
+        news.show()
         for fold, epochs, memory in ray.get(ready):
             trained, peak = trained + epochs, max(peak, memory)
-            state = SystemState.load(system_path(folder, fold))
+            state = SystemState.load(fetch(system_path(folder, fold)))
             print(
                 f"joint training: fold {fold} done after {len(state.history)} epochs, {len(waiting) - len(out)}/"
                 f"{len(waiting)} systems, validation IG {state.best_ig:.4f} bit",
@@ -155,17 +148,19 @@ def run_worker(config: dict) -> None:
     context = ray.train.get_context()
     # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
-    banks = share(work.banks, work.stores, context.get_world_size())[context.get_world_rank()]
+    place = place_of(work.allocation, device)
     try:
-        for bank in banks:
+        for bank in share(work.banks, work.stores, context.get_world_size())[context.get_world_rank()]:
+            print(f"{bank.name} on {place}", flush=True)
+            ray.get(work.board.begin.remote(bank.name, place))
             store = work.stores[bank.backbone]
             torch.set_num_threads(work.threads[bank])
-            for _ in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device):
-                if (work.folder / COMPLAINT).exists():
-                    return  # another worker has met what ends the job
+            for _ in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device, place):
+                if ray.get(work.board.over.remote()):
+                    return
     except UserError as error:
         # Raised, it would be tried again with the same end, as if a node had been lost.
-        write_atomic(work.folder / COMPLAINT, str(error))
+        ray.get(work.board.complain.remote(str(error)))
 
 
 def share(banks: Sequence[Bank], stores: dict[str, FeatureStore], workers: int) -> list[list[Bank]]:
@@ -233,7 +228,10 @@ class Progress:
         self._show()
 
     def _show(self) -> None:
-        line = self.line()
+        try:
+            line = self.line()
+        except UserError:
+            return  # the checkpoints cannot be had just now; whoever needs them says so
         if line != self._shown:
             print(line, flush=True)
             self._shown = line
@@ -270,7 +268,7 @@ class Progress:
 def _read(path: Path) -> tuple[list[dict], list[float]]:
     """A checkpoint's history and each head's learning rate; nothing where there is none yet."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(fetch(path), framework="pt") as file:
             return json.loads(file.metadata()["history"]), file.get_tensor("learning_rate").tolist()
     except (OSError, SafetensorError):
         return [], []

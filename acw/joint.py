@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from acw.finalizer import Finalizer, finalize
 from acw.heads import Features, Parameters
 from acw.recipes import Recipe
 from acw.resources import peak_rss
-from acw.storage import UserError, write_atomic
+from acw.storage import UserError, fetch, write_atomic
 from acw.training import ADAM_BETAS, ADAM_EPS, PLATEAU_THRESHOLD
 
 WEIGHTS_RATE = 10.0  # of the category weights, times that of everything else
@@ -104,14 +104,21 @@ _NUMBERS = ("steps", "rate", "bad_epochs", "best_ig")
 
 
 def train_system(
-    recipe: Recipe, fold: int, data: JointSet, heads: dict[str, Parameters], folder: Path, device: torch.device
+    recipe: Recipe,
+    fold: int,
+    data: JointSet,
+    heads: dict[str, Parameters],
+    folder: Path,
+    device: torch.device,
+    place: Mapping[str, Any] | None = None,
 ) -> Iterator[SystemState]:
     """Trains a fold's system from its checkpoint in the run's folder, or from `heads` (by backbone) to the end.
 
-    Yields after each epoch, whose checkpoint is then on disk. Raises UserError where the loss is not finite.
+    Yields after each epoch, whose checkpoint is then on disk. place: as for `training.train_epochs`.
+    Raises UserError where the loss is not finite.
     """
     path = system_path(folder, fold)
-    state = SystemState.load(path) if path.exists() else SystemState.new(recipe, heads, data.categories)
+    state = SystemState.load(path) if fetch(path).exists() else SystemState.new(recipe, heads, data.categories)
     batches = _Batches(recipe, fold, data, device)
     if not state.history:
         # Where it starts from is a candidate too: fine-tuning must not make it worse.
@@ -123,7 +130,7 @@ def train_system(
         if not (math.isfinite(loss) and math.isfinite(ig)):
             raise UserError("joint training: the loss is not finite; lower --joint_learning_rate")
         entry = {"epoch": len(state.history), "loss": loss, "ig": ig, "learning_rate": state.rate}
-        entry |= {"seconds": round(time.monotonic() - start, 3), "peak_rss": peak_rss()}
+        entry |= {"seconds": round(time.monotonic() - start, 3), "peak_rss": peak_rss(), **(place or {})}
         state.history.append(entry | {"weights": state.parameters[LOGITS].double().softmax(1).tolist()})
         better = ig > state.best_ig + PLATEAU_THRESHOLD
         if better:
@@ -269,7 +276,7 @@ def unfinished_systems(recipe: Recipe, folder: Path) -> list[int]:
 
     def has_epochs_left(fold: int) -> bool:
         path = system_path(folder, fold)
-        return not path.exists() or not SystemState.load(path).finished(recipe)
+        return not fetch(path).exists() or not SystemState.load(path).finished(recipe)
 
     return [fold for fold in range(recipe.folds) if has_epochs_left(fold)]
 
@@ -278,7 +285,7 @@ def trained_systems(recipe: Recipe, folder: Path) -> list[SystemState]:
     """The finished systems of a run, a fold each; raises UserError if one is missing or has not finished."""
     systems = []
     for path in (system_path(folder, fold) for fold in range(recipe.folds)):
-        systems += [SystemState.load(path)] if path.exists() else []
+        systems += [SystemState.load(path)] if fetch(path).exists() else []
         if not path.exists() or not systems[-1].finished(recipe):
             raise UserError(
                 f"{path}: joint training has not finished; run jobs/train.py again, it goes on where it stopped"

@@ -54,6 +54,9 @@ class Recipe:
     folds: int = field(5, "", "cross-validation folds of the other images")
     seeds: int = field(3, "heads", "initialisations per backbone and fold")
     center_bias: str = field("kde", "kde|gaussian", "centre bias in the finalizer: KDE, or the paper's fixed Gaussian")
+    center_bias_bandwidth: float = field(
+        0.0, "share", "of the image's sides: the finalizer's KDE; 0: chosen by cross-validation, as IG's always is"
+    )
     density_cell: float = field(8.0, "px", "cell of the grid on which a density is computed and normalised")
     upsampling: str = field(
         "bilinear", "bilinear|nearest|bicubic", "of priority maps and densities, see acw/finalizer.py"
@@ -83,6 +86,9 @@ class Recipe:
     workers: int = field(0, "processes", "that work side by side; 0: one a GPU, or one a CPU core", identity=False)
     accelerator: str = field(
         "auto", "auto|gpu|cpu", "auto: GPUs where the cluster has any; gpu: demand", identity=False
+    )
+    gpus_per_worker: float = field(
+        1.0, "GPUs", "for each worker: 1, or 0.5, 0.25, ... so that several banks share a GPU", identity=False
     )
     price_per_hour: float = field(
         0.0, "money", "of all the machines that the run occupies, for the report; 0: unknown", identity=False
@@ -282,6 +288,11 @@ def _check(recipe: Recipe) -> None:
         "BACKBONE=SOURCE with the recipe's backbones, each once",
     )
     require(recipe.center_bias in ("kde", "gaussian"), "center_bias", "kde or gaussian")
+    require(
+        0 <= recipe.center_bias_bandwidth < 1 and (not recipe.center_bias_bandwidth or recipe.center_bias == "kde"),
+        "center_bias_bandwidth",
+        "between 0 and 1, and 0 without --center_bias kde",
+    )
     require(recipe.upsampling in UPSAMPLINGS, "upsampling", " or ".join(UPSAMPLINGS))
     require(
         all(re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", step) for step in recipe.upsampling_steps)
@@ -297,6 +308,7 @@ def _check(recipe: Recipe) -> None:
     )
     require(recipe.joint_patience >= 0, "joint_patience", "0 or more")
     require(recipe.accelerator in ("auto", "gpu", "cpu"), "accelerator", "auto, gpu or cpu")
+    require(0.01 <= recipe.gpus_per_worker <= 1, "gpus_per_worker", "between 0.01 and 1")
     require(0 < recipe.holdout < 1, "holdout", "between 0 and 1")
     require(0 < recipe.lr_factor < 1, "lr_factor", "between 0 and 1")
     require(recipe.seed >= 0, "seed", "0 or more")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from acw.finalizer import Finalizer
 from acw.heads import Parameters
 from acw.recipes import Recipe
 from acw.resources import peak_rss
-from acw.storage import UserError
+from acw.storage import UserError, fetch
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -48,15 +48,26 @@ CHECKED_IMAGES = 16
 CHECKED_AT_ONCE = 2
 
 
+class Diverged(UserError):
+    """The loss is not finite."""
+
+
 def train_epochs(
-    recipe: Recipe, bank: Bank, training_set: TrainingSet, store: FeatureStore, folder: Path, device: torch.device
+    recipe: Recipe,
+    bank: Bank,
+    training_set: TrainingSet,
+    store: FeatureStore,
+    folder: Path,
+    device: torch.device,
+    place: Mapping[str, Any] | None = None,
 ) -> Iterator[BankState]:
     """Trains a bank from its checkpoint in the run's folder, or from the start, to the end; yields after each epoch.
 
-    Each epoch's checkpoint is on disk before it is yielded, so at most one epoch is ever done twice.
+    Each epoch's checkpoint is on disk before it is yielded, so at most one epoch is ever done twice. place: where that
+    is, for the notes on each epoch, as `cluster.place_of` gives it.
     """
     path = checkpoint_path(folder, bank)
-    state = BankState.load(path) if path.exists() else BankState.new(recipe, bank, sum(store.channels))
+    state = BankState.load(path) if fetch(path).exists() else BankState.new(recipe, bank, sum(store.channels))
     batches = Batches(training_set, store, recipe.finalizer, device)
     while len(active := state.active(recipe)):
         start = time.monotonic()
@@ -72,6 +83,7 @@ def train_epochs(
             "seconds": round(seconds, 3),
             "head_images_per_second": round((images + validated) / seconds, 1),
             "peak_rss": peak_rss(),
+            **(place or {}),
         }
         _record(recipe, bank, state, active, {"loss": loss, "ig": ig, "stride": strides, "loss_error": errors}, notes)
         state.save(path)
@@ -290,12 +302,12 @@ def _record(
     """Takes note of an epoch: history, best parameters, and the plateau rule of each head.
 
     A head whose loss is not finite stops and keeps its best parameters, where others of the bank are trained otherwise;
-    where all are trained alike, raises UserError.
+    where all are trained alike, raises Diverged.
     """
     ig = measured["ig"]
     lost = ~(torch.isfinite(ig) & torch.isfinite(measured["loss"]))
     if lost.any() and len({dataclasses.replace(head, fold=0, seed=0) for head in bank.members}) == 1:
-        raise UserError("training: the loss is not finite; lower --learning_rate, or check the features' backbone")
+        raise Diverged("training: the loss is not finite; lower --learning_rate, or check the features' backbone")
     columns = measured | {
         "learning_rate": state.learning_rate[active],
         "sigma": state.parameters["log_sigma"][active].exp(),

@@ -1,4 +1,4 @@
-"""How work is spread: over the cores of several nodes, over GPUs, and over a machine that has none."""
+"""How work is spread: over the cores of several nodes, over GPUs and their parts, over less than was asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from acw.cluster import GPUS_TO_START, Allocation, allocate
+from acw import cluster
+from acw.cluster import GPUS_TO_START, Allocation, allocate, room
 from acw.storage import UserError
 
 
@@ -32,7 +33,6 @@ def test_cores_are_shared_within_nodes(nodes: Any) -> None:
     # Three workers of two cores fit, two on the larger node and one on the smaller; four take one core each.
     assert allocate(3, 0, "auto") == Allocation(3, 2, 0)
     assert allocate(4, 0, "auto") == Allocation(4, 1, 0)
-    assert allocate(60, 50, "auto") == Allocation(6, 1, 0)
 
 
 def test_gpus_are_used_where_there_are_any(nodes: Any) -> None:
@@ -42,13 +42,45 @@ def test_gpus_are_used_where_there_are_any(nodes: Any) -> None:
     assert allocate(60, 0, "cpu").gpus == 0
 
 
+def test_workers_share_gpus_as_far_as_their_nodes_cores_go(nodes: Any) -> None:
+    nodes((16, 2), (16, 2))
+    assert allocate(60, 0, "auto", 0.25) == Allocation(16, 1, 0.25)
+    # A head without GPUs, a node with fewer cores than its GPUs could serve, and one GPU for a third of it each.
+    nodes((8, 0), (3, 1), (16, 2))
+    assert allocate(60, 0, "auto", 0.25) == Allocation(11, 1, 0.25)
+    assert allocate(60, 0, "auto", 0.3333) == Allocation(9, 1, 0.3333)
+    # Two of 0.6 do not fit on one GPU, though on two GPUs there would be 0.8 left.
+    assert allocate(60, 0, "auto", 0.6) == Allocation(3, 1, 0.6)
+
+
+def test_a_cluster_smaller_than_the_request_works_with_what_it_has(
+    nodes: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes((4, 0), (2, 0))
+    assert allocate(60, 50, "auto") == Allocation(6, 1, 0)
+    assert "asked for 50 workers, the cluster has room for 6" in capsys.readouterr().out
+    assert allocate(60, 6, "auto") == Allocation(6, 1, 0)
+    assert capsys.readouterr().out == ""
+    # A cluster may grow: it is asked for all of them, and begins with those that it has.
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    nodes((0, 0), (4, 1), (4, 1))
+    asked = allocate(60, 8, "gpu")
+    assert asked == Allocation(8, 1, 1)
+    assert room(asked) == 2
+    assert "asked for 8 workers, the cluster has room for 2" in capsys.readouterr().out
+
+
 def test_demanded_gpus_are_started_on_a_cluster_and_refused_on_a_laptop(
     nodes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    waited: list[Allocation] = []
+    monkeypatch.setattr(cluster, "wait_for_room", waited.append)
     nodes((0, 0))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert allocate(60, 0, "gpu") == Allocation(GPUS_TO_START, 1, 1)
+    assert allocate(60, 0, "gpu", 0.5) == Allocation(2 * GPUS_TO_START, 1, 0.5)
     assert allocate(60, 7, "gpu") == Allocation(7, 1, 1)
+    assert len(waited) == 3, "it starts with the first of them"
     with pytest.raises(UserError, match="no CPU"):
         allocate(60, 0, "auto")
     monkeypatch.delenv("RAY_ADDRESS")

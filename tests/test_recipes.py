@@ -88,6 +88,8 @@ def test_values_may_be_strings_or_python_values() -> None:
         ("heads_per_worker", 0),
         ("workers", -1),
         ("accelerator", "tpu"),
+        ("gpus_per_worker", 0),
+        ("gpus_per_worker", 2),
         ("center_bias", "none"),
         ("center_bias", None),
         ("backbones", ""),
@@ -117,7 +119,8 @@ def test_weights_sources_replace_a_backbones_own() -> None:
 
 def test_the_fingerprint_leaves_out_how_a_run_is_computed() -> None:
     recipe = named_recipe("gaze")
-    assert derive(recipe, {"workers": 7, "accelerator": "cpu", "price_per_hour": 2}).fingerprint == recipe.fingerprint
+    how = {"workers": 7, "accelerator": "cpu", "gpus_per_worker": 0.25, "price_per_hour": 2}
+    assert derive(recipe, how).fingerprint == recipe.fingerprint
     changes = {
         "seed": 1, "holdout": 0.25, "folds": 4, "seeds": 2, "center_bias": "gaussian", "density_cell": 9,
         "sigma": 17, "learn_sigma": False, "batch_size": 9, "learning_rate": 3e-3, "lr_factor": 0.2, "lr_patience": 3,
