@@ -6,11 +6,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from acw.cli import Parser, check_writable, local_path, parse, run
-from acw.storage import UserError, write_atomic
+from acw.storage import UserError, local, write_atomic
 
 
 def plan(argv: Sequence[str]) -> None:
@@ -34,6 +35,21 @@ def plan(argv: Sequence[str]) -> None:
             "paying_cores": made.paying(),
         }
         write_atomic(local_path(options.json, "--json"), json.dumps(figures, indent=2) + "\n")
+
+
+def status(argv: Sequence[str]) -> None:
+    """what of a run is done, what is running and when it will end"""
+    parser = Parser(description=status.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "run", help="the run's folder, which jobs print first as `run: FOLDER`; or s3://BUCKET/KEY of it"
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
+    options = parser.parse_args(list(argv))
+    from acw import status as standing
+
+    folder = local(options.run) if options.run.startswith("s3://") else local_path(options.run, "RUN")
+    figures = standing.status(folder, time.time())
+    print(json.dumps(figures) if options.json else standing.text(figures), flush=True)
 
 
 def import_deepgaze(argv: Sequence[str]) -> None:
@@ -96,6 +112,7 @@ def _add_stimuli(parser: Parser) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": plan,
+    "status": status,
     "import-deepgaze": import_deepgaze,
     "export-submission": export_submission,
     "check-submission": check_submission,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from acw.banks import Bank, checkpoint_path, system_path
 from acw.recipes import Recipe
+from acw.storage import fetch
 
 # An epoch takes about as long as the last few did: it gets shorter as heads stop.
 RECENT = 3
@@ -101,11 +101,15 @@ class Standing:
         return len(self.history)
 
     @property
-    def done(self) -> int:
-        """Heads that train no more."""
+    def stopped(self) -> list[bool]:
+        """Which heads train no more."""
         if self.epochs >= self.unit.rule.max_epochs:
-            return len(self.unit.heads)
-        return sum(rate <= self.unit.rule.min_rate for rate in self.rates)
+            return [True] * len(self.unit.heads)
+        return [rate <= self.unit.rule.min_rate for rate in self.rates]
+
+    @property
+    def done(self) -> int:
+        return sum(self.stopped)
 
     @property
     def finished(self) -> bool:
@@ -120,15 +124,11 @@ class Standing:
     @property
     def ig(self) -> float | None:
         """Mean of `gains`."""
-        return mean(gain for gain in self.gains if gain is not None)
+        return mean(self.gains)
 
     @property
     def images_per_second(self) -> float | None:
-        """Of the last epoch; each image once, however many heads it was for."""
-        if not self.history or "head_images_per_second" not in self.history[-1]:
-            return None
-        entry = self.history[-1]
-        return entry["head_images_per_second"] / max(1, sum(ig is not None for ig in entry["ig"]))
+        return images_per_second(self.history[-1]) if self.history else None
 
     @property
     def epoch_seconds(self) -> float | None:
@@ -148,20 +148,21 @@ class Standing:
         spread = (most - soonest) / 2 * (max(falls) / rule.falls(rule.rate)) ** 2
         return min(most, max(soonest, mean(longer) or soonest + spread)), most
 
-    def silence(self, now: float, since: float) -> float:
-        """Seconds for which nothing was written; since: when the job began that trains it."""
-        return max(0.0, now - max(self.written or 0.0, since))
-
     def stalled(self, now: float, since: float) -> bool:
-        """Whether it is silent for much longer than its epochs take."""
-        limit = STALLED_EPOCHS * max((entry["seconds"] for entry in self.history[-RECENT:]), default=math.inf)
-        return not self.finished and self.silence(now, since) > max(STALLED_SECONDS, limit)
+        """Whether it has been silent for much longer than its epochs take; since: when the job began that trains it.
+
+        What that job has not come to yet may be waiting for a worker.
+        """
+        if self.finished or self.written is None or self.written < since:
+            return False
+        longest = max(entry["seconds"] for entry in self.history[-RECENT:])
+        return now - self.written > max(STALLED_SECONDS, STALLED_EPOCHS * longest)
 
 
 def read(unit: Unit) -> Standing:
     """What a unit's checkpoint says; nothing yet where there is none."""
     try:
-        with safe_open(unit.path, framework="numpy") as file:
+        with safe_open(fetch(unit.path), framework="numpy") as file:
             metadata = file.metadata()
             history = json.loads(metadata["history"])
             if "numbers" in metadata:
@@ -175,11 +176,11 @@ def read(unit: Unit) -> Standing:
         return Standing(unit)
 
 
-def seconds_left(units: Sequence[Standing], workers: int, now: float) -> tuple[float, float] | None:
+def seconds_left(units: Sequence[Standing], workers: int, now: float | None) -> tuple[float, float] | None:
     """Seconds until all units are trained by so many workers: as expected, and at most; None before any epoch.
 
     Heads stop early: how many epochs a unit has left, its own learning rates and the finished units tell. Workers take
-    the units that are under way, then the longest of the others.
+    the units that are under way, then the longest of the others. now: None where nobody works.
     """
     by_backbone = {one.unit.backbone: one.epoch_seconds for one in units if one.epoch_seconds}
     typical = mean(by_backbone.values())
@@ -191,7 +192,7 @@ def seconds_left(units: Sequence[Standing], workers: int, now: float) -> tuple[f
         if not one.finished:
             seconds = one.epoch_seconds or by_backbone.get(one.unit.backbone, typical)
             expected, most = one.epochs_left(lengths)
-            begun = min(max(now - one.written, 0.0), seconds) if one.written else 0.0
+            begun = min(max(now - one.written, 0.0), seconds) if one.written and now else 0.0
             waiting.append((one.written is not None, seconds * expected - begun, seconds * most - begun))
     return _makespan(waiting, 1, workers), _makespan(waiting, 2, workers)
 
@@ -201,6 +202,55 @@ def _makespan(waiting: Sequence[tuple], column: int, workers: int) -> float:
     for row in sorted(waiting, key=lambda row: (not row[0], -row[column])):
         heapq.heappush(free, heapq.heappop(free) + max(0.0, row[column]))
     return max(free)
+
+
+def summary(standings: Sequence[Standing], workers: int, now: float | None) -> dict[str, Any]:
+    """Of all units together, as JSON's values: heads, rate of those under way, validation IG, minutes left.
+
+    now: None where nobody works.
+    """
+    left = seconds_left(standings, workers, now)
+    rates = [one.images_per_second for one in standings if not one.finished and one.images_per_second is not None]
+    return {
+        "done": sum(one.done for one in standings),
+        "total": sum(len(one.unit.heads) for one in standings),
+        "banks_done": sum(one.finished for one in standings),
+        "banks": len(standings),
+        "images_per_second": sum(rates) if rates and now else None,
+        "validation_ig": mean(gain for one in standings for gain in one.gains),
+        "minutes_left": left and left[0] / 60,
+        "minutes_at_most": left and left[1] / 60,
+    }
+
+
+def time_left(figures: dict[str, Any]) -> str:
+    about, most = figures["minutes_left"], figures["minutes_at_most"]
+    return f"about {number(about, '.1f')} min left, at most {number(most, '.1f')}"
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def images_per_second(entry: dict[str, Any]) -> float | None:
+    """Of an epoch of a bank; each image counts once, however many heads it was for."""
+    if "head_images_per_second" not in entry:
+        return None
+    return entry["head_images_per_second"] / max(1, sum(ig is not None for ig in entry["ig"]))
+
+
+def epoch_fields(unit: Unit, entry: dict[str, Any]) -> dict[str, Any]:
+    """An epoch as an event of the log: what it was of, how fast, and the validation IG of each head that took part."""
+    rate = images_per_second(entry)
+    return {
+        "bank": unit.name,
+        "backbone": unit.backbone,
+        "epoch": entry["epoch"],
+        "seconds": entry["seconds"],
+        "images_per_second": rate and round(rate, 1),
+        "ig": {head: ig for head, ig in zip(unit.heads, _row(entry["ig"]), strict=True) if ig is not None},
+        **{name: entry[name] for name in ("node", "gpus", "device") if name in entry},
+    }
 
 
 def mean(values: Iterable[float | None]) -> float | None:
