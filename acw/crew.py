@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from acw import log
 from acw.cluster import Allocation, Demand, room, wait_for_room
 from acw.storage import UserError, ray_storage
 
@@ -68,6 +69,7 @@ class News:
         self._seen += len(new)
         for unit, place in new:
             gpus = f", GPU {','.join(place['gpus'])}" if place["gpus"] else ""
+            log.event("bank begun", training=self.what, bank=unit, **place)
             print(f"{self.what}: {unit} on node {place['node']}{gpus}, device {place['device']}", flush=True)
 
 
@@ -106,6 +108,7 @@ def complete(
         here = room(allocation) or wait_for_room(allocation)
         workers = max(1, min(here, allocation.workers, len(tasks)) // divisor)
         ray.get(board.regroup.remote(False))
+        log.event("crew gathered", training="training", workers=workers)
         try:
             with _Watch(board, news, allocation, workers, left):
                 _trainer(loop, config(tasks), allocation, workers, folder).fit()

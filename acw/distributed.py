@@ -1,11 +1,9 @@
 """Training's entry on a Ray cluster: banks of heads spread over a crew of Ray Train's workers, systems of a joint
-training over Ray's tasks; and progress a person can read."""
+training over Ray's tasks."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,23 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from acw.banks import Bank, checkpoint_path, plan_banks, system_path, unfinished
+from acw import log
+from acw.banks import Bank, plan_banks, system_path, unfinished
 from acw.batches import TrainingSet
 from acw.cluster import Allocation, allocate, nodes_with_cpus, place_of, room
 from acw.crew import News, complete, new_board
 from acw.features import FeatureStore
 from acw.heads import Parameters
 from acw.joint import JointSet, SystemState, train_system, unfinished_systems
+from acw.progress import Unit, bank_units, epoch_fields, read, system_units
 from acw.recipes import Recipe
 from acw.resources import Cost, peak_rss
 from acw.storage import UserError, fetch
 from acw.training import train_epochs
+from acw.watch import WATCH_SECONDS, Watch
 
 # How often the joint training of a fold may be lost with its node; each loss costs an epoch at most.
 MAX_RETRIES = 10
-PROGRESS_SECONDS = 5.0
 UNIT = "heads x images"
 
 
@@ -61,7 +60,8 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
     if not waiting:
         print(f"training: all {sum(len(bank.members) for bank in banks)} heads are trained", flush=True)
         return Cost(0.0, 0, peak_rss(), UNIT)
-    start, before = time.monotonic(), _work(banks, folder)[0]
+    units = bank_units(recipe, banks, folder)
+    start, before = time.monotonic(), _work(units)[0]
     # Cores are shared out as for all banks: a rerun then has the threads, and so the heads, of an uninterrupted run.
     allocation = allocate(len(banks), recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
     spare = allocation.gpus == 0 and nodes_with_cpus() == 1
@@ -81,11 +81,11 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
         return unfinished(recipe, folder)
 
     def epochs() -> int:
-        return sum(len(_read(checkpoint_path(folder, bank))[0]) for bank in banks)
+        return sum(read(unit).epochs for unit in units)
 
-    with Progress(recipe, banks, folder, workers):
+    with Watch("training", units, folder, workers):
         complete(run_worker, work, left, epochs, board, allocation, folder)
-    after, peak = _work(banks, folder)
+    after, peak = _work(units)
     return Cost(time.monotonic() - start, after - before, max(peak, peak_rss()), UNIT)
 
 
@@ -104,6 +104,7 @@ def train_jointly(recipe: Recipe, data: JointSet, heads: Sequence[dict[str, Para
     allocation = allocate(recipe.folds, recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
     board = new_board()
     news = News(board, "joint training")
+    systems = system_units(recipe, folder)
 
     # A task that dies with its node starts again, from its checkpoint.
     @ray.remote(num_cpus=allocation.cpus, num_gpus=allocation.gpus, max_retries=MAX_RETRIES)
@@ -111,30 +112,36 @@ def train_jointly(recipe: Recipe, data: JointSet, heads: Sequence[dict[str, Para
         torch.set_num_threads(allocation.cpus)
         device = torch.device("cuda" if torch.cuda.is_available() and allocation.gpus else "cpu")
         place = place_of(allocation, device)
-        ray.get(board.begin.remote(f"fold {fold}", place))
-        epochs = sum(1 for _ in train_system(recipe, fold, data, heads, folder, device, place))
+        unit, epochs = systems[fold], 0
+        log.to_stderr(folder.name)
+        log.event("bank begun", bank=unit.name, **place)
+        ray.get(board.begin.remote(unit.name, place))
+        for state in train_system(recipe, fold, data, heads, folder, device, place):
+            epochs += 1
+            log.event("epoch", **epoch_fields(unit, state.history[-1]))
         return fold, epochs, peak_rss()
 
     start, shared, trained, peak = time.monotonic(), ray.put(data), 0, peak_rss()
     out = [one.remote(shared, heads[fold], fold) for fold in waiting]
-    while out:
-        ready, out = ray.wait(out, timeout=PROGRESS_SECONDS)
-        news.show()
-        for fold, epochs, memory in ray.get(ready):
-            trained, peak = trained + epochs, max(peak, memory)
-            state = SystemState.load(fetch(system_path(folder, fold)))
-            print(
-                f"joint training: fold {fold} done after {len(state.history)} epochs, {len(waiting) - len(out)}/"
-                f"{len(waiting)} systems, validation IG {state.best_ig:.4f} bit",
-                flush=True,
-            )
+    with Watch("joint training", systems, folder, min(allocation.workers, len(waiting))):
+        while out:
+            ready, out = ray.wait(out, timeout=WATCH_SECONDS)
+            news.show()
+            for fold, epochs, memory in ray.get(ready):
+                trained, peak = trained + epochs, max(peak, memory)
+                state = SystemState.load(fetch(system_path(folder, fold)))
+                print(
+                    f"joint training: fold {fold} done after {len(state.history)} epochs, {len(waiting) - len(out)}/"
+                    f"{len(waiting)} systems, validation IG {state.best_ig:.4f} bit",
+                    flush=True,
+                )
     images = int((data.training.fold >= 0).sum()) * len(recipe.backbones) * recipe.seeds
     return Cost(time.monotonic() - start, trained * images, peak, UNIT)
 
 
-def _work(banks: Sequence[Bank], folder: Path) -> tuple[int, int]:
+def _work(units: Sequence[Unit]) -> tuple[int, int]:
     """(head, image) pairs that the banks' checkpoints tell of, and the largest resident memory of a worker, bytes."""
-    epochs = [entry for bank in banks for entry in _read(checkpoint_path(folder, bank))[0]]
+    epochs = [entry for unit in units for entry in read(unit).history]
     pairs = sum(entry["head_images_per_second"] * entry["seconds"] for entry in epochs)
     return round(pairs), max((entry["peak_rss"] for entry in epochs), default=0)
 
@@ -149,13 +156,16 @@ def run_worker(config: dict) -> None:
     # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
     place = place_of(work.allocation, device)
+    log.to_stderr(work.folder.name)
     try:
         for bank in share(work.banks, work.stores, context.get_world_size())[context.get_world_rank()]:
-            print(f"{bank.name} on {place}", flush=True)
+            (unit,) = bank_units(work.recipe, [bank], work.folder)
+            log.event("bank begun", bank=bank.name, heads=unit.heads, **place)
             ray.get(work.board.begin.remote(bank.name, place))
             store = work.stores[bank.backbone]
             torch.set_num_threads(work.threads[bank])
-            for _ in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device, place):
+            for state in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device, place):
+                log.event("epoch", **epoch_fields(unit, state.history[-1]))
                 if ray.get(work.board.over.remote()):
                     return
     except UserError as error:
@@ -203,79 +213,3 @@ def _effort(bank: Bank, stores: dict[str, FeatureStore]) -> float:
     values = sum(h * w * c for (h, w), c in zip(store.tap_sizes[0], store.channels, strict=True))
     # Beside the first layer over all channels, the later layers cost about as much as 1,500 channels a cell.
     return len(bank.members) * (values + 1500 * store.readouts[0][0] * store.readouts[0][1])
-
-
-class Progress:
-    """Prints a line whenever banks have finished epochs, from what their checkpoints say."""
-
-    def __init__(self, recipe: Recipe, banks: Sequence[Bank], folder: Path, workers: int) -> None:
-        self.recipe, self.banks, self.folder, self.workers = recipe, banks, folder, workers
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._shown = ""
-
-    def __enter__(self) -> Progress:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._end.wait(PROGRESS_SECONDS):
-            self._show()
-        self._show()
-
-    def _show(self) -> None:
-        try:
-            line = self.line()
-        except UserError:
-            return  # the checkpoints cannot be had just now; whoever needs them says so
-        if line != self._shown:
-            print(line, flush=True)
-            self._shown = line
-
-    def line(self) -> str:
-        """Heads done, epoch, validation IG, time left."""
-        states = {bank: _read(checkpoint_path(self.folder, bank)) for bank in self.banks}
-        histories = {bank: history for bank, (history, _) in states.items()}
-        heads = sum(len(bank.members) for bank in self.banks)
-        done, epochs, best, left = 0, [], [], 0.0
-        seconds = [entry["seconds"] for history in histories.values() for entry in history]
-        for bank, history in histories.items():
-            finished = _finished(self.recipe, *states[bank])
-            done += finished
-            epochs.append(len(history))
-            best += [
-                max(entry["ig"][head] for entry in history if entry["ig"][head] is not None)
-                for head in range(len(bank.members))
-                if history
-            ]
-            if finished < len(bank.members) and seconds:
-                mine = [entry["seconds"] for entry in history] or seconds
-                left += (self.recipe.max_epochs - len(history)) * sum(mine) / len(mine)
-        started = [epoch for epoch in epochs if epoch]
-        span = f"{min(started)}-{max(started)}" if started else "0"
-        ig = f"{sum(best) / len(best):.4f}" if best else "-"
-        minutes = f"{left / self.workers / 60:.1f}" if seconds else "?"
-        return (
-            f"training: {done}/{heads} heads done, {len(started)}/{len(epochs)} banks started, epoch {span} of at most "
-            f"{self.recipe.max_epochs}, validation IG {ig} bit, at most {minutes} min left"
-        )
-
-
-def _read(path: Path) -> tuple[list[dict], list[float]]:
-    """A checkpoint's history and each head's learning rate; nothing where there is none yet."""
-    try:
-        with safe_open(fetch(path), framework="pt") as file:
-            return json.loads(file.metadata()["history"]), file.get_tensor("learning_rate").tolist()
-    except (OSError, SafetensorError):
-        return [], []
-
-
-def _finished(recipe: Recipe, history: list[dict], rates: list[float]) -> int:
-    """Heads that train no more: their rate has fallen to the minimum, or there may be no more epochs."""
-    if len(history) >= recipe.max_epochs:
-        return len(rates)
-    return sum(rate <= recipe.min_learning_rate for rate in rates)
