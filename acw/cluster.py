@@ -114,7 +114,7 @@ def allocate(tasks: int, workers: int, accelerator: str, gpus_per_worker: float 
         cpus = max(c for c in range(1, max(cores) + 1) if c == 1 or sum(n // c for n in cores) >= fitting)
         one = Allocation(1, cpus, 0)
     if count > here > 0:
-        print(f"asked for {count} workers, the cluster has room for {here}: they do the work", flush=True)
+        print(f"asked for {workers or count} workers, the cluster has room for {here}: they do the work", flush=True)
     result = Allocation(count if "RAY_ADDRESS" in os.environ else min(count, here), one.cpus, one.gpus)
     if not here:
         wait_for_room(result)

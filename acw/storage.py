@@ -8,6 +8,7 @@ it first. For any other path, `fetch` and its like do nothing but look at the di
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ from typing import Any
 
 # The folder, in whatever cache, below which paths are `bucket/key`.
 MIRROR = "acw-s3-mirror"
+FULL_BYTES = 2**16  # as few as this are left of a full disk
 
 
 class UserError(ValueError):
@@ -146,16 +148,26 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], None]) -> N
             mirror.put(temporary, path)
         else:
             temporary.replace(path)
-    except OSError as error:
+    except Exception as error:
+        # Of a full disk, safetensors and torch have errors of their own to tell.
+        if not isinstance(error, OSError) and not _full(path.parent):
+            raise
+        known = error if isinstance(error, OSError) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if mirrored(path):
             from acw import mirror
 
-            raise UserError(mirror.no_room(path, error)) from error
-        reason = error.strerror or error
+            raise UserError(mirror.no_room(path, known)) from error
+        reason = known.strerror or known
         raise UserError(f"{path}: cannot be written ({reason}); free the disk or choose another --root") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _full(folder: Path) -> bool:
+    """Whether a disk has no room; asked before a file that filled it is deleted."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize < FULL_BYTES
 
 
 def write_json(path: Path, value: Any) -> None:
