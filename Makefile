@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults lint format clean
+.PHONY: help demo test test-faults lint format audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -35,6 +35,12 @@ format: $(INSTALLED) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Strict: a package that the registry's list of vulnerabilities does not know fails it, too, lest silence look like peace.
+audit: $(INSTALLED) ## known vulnerabilities of the installed packages, by pip-audit
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip freeze --all --exclude-editable | sed 's/+[^ ;]*//' > $(VENV)/audit.txt
+	exec $(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner=off -r $(VENV)/audit.txt
+
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -44,5 +50,6 @@ $(INSTALLED): pyproject.toml
 		echo "acw needs Python 3.11 or newer, and '$(PYTHON)' is not that." \
 			"Name one that is: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[lite,cluster,dev]'
 	@touch $@

@@ -100,6 +100,7 @@ def test_only_ssh_is_open_and_roles_are_not_full_rights(cluster: dict[str, Any])
 def test_every_node_wants_the_token_and_gets_it(cluster: dict[str, Any]) -> None:
     for where in ("head", "worker"):
         (start,) = (each for each in cluster[f"{where}_start_ray_commands"] if "ray start" in each)
+        assert f"export AWS_REGION={cluster['provider']['region']} " in start
         assert re.search(r"export [^;]*RAY_AUTH_MODE=token[^;]*;.*ray start", start)
     assert cluster["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
     assert "chmod 600 ~/.ray/auth_token" in cluster["setup_commands"]
