@@ -220,7 +220,10 @@ def _read_file(path: Path, location: str) -> dict[str, torch.Tensor]:
         raise UserError(f"{location}: cannot be read as weights ({_first_line(error)}); give {SOURCES}") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+    # The indices of sparse tensors are not checked where they are read, and those of a stranger's may point anywhere.
+    if not isinstance(content, Mapping) or not all(
+        isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided for tensor in content.values()
+    ):
         raise UserError(f"{location}: is not a state dict, names with tensors; save `model.state_dict()`")
     # torch.nn.DataParallel's prefix.
     if all(key.startswith("module.") for key in content):
