@@ -10,15 +10,17 @@ if TYPE_CHECKING:
 
 
 def load(location: str | Path, device: str = "cpu") -> Model:
-    """A finished model, from a run's folder, a model's folder or an MLflow model URI (`models:/acw@champion`).
+    """A finished model, from a run's folder, a model's folder, here or in S3, or an MLflow model URI
+    (`models:/acw@champion`).
 
     Raises UserError where there is no model.
     """
     from acw.model import Model
+    from acw.storage import local, present
 
-    if ":/" in str(location):
+    if ":/" in str(location) and not str(location).startswith("s3://"):
         from acw.tracking import download_model
 
         return Model.load(download_model(str(location)), device)
-    folder = Path(location)
-    return Model.load(folder / "model" if (folder / "model").is_dir() else folder, device)
+    folder = local(location)
+    return Model.load(folder / "model" if present(folder / "model" / "model.json") else folder, device)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from acw.recipes import Recipe
-from acw.storage import UserError, write_atomic
+from acw.storage import UserError, fetch, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,6 +175,6 @@ def unfinished(recipe: Recipe, folder: Path) -> list[Bank]:
 
     def has_epochs_left(bank: Bank) -> bool:
         path = checkpoint_path(folder, bank)
-        return not path.exists() or len(BankState.load(path).active(recipe)) > 0
+        return not fetch(path).exists() or len(BankState.load(path).active(recipe)) > 0
 
     return [bank for bank in plan_banks(recipe) if has_epochs_left(bank)]

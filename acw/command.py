@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from acw.cli import Parser, check_writable, local_path, parse, run
-from acw.storage import UserError, local, write_atomic
+from acw.storage import UserError, local, shown, write_atomic
 
 
 def plan(argv: Sequence[str]) -> None:
@@ -66,8 +66,8 @@ def import_deepgaze(argv: Sequence[str]) -> None:
     model = import_checkpoint(options.checkpoint if s3 else str(local_path(options.checkpoint, "CHECKPOINT")))
     model.save(out, [model.loaded(backbone) for backbone in model.backbones])
     print("it brings no centre bias: give predict one, or take one from a data set's images, with category weights:")
-    print(f"  python jobs/pipeline.py deepgaze_iie --heads {out} --category_weights true --dataset FOLDER")
-    print(out, flush=True)
+    print(f"  python jobs/pipeline.py deepgaze_iie --heads {shown(out)} --category_weights true --dataset FOLDER")
+    print(shown(out), flush=True)
 
 
 def export_submission(argv: Sequence[str]) -> None:
@@ -91,7 +91,7 @@ def export_submission(argv: Sequence[str]) -> None:
         raise UserError("--device cuda: this machine has no GPU that torch can use; leave it out")
     location = options.model if ":/" in options.model else local_path(options.model, "MODEL")
     print(submission.export(acw.load(location, options.device), local_path(options.stimuli, "--stimuli"), out))
-    print(out, flush=True)
+    print(shown(out), flush=True)
 
 
 def check_submission(argv: Sequence[str]) -> None:

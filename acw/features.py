@@ -1,9 +1,9 @@
 """Features of frozen backbones, kept in a content-addressed store and read by memory map; `acw.extraction` fills it.
 
 A store is a folder named after what decides its content: the stimuli, the backbone (taps, input scale, weights' hash)
-and the format. It holds shards of SHARD_IMAGES images as safetensors, each beside a note of its checksum, size and time
-of change, and a manifest that is written last. A shard is there whole or not at all, so an interrupted extraction goes
-on where it stopped.
+and the format. It holds shards of SHARD_IMAGES images as safetensors, each beside a note of its checksum and version
+(`storage.version`), and a manifest that is written last. A shard is there whole or not at all, so an interrupted
+extraction goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from acw.backbones import Backbone, FrozenBackbone
 from acw.finalizer import nearest_index
 from acw.heads import Features
-from acw.storage import UserError, fingerprint, sha256_file, write_atomic
+from acw.storage import Damaged, UserError, fetch, fingerprint, sha256_file, version, write_atomic
 
 FORMAT = 1  # to be raised when a shard changes by more than rounding for the same stimuli and backbone
 SHARD_IMAGES = 16
@@ -75,8 +75,8 @@ class FeatureStore:
 @functools.lru_cache(maxsize=16)
 def open_shard(path: Path) -> safe_open:
     try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
+        return safe_open(fetch(path, immutable=True), framework="pt")
+    except (OSError, SafetensorError, Damaged) as error:
         raise UserError(
             f"{path}: unreadable features ({error}); run jobs/extract.py again, it recomputes them"
         ) from None
@@ -89,7 +89,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 def open_store(folder: Path) -> FeatureStore:
     """The finished store in a folder; raises UserError where there is none."""
     path = folder / "manifest.json"
-    if not path.exists():
+    if not fetch(path).exists():
         raise UserError(f"{path}: no features there; run jobs/extract.py first")
     manifest = json.loads(path.read_text())
     return FeatureStore(
@@ -120,29 +120,29 @@ def write_shard(folder: Path, shard: int, tensors: dict[str, Tensor]) -> None:
 
 def _note(path: Path, checksum: str) -> None:
     """Notes beside a shard that the file as it is now has this checksum."""
-    write_atomic(path.with_suffix(".sha256"), " ".join([checksum, *_size_and_time(path)]))
+    write_atomic(path.with_suffix(".sha256"), f"{checksum} {version(path)}")
 
 
-def _size_and_time(path: Path) -> list[str]:
-    status = path.stat()
-    return [str(status.st_size), str(status.st_mtime_ns)]
+def _noted(path: Path) -> tuple[str, str]:
+    """The checksum and version of a shard by its note; empty where there is none."""
+    note = fetch(path.with_suffix(".sha256"))
+    checksum, _, noted = note.read_text().strip().partition(" ") if note.exists() else ("", "", "")
+    return checksum, noted
 
 
 def untouched(folder: Path, shard: int) -> bool:
-    """Whether a shard has the size and time of change that it had when its bytes were known to be right."""
+    """Whether a shard has the version that it had when its bytes were known to be right."""
     path = shard_path(folder, shard)
-    try:
-        return path.with_suffix(".sha256").read_text().split()[1:] == _size_and_time(path)
-    except FileNotFoundError:
-        return False
+    noted = _noted(path)[1]
+    return bool(noted) and noted == version(path)
 
 
 def intact(folder: Path, shard: int) -> bool:
     """Whether a shard is there and its bytes are those that were written; reads all of it."""
     path = shard_path(folder, shard)
     try:
-        return path.with_suffix(".sha256").read_text().split()[:1] == [sha256_file(path)]
-    except FileNotFoundError:
+        return sha256_file(fetch(path)) == _noted(path)[0]
+    except (FileNotFoundError, Damaged):
         return False
 
 
@@ -155,7 +155,7 @@ def verify(folder: Path, shard: int) -> bool:
     path = shard_path(folder, shard)
     # A store that cannot be written to is as good; its shards are read again the next time.
     with contextlib.suppress(UserError):
-        _note(path, path.with_suffix(".sha256").read_text().split()[0])
+        _note(path, _noted(path)[0])
     return True
 
 

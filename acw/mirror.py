@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from acw.storage import MIRROR, Damaged, UserError
 
 STATE = "acw-s3-state"
 LIMIT = "ACW_CACHE_GB"
-# Without a limit given, the copies may fill this share of their disk.
+# Without a limit given, the copies may take this share of the room that their disk has without them.
 SHARE = 0.5
 # The folder is looked through when this share of the limit has been added, not at every file.
 SLACK = 0.05
@@ -159,6 +159,7 @@ def _download(place: _Place, found: s3.Found | None) -> None:
         while found:
             if s3.download(place.uri, found, temporary):
                 temporary.chmod(0o644)
+                os.utime(temporary, (time.time(), found.modified))
                 place.settle(temporary, found.etag, kept=False)
                 return
             # Bytes may be lost on their way, or the object be replaced meanwhile: but not twice the same.
@@ -221,13 +222,14 @@ def listing(folder: Path) -> list[tuple[Path, s3.Found]]:
     return found
 
 
-def synchronise(folder: Path, wanted: Callable[[str], bool]) -> None:
+def synchronise(folder: Path, objects: Mapping[Path, s3.Found], wanted: Callable[[str], bool]) -> None:
     """Makes the files below a folder, of the names that are wanted, be the bucket's as they are now, and no others.
 
-    wanted: says so of a path in the folder, with slashes. Raises UserError if they are more than the copies may take.
+    objects: the folder's `listing`. wanted: says so of a path in the folder, with slashes.
+    Raises UserError if they are more than the copies may take.
     """
-    objects = {path: found for path, found in listing(folder) if wanted(path.relative_to(folder).as_posix())}
-    total, limit = sum(found.size for found in objects.values()), limit_bytes(_Place(folder).cache)
+    objects = {path: found for path, found in objects.items() if wanted(path.relative_to(folder).as_posix())}
+    total, limit = sum(found.size for found in objects.values()), _Copies(_Place(folder).cache).limit
     if total > limit:
         raise UserError(
             f"{uri(folder)}: holds {total / 1e9:.1f} GB, but copies of what is in S3 may take {limit / 1e9:.1f} GB "
@@ -244,55 +246,65 @@ def synchronise(folder: Path, wanted: Callable[[str], bool]) -> None:
 
 # --- Space -------------------------------------------------------------------------------------------------------
 
-_since_scan: dict[Path, int | None] = {}  # bytes that this process has added; None before its first look
-_scanning = threading.Lock()
+_until_look: dict[Path, int] = {}  # bytes that this process may add to a cache before it looks through it again
+_looking = threading.Lock()
 
 
-def limit_bytes(cache: Path) -> int:
-    """What the copies may take: ACW_CACHE_GB (in 1e9 bytes), or half of their disk."""
-    given = os.environ.get(LIMIT)
-    if given:
-        try:
-            value = float(given)
-        except ValueError:
-            value = -1.0
-        if not 0 < value < float("inf"):
-            raise UserError(f"{LIMIT}={given}: is no size; give gigabytes, such as 200")
-        return int(value * 1e9)
-    cache.mkdir(parents=True, exist_ok=True)
-    return int(SHARE * shutil.disk_usage(cache).total)
+class _Copies:
+    """What is in a cache now. total: bytes. notes: when each copy was last used, its size, and the path of its note."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache, self.total, self.notes = cache, 0, []
+        for path in (cache / STATE).rglob("*.json"):
+            try:
+                note, used = Note(**json.loads(path.read_text())), path.stat().st_mtime
+            except (OSError, ValueError, TypeError):
+                continue  # just being written, or gone
+            self.total += note.size
+            if not note.kept:
+                self.notes.append((used, note.size, path))
+
+    @property
+    def limit(self) -> int:
+        """What the copies may take: ACW_CACHE_GB (of 1e9 bytes), or a share of what the disk has for them."""
+        if given := os.environ.get(LIMIT):
+            return _gigabytes(given)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        return int(SHARE * (shutil.disk_usage(self.cache).free + self.total))
+
+    def evict(self) -> None:
+        """Gives up copies that were not used for longest, until no more than the limit is left.
+
+        Never what a job may rely on without asking, nor what was used within RECENT_SECONDS. Whoever has a file open or
+        mapped can go on reading it.
+        """
+        limit, latest = self.limit, time.time() - RECENT_SECONDS
+        for used, size, path in sorted(self.notes):
+            if self.total <= limit or used > latest:
+                return
+            key = path.relative_to(self.cache / STATE).with_name(path.name.removesuffix(".json"))
+            place = _Place(self.cache / MIRROR / key)
+            with contextlib.suppress(Timeout), FileLock(place.state(".lock"), blocking=False):
+                place.forget()
+                self.total -= size
+
+
+def _gigabytes(given: str) -> int:
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"{LIMIT}={given}: is no size; give gigabytes, such as 200")
+    return int(value * 1e9)
 
 
 def _added(cache: Path, size: int) -> None:
-    with _scanning:
-        before = _since_scan.get(cache)
-        _since_scan[cache] = None if before is None else before + size
-        limit = limit_bytes(cache)
-        if before is None or before + size > SLACK * limit:
-            evict(cache, limit)
-            _since_scan[cache] = 0
-
-
-def evict(cache: Path, limit: int) -> None:
-    """Gives up copies that were not used for longest, until no more than `limit` bytes are left.
-
-    Never what a job may rely on without asking, or has used within RECENT_SECONDS. Whoever has a file open or mapped
-    can go on reading it.
-    """
-    total, candidates = 0, []
-    for path in (cache / STATE).rglob("*.json"):
-        try:
-            note, used = Note(**json.loads(path.read_text())), path.stat().st_mtime
-        except (OSError, ValueError, TypeError):
-            continue  # just being written, or gone
-        total += note.size
-        if not note.kept and used < time.time() - RECENT_SECONDS:
-            candidates.append((used, note.size, path))
-    for _, size, path in sorted(candidates):
-        if total <= limit:
-            return
-        key = path.relative_to(cache / STATE).with_name(path.name.removesuffix(".json"))
-        place = _Place(cache / MIRROR / key)
-        with contextlib.suppress(Timeout), FileLock(place.state(".lock"), blocking=False):
-            place.forget()
-            total -= size
+    """Takes note of bytes that were added, and looks through the cache once they are a share of its limit."""
+    with _looking:
+        left = _until_look.get(cache, -1) - size
+        if left < 0:
+            copies = _Copies(cache)
+            copies.evict()
+            left = int(SLACK * copies.limit)
+        _until_look[cache] = left

@@ -33,7 +33,7 @@ from acw.ensemble import ensemble, mixture
 from acw.features import compute
 from acw.finalizer import Finalizer
 from acw.heads import Features, Parameters
-from acw.storage import UserError, write_atomic, write_json
+from acw.storage import UserError, fetch, write_atomic, write_json
 
 FORMAT = 2
 # Pixels of the images that pass the backbones together; bounds memory, does not change a number beyond rounding.
@@ -334,13 +334,13 @@ class Model:
         for fields in description["backbones"]:
             fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name != "source"}
             backbones.append(Backbone(**fields | {"weights": str(folder / fields["weights"])}))
-        stacked = load_file(folder / "heads.safetensors", device=str(device))
+        stacked = load_file(fetch(folder / "heads.safetensors"), device=str(device))
         heads: dict[str, Parameters] = defaultdict(dict)
         for key, value in stacked.items():
             component, _, name = key.rpartition("/")
             heads[component][name] = value
         finalizer = description["finalizer"]
-        arrays = load_arrays(folder / "fusion.safetensors")
+        arrays = load_arrays(fetch(folder / "fusion.safetensors"))
         classifier = {name.partition(".")[2]: array for name, array in arrays.items() if name.startswith("classifier.")}
         return cls(
             backbones,
@@ -360,7 +360,7 @@ class Model:
 
 def describe(folder: Path) -> dict[str, Any]:
     """A model's model.json; raises UserError where there is no model that this version reads."""
-    path = folder / "model.json"
+    path = fetch(folder / "model.json")
     if not path.exists():
         raise UserError(f"{folder}: no model here (model.json is missing); give a finished run's folder or a model URI")
     try:

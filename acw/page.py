@@ -24,7 +24,7 @@ from acw.markup import Cell, Interval, Row, figure
 from acw.metrics import ALL_METRICS
 from acw.report import Example, extended
 from acw.resources import noted
-from acw.storage import write_atomic
+from acw.storage import fetch, local, write_atomic
 
 FILE = "report.html"
 NOTES = {
@@ -75,8 +75,8 @@ def write(run: Path, example: Callable[[str], Example], curves: Mapping[str, Seq
 
 def write_comparison(folder: Path) -> Path:
     """Writes report.html beside a reproduction.json (jobs/reproduce.py) and returns its path: tables and weights."""
-    found = json.loads((folder / "reproduction.json").read_text())
-    runs = {name: Path(run) for name, run in found["runs"].items()}
+    found = json.loads(fetch(folder / "reproduction.json").read_text())
+    runs = {name: local(run) for name, run in found["runs"].items()}
     sections = {
         "Table 1": "<p>Validation images, as published; loss in nats per fixation.</p>" + _measured(found["table1"]),
         "Table 2": "<p>Held-out images. IG and LL in bits per fixation.</p>" + _measured(found["table2"]),
@@ -262,7 +262,7 @@ def _category_weights(run: Path) -> Weights:
 def _history(run: Path) -> dict[str, dict[str, list[float]]]:
     """Category -> backbone -> weight at each step."""
     result: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    with (run / "category_weights_history.csv").open(newline="", encoding="utf-8") as file:
+    with fetch(run / "category_weights_history.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             result[row["category"]][row["backbone"]].append(float(row["weight"]))
     return result
@@ -280,7 +280,7 @@ def _progressions(runs: Mapping[str, Path]) -> str:
         return "<p>No run here learned its weights.</p>"
     histories = {name: _history(run) for name, run in runs.items()}
     units = {
-        name: "epoch" if json.loads((run / "recipe.json").read_text())["recipe"].get("joint") else "step of EM"
+        name: "epoch" if json.loads(fetch(run / "recipe.json").read_text())["recipe"].get("joint") else "step of EM"
         for name, run in runs.items()
     }
     values = [v for h in histories.values() for one in h.values() for weights in one.values() for v in weights]

@@ -40,6 +40,7 @@ from acw.recipes import Recipe
 from acw.resources import peak_rss
 from acw.scoring import Scoring, StoredDensities
 from acw.shuffled import MeanPrediction
+from acw.storage import present
 from acw.training import coarsest, train_epochs
 
 # Of calibration, for each backbone's features; training and scores take about as long again.
@@ -319,7 +320,7 @@ def _backbone_plan(
         backbone.readout_size(size),
         sum(store.channels),
         math.ceil(sum(value.nbytes for value in tensors.values()) / images),
-        (there / "manifest.json").exists(),
+        present(there / "manifest.json"),
         extraction,
         epoch,
     )

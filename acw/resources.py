@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from acw.storage import write_json
+from acw import log
+from acw.storage import fetch, write_json
 
 FILE = "resources.json"
 
@@ -41,11 +42,12 @@ def peak_rss() -> int:
 def note(run: Path, step: str, cost: Cost) -> None:
     """Prints a step's cost and keeps it in the run's folder; a step that had nothing left to do keeps its old entry."""
     print(f"{step}: {cost}", flush=True)
+    log.event("cost", step=step, **dataclasses.asdict(cost))
     if cost.images:
         write_json(run / FILE, noted(run) | {step: dataclasses.asdict(cost)})
 
 
 def noted(run: Path) -> dict[str, Any]:
     """What `note` has kept: step -> fields of its cost; empty where nothing is."""
-    path = run / FILE
+    path = fetch(run / FILE)
     return json.loads(path.read_text()) if path.exists() else {}

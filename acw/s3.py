@@ -64,7 +64,7 @@ class Settings:
     @property
     def shown(self) -> str:
         """The endpoint as messages name it."""
-        return urlsplit(self.endpoint).netloc.rpartition("@")[2] or "AWS"
+        return (urlsplit(self.endpoint).netloc or self.endpoint).rpartition("@")[2] or "AWS"
 
     def client(self, attempts: int) -> Any:
         """boto3's client, whose requests end in finite time: they are repeated with back-off, `attempts` in all."""
@@ -78,7 +78,10 @@ class Settings:
             max_pool_connections=4 * PARTS_AT_ONCE,
         )
         session = boto3.Session(profile_name=self.profile or None, region_name=self.region or None)
-        return session.client("s3", endpoint_url=self.endpoint or None, config=config)
+        try:
+            return session.client("s3", endpoint_url=self.endpoint or None, config=config)
+        except ValueError as error:
+            raise UserError(f"AWS_ENDPOINT_URL: is no address ({self.shown}); write http://HOST:PORT") from error
 
     def filesystem(self) -> S3FileSystem:
         """pyarrow's file system, for Ray's own checkpoints."""
@@ -111,18 +114,22 @@ def _client(settings: Settings, attempts: int) -> Any:
     return settings.client(attempts)
 
 
-def client(attempts: int = ATTEMPTS) -> Any:
-    """This process's client by the environment's settings; one for all threads."""
-    return _client(Settings.from_environment(), attempts)
+def client(attempts: int = 0) -> Any:
+    """This process's client by the environment's settings, one for all threads; it tries ATTEMPTS times by default."""
+    return _client(Settings.from_environment(), attempts or ATTEMPTS)
 
 
 @dataclass(frozen=True)
 class Found:
-    """An object as it is in its bucket. etag: another for other bytes. sha256: as noted at its upload, or empty."""
+    """An object as it is in its bucket.
+
+    etag: another for other bytes. modified: when, in seconds since 1970. sha256: as noted at its upload, or empty.
+    """
 
     key: str
     etag: str
     size: int
+    modified: float
     sha256: str = ""
 
 
@@ -145,6 +152,8 @@ def reach(uri: str) -> None:
 def head(uri: str) -> Found | None:
     """The object as it is now; None where there is none."""
     bucket, key = parts(uri)
+    if not key:
+        return None
     with explained(uri):
         try:
             answer = client().head_object(Bucket=bucket, Key=key)
@@ -155,7 +164,8 @@ def head(uri: str) -> Found | None:
                 # HEAD's answers do not say which of several reasons it is; this one's do.
                 client().list_objects_v2(Bucket=bucket, MaxKeys=1)
             raise
-    return Found(key, answer["ETag"], answer["ContentLength"], answer["Metadata"].get(CHECKSUM, ""))
+    modified = answer["LastModified"].timestamp()
+    return Found(key, answer["ETag"], answer["ContentLength"], modified, answer["Metadata"].get(CHECKSUM, ""))
 
 
 def listing(uri: str) -> Iterator[Found]:
@@ -167,7 +177,7 @@ def listing(uri: str) -> Iterator[Found]:
             for entry in page.get("Contents", []):
                 # A key that ends so is how some programs show an empty folder.
                 if not entry["Key"].endswith("/"):
-                    yield Found(entry["Key"], entry["ETag"], entry["Size"])
+                    yield Found(entry["Key"], entry["ETag"], entry["Size"], entry["LastModified"].timestamp())
 
 
 def upload(path: Path, uri: str) -> Found | None:
@@ -226,7 +236,9 @@ def _transfer_config(size: int) -> Any:
 
 
 def _code(error: BaseException) -> str:
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    # Errors without an answer have the attribute too.
+    answer = getattr(error, "response", None) or {}
+    return str(answer.get("Error", {}).get("Code", ""))
 
 
 @contextmanager
@@ -242,10 +254,6 @@ def explained(uri: str) -> Iterator[None]:
         # Where a transfer has given up, the reason is inside.
         cause = getattr(error, "last_exception", error)
         raise UserError(f"{uri}: {_explanation(uri, cause)}") from None
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{uri}: S3 cannot be asked ({type(error).__name__}); correct AWS_ENDPOINT_URL") from None
 
 
 def _explanation(uri: str, error: BaseException) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import tempfile
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from acw.storage import UserError
+from acw.storage import UserError, fetch, local
 
 if TYPE_CHECKING:
     import torch
@@ -181,26 +180,7 @@ def efficientnet_pytorch_names(expected: Collection[str]) -> dict[str, str]:
 
 def read_weights(location: str) -> dict[str, torch.Tensor]:
     """The state dict of a file or `s3://BUCKET/KEY`; raises UserError where there is none."""
-    if not location.startswith("s3://"):
-        return _read_file(Path(location), location)
-    with tempfile.TemporaryDirectory() as folder:
-        return _read_file(_download(location, Path(folder)), location)
-
-
-def _download(uri: str, folder: Path) -> Path:
-    import boto3
-    import botocore.exceptions
-    from boto3.exceptions import Boto3Error
-
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    path = folder / Path(key).name
-    try:
-        boto3.client("s3").download_file(bucket, key, str(path))
-    except (Boto3Error, botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, ValueError) as error:
-        raise UserError(
-            f"{uri}: cannot be downloaded ({_first_line(error)}); check bucket, key, credentials and AWS_ENDPOINT_URL"
-        ) from error
-    return path
+    return _read_file(fetch(local(location)), location)
 
 
 def _read_file(path: Path, location: str) -> dict[str, torch.Tensor]:

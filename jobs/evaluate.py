@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from acw.cli import Parser, add_dataset_options, check_writable, local_path, read_dataset, run
 from acw.data import Dataset
-from acw.storage import UserError
+from acw.storage import UserError, shown, write_atomic, write_json
 
 if TYPE_CHECKING:
     from acw.outside import Outside
@@ -37,7 +37,6 @@ def evaluate(
     from acw.cluster import connect
     from acw.evaluation import per_image_csv, summarise, table
     from acw.scoring import ImageDensities, Scoring, score_images
-    from acw.storage import write_atomic, write_json
 
     model = acw.load(location)
     trained_on = model.provenance["dataset"]
@@ -102,7 +101,8 @@ def main(argv: Sequence[str]) -> None:
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file in it")
     check_writable(out.parent)
-    location = options["model"] if ":/" in options["model"] else str(local_path(options["model"], "--model"))
+    mlflow = ":/" in options["model"] and not options["model"].startswith("s3://")
+    location = options["model"] if mlflow else shown(local_path(options["model"], "--model"))
     dataset = read_dataset(options)
     from acw.outside import open_maps, open_predictions
     from acw.scoring import MODELS, REFERENCES
@@ -116,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--maps, --predictions: two models are called {taken[0]}; call yours otherwise: NAME=PATH")
     fixations = round(len(dataset.x) / len(dataset.stimuli)) if dataset.reader != "cat2000" else CAT2000_FIXATIONS
     evaluate(location, dataset, out, tuple(outside), options["exact"], fixations if options["sim_opt"] else 0)
-    print(out, flush=True)
+    print(shown(out), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import numpy as np
 from pipeline import pipeline
 
 from acw.cli import Job, Parser, parse, run
+from acw.storage import csv_text, fetch, fingerprint, shown, write_atomic, write_json
 
 # Recipe -> what changed in it, as every row says.
 SYSTEMS = {
@@ -83,7 +84,6 @@ class System:
 def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
     """Runs all systems and compares them; the path of reproduction.json."""
     from acw import page
-    from acw.storage import csv_text, fingerprint, write_atomic, write_json
 
     wanted = [(name, changed, [name, *argv]) for name, changed in SYSTEMS.items()]
     if deepgaze:
@@ -108,7 +108,7 @@ def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
     for row in compared:
         if row["metric"] == "IG":
             print(f"  {row['a']:>16} - {row['b']:16} {row['mean']:+.4f} [{row['ci95'][0]:+.4f}, {row['ci95'][1]:+.4f}]")
-    runs = {system.name: str(system.job.folder) for system in systems}
+    runs = {system.name: shown(system.job.folder) for system in systems}
     result = folder / "reproduction.json"
     content = {"table1": first, "table2": second, "comparisons": compared, "runs": runs}
     write_json(result, content | {"dataset": job.dataset.summary(), "split": job.split.hash, "fields": list(argv)})
@@ -131,10 +131,9 @@ def _validation(job: Job) -> dict[int, dict[str, float]]:
     import acw
     from acw import aggregation
     from acw.cluster import connect
-    from acw.storage import write_json
     from acw.validation import validation_scores
 
-    path = job.folder / "validation.json"
+    path = fetch(job.folder / "validation.json")
     if not path.exists():
         heads = aggregation.heads_by_fold(job.recipe, *aggregation.trained(job.recipe, job.folder))
         models = aggregation.fold_models(job.recipe, job.dataset, job.split, heads, acw.load(job.folder))
@@ -200,7 +199,7 @@ def _comparisons(systems: Sequence[System]) -> list[dict[str, Any]]:
 
 def _per_image(system: System) -> dict[str, tuple[str, list[float]]]:
     """Held-out image -> category and scores, in order of their names."""
-    with (system.job.folder / "per_image.csv").open(newline="", encoding="utf-8") as file:
+    with fetch(system.job.folder / "per_image.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["model"] == HEADLINE]
     found = {row["image"]: (row["category"], [float(row[metric]) for metric in (*TABLE_2, "LL")]) for row in rows}
     return dict(sorted(found.items()))
@@ -227,7 +226,7 @@ def main(argv: Sequence[str]) -> None:
     if "-h" in rest or "--help" in rest:
         print(__doc__)
         return
-    print(reproduce(rest, options.deepgaze), flush=True)
+    print(shown(reproduce(rest, options.deepgaze)), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ import pytest
 RAY_FOLDER = tempfile.mkdtemp(prefix="acw-test-", dir="/tmp")
 atexit.register(shutil.rmtree, RAY_FOLDER, ignore_errors=True)
 
+# Copies of what is in S3.
+CACHE_FOLDER = tempfile.mkdtemp(prefix="acw-test-cache-")
+atexit.register(shutil.rmtree, CACHE_FOLDER, ignore_errors=True)
+
 # No test may join a cluster, a tracking server or an account that the developer's shell happens to name.
 for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "AWS_PROFILE"):
     os.environ.pop(name, None)
@@ -25,6 +29,7 @@ os.environ |= {
     "RAY_TMPDIR": RAY_FOLDER,
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "AWS_EC2_METADATA_DISABLED": "true",
+    "ACW_CACHE": CACHE_FOLDER,
     "MPLBACKEND": "Agg",
     "OMP_NUM_THREADS": "1",
 }

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import http.server
 import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -232,43 +230,6 @@ def test_sources_that_are_not_there_say_what_to_do(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(timm, "create_model", offline)
     refused("densenet201", "timm", r"densenet201.tv_in1k.*no route to host.*s3://BUCKET/KEY.*deepgaze2e:PATH")
-
-
-def test_s3_is_a_source(lite0: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = safetensors.torch.save(lite0.state())
-
-    class Bucket(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = content if self.path == "/bucket/folder/lite0.safetensors" else b""
-            self.send_response((206 if "Range" in self.headers else 200) if body else 404)
-            first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-            part = body[int(first) : int(last or len(body)) + 1]
-            self.send_header("Content-Length", str(len(part)))
-            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(body)}")
-            self.send_header("ETag", '"1"')
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(part)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
-        monkeypatch.setenv(key, "test")
-    try:
-        loaded = load_backbone(with_weights("lite0", "s3://bucket/folder/lite0.safetensors"))
-        assert loaded.weights_sha256 == lite0.weights_sha256
-        for uri in ("s3://bucket/folder/other.safetensors", "s3://bucket"):
-            with pytest.raises(UserError, match=rf"{uri}: cannot be downloaded .* check bucket, key"):
-                load_backbone(with_weights("lite0", uri))
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.mark.skipif(not DEEPGAZE_IIE_KEYS.exists(), reason="no list of the keys of DeepGaze IIE's checkpoint")

@@ -269,8 +269,6 @@ def test_folder_of_no_known_layout_and_wrong_choices(tmp_path: Path) -> None:
         load_dataset(folder, reader="hdf5")
     with pytest.raises(UserError, match="needs a CSV file"):
         load_dataset(folder, reader="csv")
-    with pytest.raises(UserError, match="reads folders only"):
-        load_dataset("s3://bucket/CAT2000")
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from acw.data.images import decode_image
-from acw.storage import UserError, fingerprint
+from acw.storage import UserError, fetch, fingerprint
 
 SYNTHETIC = "synthetic"
 
 
 @dataclass(frozen=True)
 class Stimulus:
-    """One image. Its pixels are read when asked for.
+    """One image. Its pixels are read when asked for, on whatever node; of one in S3, a copy is made there first.
 
     name: unique and stable in its data set; below CAT2000's `trainSet/Stimuli` it is the rest of the path, whatever
         the reader, so that a split does not depend on the reader.
@@ -47,7 +47,7 @@ class Stimulus:
             from acw.data import synthetic
 
             return synthetic.stimulus_pixels(*display)
-        pixels = decode_image(Path(self.path))
+        pixels = decode_image(fetch(Path(self.path), immutable=True))
         if pixels.shape[:2] != self.size:
             was, now = (f"{width}x{height}" for height, width in (self.size, pixels.shape[:2]))
             raise UserError(f"{self.path}: is {now} px, but was {was} when the data set was read; restore the file")

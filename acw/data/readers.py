@@ -20,7 +20,8 @@ from acw import pysaliency_compat
 from acw.data import synthetic
 from acw.data.dataset import SYNTHETIC, Dataset, Stimulus
 from acw.data.images import SUFFIXES, inspect_image
-from acw.storage import UserError, resolve_inside
+from acw.data.remote import bring, fitting_reader, names_stimulus
+from acw.storage import UserError, fetch, local, mirrored, resolve_inside, shown
 
 READERS = ("hdf5", "cat2000", "csv")
 NO_CATEGORY = "all"
@@ -42,7 +43,8 @@ def load_dataset(
     """Reads a data set.
 
     spec: `synthetic`, or a folder: CAT2000's (the one that holds `Stimuli` and `FIXATIONLOCS`, or the one above it),
-        one with pysaliency's `stimuli.hdf5` and `fixations.hdf5`, or one of images, to which `fixations` belongs.
+        one with pysaliency's `stimuli.hdf5` and `fixations.hdf5`, or one of images, to which `fixations` belongs; or
+        the `s3://` address of one.
     reader: `hdf5`, `cat2000` or `csv`; without it the first that fits, in this order.
     fixations: a CSV file with the columns image (path in the folder), x, y, and perhaps subject and category.
     drop_outside: leave out fixations that lie outside their image, and say so in the data set's notes.
@@ -53,12 +55,12 @@ def load_dataset(
         if reader or fixations:
             raise UserError("dataset synthetic: is generated, so leave out the reader and the fixations file")
         return synthetic.load()
-    if spec.startswith("s3://"):
-        raise UserError(f"dataset {spec}: this version reads folders only; copy it to a local or shared folder")
-    folder = Path(spec).expanduser().resolve()
-    if not folder.is_dir():
+    folder = local(spec).expanduser().resolve()
+    if mirrored(folder):
+        reader = bring(folder, reader, fixations is not None)
+    elif not folder.is_dir():
         raise UserError(f"dataset {spec}: there is no such folder; correct the path")
-    chosen = reader or _detect(folder, fixations)
+    chosen = reader or fitting_reader(folder, lambda name: (folder / name).exists(), fixations is not None)
     if chosen not in READERS:
         raise UserError(f"reader {chosen}: unknown; choose one of {', '.join(READERS)}")
     if fixations and chosen != "csv":
@@ -73,19 +75,6 @@ def load_dataset(
     else:
         stimuli, found = _read_csv(folder, fixations)
     return _assemble(folder, chosen, stimuli, found, drop_outside)
-
-
-def _detect(folder: Path, fixations: str | None) -> str:
-    if (folder / "stimuli.hdf5").is_file() and (folder / "fixations.hdf5").is_file():
-        return "hdf5"
-    if _cat2000_root(folder) is not None:
-        return "cat2000"
-    if fixations:
-        return "csv"
-    raise UserError(
-        f"dataset {folder}: holds neither stimuli.hdf5 and fixations.hdf5, nor CAT2000's Stimuli and FIXATIONLOCS; "
-        "give one of these, or a folder of images together with a CSV of fixations (columns image, x, y)"
-    )
 
 
 # --- CAT2000 -----------------------------------------------------------------------------------------------------
@@ -245,7 +234,7 @@ def _source(value: Any) -> str | None:
 def _read_csv(folder: Path, fixations: str | None) -> tuple[list[Stimulus], _Fixations]:
     if fixations is None:
         raise UserError(f"dataset {folder}: the reader csv needs a CSV file of fixations (columns image, x, y)")
-    table = Path(fixations).expanduser()
+    table = fetch(local(fixations).expanduser())
     files: dict[str, str] = {}  # the same image may be written in several ways: a.jpg, ./a.jpg
     categories: dict[str, str] = {}
     images: list[str] = []
@@ -301,9 +290,8 @@ def _coordinate(row: dict[str, str], axis: str, table: Path, line: int) -> float
 
 
 def is_stimulus(path: Path, suffixes: Iterable[str] = SUFFIXES) -> bool:
-    """Not so CAT2000's saliency maps, nor what file managers hide among images."""
-    hidden = path.name.startswith(".") or path.stem.endswith("_SaliencyMap") or path.parent.name == "Output"
-    return path.suffix.lower() in suffixes and not hidden and path.is_file()
+    """Whether there is a file that is named like a stimulus."""
+    return names_stimulus(path, suffixes) and path.is_file()
 
 
 def _inside(folder: Path, file: str) -> str:
@@ -363,7 +351,7 @@ def _assemble(folder: Path, reader: str, stimuli: Sequence[Stimulus], found: _Fi
     return Dataset(
         name=name,
         reader=reader,
-        location=str(folder),
+        location=shown(folder),
         stimuli=tuple(stimuli),
         image=image[kept].astype(np.int32),
         x=x,

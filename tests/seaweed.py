@@ -1,0 +1,135 @@
+"""A real S3 server for tests, SeaweedFS, and a proxy that makes it slow."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+PATIENCE = 90.0
+# SeaweedFS's gRPC ports lie so far above the others.
+GRPC = 10_000
+KEY, SECRET = "AKIAMARKEDKEYOFTESTS", "marked/secret+of/tests0123456789abcdefgh"
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free with those GRPC above them, below those that the system gives to others' connections."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(10_500, 22_000)
+        try:
+            for one in (port, port + GRPC):
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", one))
+        except OSError:
+            continue
+        if port not in found:
+            found.append(port)
+    return found
+
+
+class SeaweedFS:
+    """`weed` on 127.0.0.1 with its files in a folder; killed and started again, it has what it had."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ports = folder, _free_ports(4)
+        self.address = f"http://127.0.0.1:{self.ports[3]}"
+        folder.mkdir(parents=True)
+        (folder / "data").mkdir()
+        identity = {"name": "tests", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.address,
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+        }
+
+    def start(self) -> None:
+        master, volume, filer, s3 = self.ports
+        command = [str(Path(sys.executable).with_name("weed")), "server", f"-dir={self.folder / 'data'}"]
+        command += [
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            "-filer=true",
+            "-s3",
+            f"-s3.config={self.folder / 's3.json'}",
+        ]
+        command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"]
+        command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=20"]
+        command += [f"-s3.config={self.folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        log = (self.folder / "log").open("ab")
+        self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
+        end = time.monotonic() + PATIENCE
+        while not self._answers():
+            assert self._process.poll() is None, (self.folder / "log").read_text(errors="replace")
+            assert time.monotonic() < end, "SeaweedFS does not answer"
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        """Whether it serves requests: anonymous ones are denied by then."""
+        try:
+            urllib.request.urlopen(self.address, timeout=5).close()
+        except urllib.error.HTTPError as error:
+            return error.code == 403
+        except OSError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """kill -9"""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+class Proxy:
+    """Passes connections on to a server, each answer `delay` seconds late; `sent` is what clients have asked."""
+
+    def __init__(self, address: str) -> None:
+        self._host, self._port = address.removeprefix("http://").split(":")
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self.delay = 0.0
+        self.sent = b""
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def close(self) -> None:
+        self._listening.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listening.accept()
+            except OSError:
+                return
+            server = socket.create_connection((self._host, int(self._port)))
+            threading.Thread(target=self._pass, args=(client, server, True), daemon=True).start()
+            threading.Thread(target=self._pass, args=(server, client, False), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, asks: bool) -> None:
+        try:
+            while content := source.recv(1 << 16):
+                if asks:
+                    self.sent += content
+                else:
+                    time.sleep(self.delay)
+                target.sendall(content)
+        except OSError:
+            pass
+        finally:
+            for one in (source, target):
+                one.close()
