@@ -130,7 +130,8 @@ def train_system(
         if not (math.isfinite(loss) and math.isfinite(ig)):
             raise UserError("joint training: the loss is not finite; lower --joint_learning_rate")
         entry = {"epoch": len(state.history), "loss": loss, "ig": ig, "learning_rate": state.rate}
-        entry |= {"seconds": round(time.monotonic() - start, 3), "peak_rss": peak_rss(), **(place or {})}
+        entry |= {"seconds": round(time.monotonic() - start, 3), "time": round(time.time(), 3)}
+        entry |= {"peak_rss": peak_rss(), **(place or {})}
         state.history.append(entry | {"weights": state.parameters[LOGITS].double().softmax(1).tolist()})
         better = ig > state.best_ig + PLATEAU_THRESHOLD
         if better:

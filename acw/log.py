@@ -152,9 +152,11 @@ def _logged(job: Job, name: str) -> Iterator[None]:
         heart.start()
         yield
         event("stage finished", stage=name, seconds=round(time.monotonic() - start, 1))
-    except BaseException as error:
-        text = " ".join(str(error).split())
-        event("stage failed", logging.ERROR, stage=name, error=text or type(error).__name__)
+    except Exception as error:
+        event("stage failed", logging.ERROR, stage=name, error=_one_line(error))
+        raise
+    except BaseException as error:  # Ctrl-C, or SIGTERM, which Ray makes an exit
+        event("stage interrupted", logging.WARNING, stage=name, by=type(error).__name__)
         raise
     finally:
         ended.set()
@@ -163,6 +165,15 @@ def _logged(job: Job, name: str) -> Iterator[None]:
         if heart.ident:
             heart.join()
         handler.upload()
+
+
+def _one_line(error: Exception) -> str:
+    """What a user would be told, or what was raised; Ray's errors bring whole tracebacks."""
+    from acw.cli import user_error
+
+    known = user_error(error)
+    text = " ".join(str(known or error).split())
+    return text if known else f"{type(error).__name__}: {text[:300]}"
 
 
 def to_stderr(run: str) -> None:

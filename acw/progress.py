@@ -171,7 +171,9 @@ def read(unit: Unit) -> Standing:
             else:
                 rates = file.get_tensor("learning_rate").tolist()
                 bad_epochs = file.get_tensor("bad_epochs").tolist()
-        return Standing(unit, history, rates, bad_epochs, unit.path.stat().st_mtime)
+        # A copy of a checkpoint in S3 is as old as its download.
+        written = history[-1].get("time", unit.path.stat().st_mtime)
+        return Standing(unit, history, rates, bad_epochs, written)
     except (OSError, SafetensorError):
         return Standing(unit)
 

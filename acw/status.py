@@ -106,7 +106,7 @@ def _driver(events: list[dict[str, Any]], now: float) -> Driver | None:
     last = own[-1]
     seen = _seconds(last["time"])
     finished, failed = last["event"] == "stage finished", last["event"] == "stage failed"
-    if failed:
+    if failed or last["event"] == "stage interrupted":
         alive = False
     elif begin["node"] == socket.gethostname() and begin["born"] is not None:
         alive = log.born(begin["pid"]) == begin["born"]

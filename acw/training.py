@@ -81,6 +81,7 @@ def train_epochs(
         seconds = time.monotonic() - start
         notes = {
             "seconds": round(seconds, 3),
+            "time": round(time.time(), 3),
             "head_images_per_second": round((images + validated) / seconds, 1),
             "peak_rss": peak_rss(),
             **(place or {}),
