@@ -27,27 +27,32 @@ from acw.heads import Parameters, concatenate, select
 from acw.joint import SystemState, trained_systems, weights_history
 from acw.model import Model
 from acw.recipes import Recipe
-from acw.storage import UserError
+from acw.storage import UserError, fetch, local
 from acw.training import EVALUATION_BATCH
 
 
 def training_set(dataset: Dataset, split: Split, recipe: Recipe) -> TrainingSet:
     """A data set as training sees it, with each fold's centre bias from the fold's own training images."""
     baseline = [kde_of(dataset, split.training(fold)) for fold in range(recipe.folds)]
-    finalizer = [finalizer_bias(recipe, bias) for bias in baseline]
+    finalizer = [
+        finalizer_bias(recipe, dataset, split.training(fold), baseline[fold]) for fold in range(recipe.folds)
+    ]
     sizes = [stimulus.size for stimulus in dataset.stimuli]
     return TrainingSet(sizes, split.fold, dataset.image, dataset.x, dataset.y, finalizer, baseline)
 
 
-def kde_of(dataset: Dataset, indices: np.ndarray) -> CenterBias:
-    """The centre bias of some images of a data set."""
+def kde_of(dataset: Dataset, indices: np.ndarray, bandwidth: float = 0.0) -> CenterBias:
+    """The centre bias of some images of a data set; bandwidth as for `center_bias.kde`."""
     size = np.array([stimulus.size for stimulus in dataset.stimuli])[dataset.image]
     mine = np.isin(dataset.image, indices)
-    return kde((dataset.x / size[:, 1])[mine], (dataset.y / size[:, 0])[mine], dataset.image[mine])
+    return kde((dataset.x / size[:, 1])[mine], (dataset.y / size[:, 0])[mine], dataset.image[mine], bandwidth)
 
 
-def finalizer_bias(recipe: Recipe, baseline: CenterBias) -> CenterBias:
-    return baseline if recipe.center_bias == "kde" else fixed_gaussian()
+def finalizer_bias(recipe: Recipe, dataset: Dataset, indices: np.ndarray, baseline: CenterBias) -> CenterBias:
+    """The centre bias that heads build on, as the recipe says; baseline: the same images' over which IG is measured."""
+    if recipe.center_bias == "gaussian":
+        return fixed_gaussian()
+    return kde_of(dataset, indices, recipe.center_bias_bandwidth) if recipe.center_bias_bandwidth else baseline
 
 
 def trained_heads(recipe: Recipe, folder: Path) -> dict[Bank, BankState]:
@@ -55,7 +60,7 @@ def trained_heads(recipe: Recipe, folder: Path) -> dict[Bank, BankState]:
     result = {}
     for bank in plan_banks(recipe):
         path = checkpoint_path(folder, bank)
-        if not path.exists():
+        if not fetch(path).exists():
             raise UserError(f"{path}: heads are not trained yet; run jobs/train.py first")
         result[bank] = BankState.load(path)
         if len(result[bank].active(recipe)):
@@ -77,7 +82,7 @@ def heads_by_fold(
 ) -> list[dict[str, Parameters]]:
     """Per fold and backbone the heads that make a run's model; the one entry of a model that is taken as it is."""
     if recipe.heads:
-        return [Model.load(Path(recipe.heads)).heads]
+        return [Model.load(local(recipe.heads)).heads]
     if recipe.joint:
         return [{name: system.heads(name) for name in recipe.backbones} for system in systems]
     return best_heads(recipe, banks)
@@ -227,7 +232,7 @@ def assemble(
         weights=fitted.category.weights,
         global_weights=fitted.category.global_weights,
         center_bias=center_bias,
-        finalizer_bias=finalizer_bias(recipe, center_bias),
+        finalizer_bias=finalizer_bias(recipe, dataset, development, center_bias),
         classifier=classifier,
         provenance=provenance,
     )

@@ -130,6 +130,76 @@ def dots(categories: Sequence[str], marks: Sequence[Marks], *, label: str, width
     return _svg(max(width, math.ceil(place)), bottom + 42, label, parts)
 
 
+@dataclass(frozen=True)
+class Axis:
+    """One of `parallel`: values from `low` at the bottom to `high`, which lie further apart where `log`; or choices."""
+
+    name: str
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+    choices: Sequence[object] = ()
+
+    def place(self, value: object) -> float | None:
+        """Between 0 at the bottom and 1; None for what is not on the axis."""
+        if self.choices:
+            return (self.choices.index(value) + 0.5) / len(self.choices) if value in self.choices else None
+        assert isinstance(value, int | float)
+        if not self.low <= value <= self.high:
+            return None
+        low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        return (at - low) / (high - low) if high > low else 0.5
+
+    def marks(self) -> list[tuple[float, str]]:
+        """Places and texts along the axis."""
+        values: Sequence[object] = self.choices
+        if not self.choices and self.log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            round_ = [10.0**power * factor for power in powers for factor in (1, 2, 5)]
+            inside = [value for value in round_ if self.low <= value <= self.high]
+            values = [self.low, self.high] if len(inside) < 2 else inside
+        elif not self.choices:
+            values = ticks(self.low, self.high, 5) if self.high > self.low else [self.low]
+        texts = [f"{v:g}" if isinstance(v, float) else str(v).lower() for v in values]
+        return [(at, minus(text)) for v, text in zip(values, texts, strict=True) if (at := self.place(v)) is not None]
+
+
+@dataclass(frozen=True)
+class Polyline:
+    """A line of `parallel`: a place between 0 and 1 on each axis; `text` is shown where the pointer is on it."""
+
+    places: Sequence[float]
+    text: str
+    colour: str
+    width: float = 1.4
+
+
+def parallel(axes: Sequence[Axis], rows: Sequence[Polyline], *, title: str, size: tuple[int, int] = (860, 330)) -> str:
+    """Parallel coordinates: a line a row through its values on all axes; what is drawn last lies on top."""
+    width, height = size
+    box = _Box(60, 40, width - 60, height - 16)
+    step = (box.right - box.left) / max(len(axes) - 1, 1)
+
+    def y(place: float) -> float:
+        return box.bottom - place * (box.bottom - box.top)
+
+    parts = []
+    for row in rows:
+        points = [(box.left + k * step, y(place)) for k, place in enumerate(row.places)]
+        line = _path(points, row.colour, row.width, 0.9).removesuffix("/>")
+        parts.append(f'{line} fill="none"><title>{escape(row.text)}</title></path>')
+    for k, axis in enumerate(axes):
+        x = box.left + k * step
+        parts.append(_line(x, box.top, x, box.bottom, INK))
+        parts.append(_text(x, 18, axis.name, "strong", "middle"))
+        for place, text in axis.marks():
+            # Those of the last axis are beyond all lines.
+            side, anchor = (1, "start") if k == len(axes) - 1 else (-1, "end")
+            parts.append(_line(x, y(place), x + 4 * side, y(place), INK))
+            parts.append(_text(x + 8 * side, y(place) + 4, text, "soft halo", anchor))
+    return _svg(width, height, title, parts)
+
+
 def ticks(low: float, high: float, wanted: int) -> list[float]:
     """Round numbers within an interval, some `wanted` of them."""
     raw = (high - low) / max(wanted, 1)

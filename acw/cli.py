@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from acw import credentials
 from acw.data import Dataset, Split, load_dataset, split
 from acw.recipes import RECIPES, Recipe, derive, named_recipe
-from acw.storage import UserError, fingerprint, write_atomic
+from acw.storage import UserError, fetch, fingerprint, local, present, remove, shown, write_atomic
 
 if TYPE_CHECKING:
     from acw.features import FeatureStore
@@ -37,6 +37,7 @@ class Job:
     split: Split
     root: Path
     tracking_uri: str | None
+    overlay: dict[str, Any] | None = None  # what --overlay gave, for the record
 
     @property
     def folder(self) -> Path:
@@ -49,7 +50,7 @@ class Job:
         from acw.features import open_store
 
         path = self.folder / "features.json"
-        if not path.exists():
+        if not fetch(path).exists():
             raise UserError(f"{path}: features are not extracted yet; run jobs/extract.py with the same arguments")
         folders = json.loads(path.read_text())
         return {name: open_store(self.root / "features" / folders[name]) for name in self.recipe.backbones}
@@ -72,22 +73,22 @@ def parse(argv: Sequence[str], description: str, program: str | None = None, *, 
         allow_abbrev=False,
     )
     add_dataset_options(parser)
-    parser.add_argument("--root", default="runs", help="folder for features, runs and MLflow's store (default: runs)")
-    parser.add_argument("--tracking-uri", help="MLflow server (default: sqlite under the root)")
+    about = "folder, or s3://BUCKET/PREFIX, for features, runs and MLflow's store (default: runs)"
+    parser.add_argument("--root", default="runs", help=about)
+    parser.add_argument("--tracking-uri", help="MLflow server (default: sqlite under the root, in S3 too)")
     parser.add_argument("--overlay", help="JSON file of recipe fields, as jobs/tune.py writes it")
     _add_fields(parser, base)
     options = vars(parser.parse_args(argv[1:]))
-    overlay = _read_overlay(options["overlay"]) if options["overlay"] else {}
+    overlay = _read_overlay(options["overlay"]) if options["overlay"] else None
     given = {f.name: options[f.name] for f in dataclasses.fields(Recipe)[1:] if options[f.name] is not None}
-    recipe = _with_heads(_with_absolute_weights(derive(derive(base, overlay), given)))
+    recipe = _with_heads(_with_absolute_weights(derive(derive(base, (overlay or {}).get("fields", {})), given)))
     root = root_folder(options["root"])
     if writes:
         check_writable(root)
     dataset = read_dataset(options)
     # A category too small to split is refused here, before hours of extraction.
-    return Job(
-        recipe, dataset, split(dataset, recipe.seed, recipe.folds, recipe.holdout), root, options["tracking_uri"]
-    )
+    folds = split(dataset, recipe.seed, recipe.folds, recipe.holdout)
+    return Job(recipe, dataset, folds, root, options["tracking_uri"], overlay)
 
 
 def _with_absolute_weights(recipe: Recipe) -> Recipe:
@@ -108,16 +109,16 @@ def _with_heads(recipe: Recipe) -> Recipe:
     if not recipe.heads:
         return recipe
     folder = local_path(recipe.heads, "--heads")
-    folder = folder / "model" if (folder / "model").is_dir() else folder
+    folder = folder / "model" if present(folder / "model" / "model.json") else folder
     from acw.model import describe
 
     model = describe(folder)
     if model["systems"] > 1 or recipe.joint:
         raise UserError(f"--heads {folder}: jointly trained systems have weights of their own; give another model")
     own = {
-        "heads": str(folder),
+        "heads": shown(folder),
         "backbones": [backbone["name"] for backbone in model["backbones"]],
-        "weights": [f"{backbone['name']}={folder / backbone['weights']}" for backbone in model["backbones"]],
+        "weights": [f"{backbone['name']}={shown(folder / backbone['weights'])}" for backbone in model["backbones"]],
         "upsampling": model["finalizer"]["upsampling"],
         "density_cell": model["finalizer"]["cell"],
         "upsampling_steps": ["x".join(map(str, step)) for step in model["finalizer"]["steps"]],
@@ -148,7 +149,7 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         default="synthetic",
         help="synthetic (default); a CAT2000 folder; a folder with pysaliency's stimuli.hdf5 and fixations.hdf5; "
-        "or a folder of images, with --fixations",
+        "or a folder of images, with --fixations; or s3://BUCKET/PREFIX of one of these",
     )
     parser.add_argument("--fixations", help="CSV with columns image, x, y (0-based px), optionally subject, category")
     parser.add_argument("--reader", choices=("hdf5", "cat2000", "csv"), help="where a folder could be read in two ways")
@@ -167,7 +168,8 @@ def _add_fields(parser: argparse.ArgumentParser, base: Recipe) -> None:
 
 
 def _read_overlay(location: str) -> dict[str, Any]:
-    path = local_path(location, "--overlay")
+    """What jobs/tune.py wrote, the recipe's fields as `fields`; or only those, as a person may write them."""
+    path = fetch(local_path(location, "--overlay"))
     try:
         overlay = json.loads(path.read_text())
     except OSError as error:
@@ -176,14 +178,15 @@ def _read_overlay(location: str) -> dict[str, Any]:
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: no JSON ({error}); --overlay takes a file that jobs/tune.py wrote") from None
-    if not isinstance(overlay, dict):
+    overlay = {"fields": overlay} if isinstance(overlay, dict) and "fields" not in overlay else overlay
+    if not isinstance(overlay, dict) or not isinstance(overlay["fields"], dict):
         raise UserError(f"{path}: holds no fields; --overlay takes a JSON object of recipe fields")
     return overlay
 
 
 def read_dataset(options: dict[str, Any]) -> Dataset:
     spec, fixations = options["dataset"], options["fixations"]
-    if spec != "synthetic" and "://" not in spec:
+    if spec != "synthetic":
         spec = str(local_path(spec, "--dataset"))
     if fixations:
         fixations = str(local_path(fixations, "--fixations"))
@@ -191,7 +194,14 @@ def read_dataset(options: dict[str, Any]) -> Dataset:
 
 
 def local_path(location: str, option: str) -> Path:
-    """An absolute path; on a cluster a relative one is refused, as a job's folder is not the one it was typed in."""
+    """An absolute path; on a cluster a relative one is refused, as a job's folder is not the one it was typed in.
+
+    Of an s3:// address, where the copy belongs on this node; raises UserError if its bucket cannot be had."""
+    if location.startswith("s3://"):
+        from acw import s3
+
+        s3.reach(location)
+        return local(location)
     path = Path(location).expanduser()
     if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise UserError(f"{option} {location}: a relative path means nothing on a cluster; use an absolute path")
@@ -200,8 +210,8 @@ def local_path(location: str, option: str) -> Path:
 
 def root_folder(location: str) -> Path:
     """The root as an absolute path; it need not be there."""
-    if "://" in location:
-        raise UserError(f"--root {location}: results are kept in a folder; give a path, on a disk that all nodes share")
+    if "://" in location and not location.startswith("s3://"):
+        raise UserError(f"--root {location}: give s3://BUCKET/PREFIX, or a folder on a disk that all nodes share")
     return local_path(location, "--root")
 
 
@@ -209,7 +219,7 @@ def check_writable(folder: Path) -> None:
     """Raises UserError for a folder in which no file can be written, before anything is computed for it."""
     probe = folder / ".writable"
     write_atomic(probe, b"")
-    probe.unlink(missing_ok=True)
+    remove(probe)
 
 
 def user_error(error: BaseException | None) -> UserError | None:
@@ -220,7 +230,8 @@ def user_error(error: BaseException | None) -> UserError | None:
         one = waiting.pop()
         if one is None or one in seen:
             continue
-        if isinstance(one, UserError) and type(one) is UserError:
+        # Ray's own classes inherit from those that they wrap.
+        if isinstance(one, UserError) and type(one).__module__.startswith("acw."):
             return one
         seen.append(one)
         waiting += [getattr(one, "cause", None), one.__cause__]
@@ -240,7 +251,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
         # Ray may have complaints of its own about work that is given up: ours is the last line.
         disconnect()
-        message = " ".join(str(known).split())
+        message = " ".join(shown(str(known)).split())
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     sys.exit(0)

@@ -19,7 +19,14 @@ class Interval(NamedTuple):
     high: float
 
 
-Cell = Interval | float | str | None
+class Written(NamedTuple):
+    """A value that is written in its own way."""
+
+    value: float
+    text: str
+
+
+Cell = Interval | Written | float | str | None
 Row = Mapping[str, Cell]
 
 # Whether more is better, of the columns in which one row may be the best.
@@ -102,7 +109,7 @@ def _best(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _number(cell: Cell) -> float | None:
-    value = cell.mean if isinstance(cell, Interval) else cell
+    value = cell.mean if isinstance(cell, Interval) else cell.value if isinstance(cell, Written) else cell
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
@@ -114,7 +121,7 @@ def _text_cell(cell: Cell, numeric: bool, notes: Mapping[str, str]) -> str:
 
 
 def _number_cell(cell: Cell, value: float, bold: bool, *, percent: bool, signed: bool) -> str:
-    shown = figure(value, percent, signed=signed)
+    shown = minus(cell.text) if isinstance(cell, Written) else figure(value, percent, signed=signed)
     if bold:
         shown = f"<b>{shown}</b>"
     if isinstance(cell, Interval):

@@ -1,12 +1,13 @@
 """MLflow: a parent run and a child a head bank, the registered model `acw`, and which version is the champion.
 
-The store is a sqlite file beside the runs, or a server. A run folder is logged once: what a killed attempt left
-unfinished is deleted, and a version that it registered is kept and finished.
+The store is a sqlite file beside the runs, in S3 too (`acw.database`), or a server. A run folder is logged once: what a
+killed attempt left unfinished is deleted, and a version that it registered is kept and finished.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import csv
 import dataclasses
 import importlib.metadata
@@ -25,11 +26,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from acw import credentials, report
+from acw import credentials, database, report, s3
 from acw.bootstrap import interval
 from acw.recipes import Recipe
 from acw.resources import FILE, noted
-from acw.storage import UserError
+from acw.storage import UserError, fetch, local, mirrored, present, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,17 +70,21 @@ class Registration:
 
 
 def tracking_uri(root: Path, given: str | None) -> str:
-    """The store's URI: the one given, or `mlflow.db` under the root. A password in it goes to the environment, so that
-    no later error or record can hold it.
+    """The store's URI: the one given, or `mlflow.db` under the root, also where that is in S3. A password in it goes
+    to the environment, so that no later error or record can hold it.
 
     Raises UserError for a store that cannot be used: only sqlite files and servers know where artifacts belong.
     """
     uri = given or f"sqlite:///{root.absolute() / 'mlflow.db'}"
+    if uri.startswith("s3://"):
+        uri = f"sqlite:///{local(uri)}"
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{_database(uri)}"
     uri = credentials.taken_out(uri)
     if urlsplit(uri).scheme not in ("http", "https"):
-        raise UserError(f"tracking URI {uri}: give http://HOST:PORT of an MLflow server, or sqlite:///FILE")
+        raise UserError(
+            f"tracking URI {uri}: give http://HOST:PORT of an MLflow server, sqlite:///FILE or s3://.../mlflow.db"
+        )
     return uri
 
 
@@ -87,21 +92,28 @@ def _database(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///")).absolute()
 
 
+def _in_s3(uri: str) -> bool:
+    return uri.startswith("sqlite:") and mirrored(_database(uri))
+
+
 def connect(uri: str) -> tuple[MlflowClient, str]:
     """A client of the store, which becomes this process's, and the id of the experiment, both made if need be.
 
+    What is then logged to a database in S3 is in a copy of it until `publish`.
     Raises UserError if a server does not answer within ANSWER_SECONDS, or refuses.
     """
     from sqlalchemy.exc import SQLAlchemyError
 
     mlflow = _mlflow(uri)
-    if uri.startswith("sqlite:"):
-        database = _database(uri)
+    if _in_s3(uri):
+        artifacts = shown(_database(uri).parent / "mlartifacts")
+    elif uri.startswith("sqlite:"):
+        file = _database(uri)
         try:
-            database.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{database}: cannot be written ({error.strerror}); choose another --root") from None
-        artifacts = (database.parent / "mlartifacts").as_uri()
+            raise UserError(f"{file}: cannot be written ({error.strerror}); choose another --root") from None
+        artifacts = (file.parent / "mlartifacts").as_uri()
     else:
         _answers(uri)
         artifacts = None
@@ -109,7 +121,8 @@ def connect(uri: str) -> tuple[MlflowClient, str]:
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name(NAME)
         if experiment is None:
-            return client, client.create_experiment(NAME, artifact_location=artifacts)
+            number = client.create_experiment(NAME, artifact_location=artifacts)
+            return (client, number) if publish(uri) else connect(uri)
     except mlflow.MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise _refused(uri, error) from error
@@ -127,13 +140,23 @@ def _mlflow(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    for name, value in s3.Settings.from_environment().mlflow_environment().items():
+        os.environ.setdefault(name, value)
     import mlflow
 
     # A new sqlite file goes through some fifty migrations, each a line.
     for logger in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store"):
         logging.getLogger(logger).setLevel(logging.WARNING)
-    mlflow.set_tracking_uri(uri)
+    mlflow.set_tracking_uri(f"sqlite:///{database.take(_database(uri))}" if _in_s3(uri) else uri)
     return mlflow
+
+
+def publish(uri: str) -> bool:
+    """Makes what was logged since `connect` the store's; False if another job has changed it meanwhile: log it again.
+
+    Only a database in S3 needs this.
+    """
+    return not _in_s3(uri) or database.put_back(_database(uri))
 
 
 def _answers(uri: str) -> None:
@@ -163,12 +186,24 @@ def log_run(
 
     uri: as `tracking_uri` gives it. run: the folder with FILES, `model/` and recipe.json; its name identifies the run.
     evaluation: the content of evaluation.json. Leaves weights.png and curves.png in the folder.
+    A server that goes away is waited for, about four minutes a request (MLFLOW_HTTP_REQUEST_MAX_RETRIES).
     Raises UserError if the store cannot be used.
     """
+    for _ in range(database.ATTEMPTS):
+        with s3.explained(shown(_database(uri)) if _in_s3(uri) else uri), _explained(uri):
+            registration = _log_run(uri, run, recipe, banks, evaluation)
+        if publish(uri):
+            return registration
+    raise database.contended(_database(uri))
+
+
+def _log_run(
+    uri: str, run: Path, recipe: Recipe, banks: Mapping[Bank, BankState], evaluation: Mapping[str, Any]
+) -> Registration:
     client, experiment = connect(uri)
     import mlflow
 
-    record = json.loads((run / "recipe.json").read_text())
+    record = json.loads(fetch(run / "recipe.json").read_text())
     parent = version = None
     for attempt in client.search_runs([experiment], f'tags."acw.folder" = "{run.name}"'):
         if "acw.reason" in attempt.data.tags:
@@ -181,10 +216,41 @@ def log_run(
             _discard(client, experiment, attempt.info.run_id)
     parent = parent or _new_parent(client, experiment, run, recipe, record)
     # The run is RUNNING until the block ends, FAILED if that is by an error.
-    with mlflow.start_run(run_id=parent):
+    with mlflow.start_run(run_id=parent), _no_more_patience():
         if version is None:
             version = _log(client, experiment, parent, run, record, banks, evaluation)
         return _promote(client, parent, version, run)
+
+
+@contextlib.contextmanager
+def _no_more_patience() -> Iterator[None]:
+    """After an error no request is repeated: that the run has failed would be told a dead server for minutes too."""
+    try:
+        yield
+    except Exception:
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+        raise
+
+
+@contextlib.contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """A store that goes away or fills up while it is written as one line; a rerun then finds all that was computed."""
+    import mlflow
+    from sqlalchemy.exc import SQLAlchemyError
+
+    rerun = "run the same command again: no head is trained again"
+    try:
+        yield
+    except (mlflow.MlflowException, SQLAlchemyError, OSError) as error:
+        if urlsplit(uri).scheme in ("http", "https"):
+            try:
+                _answers(uri)
+            except UserError:
+                raise UserError(f"{uri}: the MLflow server has gone away; start it and {rerun}") from error
+        elif isinstance(error, OSError) or "disk is full" in str(error):
+            reason = getattr(error, "strerror", None) or "the disk is full"
+            raise UserError(f"{uri}: cannot be written ({reason}); free the disk and {rerun}") from error
+        raise
 
 
 def _discard(client: MlflowClient, experiment: str, parent: str) -> None:
@@ -203,7 +269,7 @@ def _new_parent(client: MlflowClient, experiment: str, run: Path, recipe: Recipe
     tags = _origin(run, record) | {"commit": record["commit"], "command": record["command"]}
     tags |= {f"version.{package}": version for package, version in record["versions"].items()}
     parent = client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
-    _log_params(client, parent, {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
+    log_params(client, parent, {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
     return parent
 
 
@@ -219,8 +285,8 @@ def _log(
     """Scores, children and files, and last the registered version: where that is, all is."""
     import mlflow
 
-    _log_metrics(client, parent, _scores(evaluation))
-    _log_metrics(client, parent, _costs(run))
+    log_metrics(client, parent, _scores(evaluation))
+    log_metrics(client, parent, _costs(run))
     for bank, state in banks.items():
         _log_bank(client, experiment, parent, bank, state)
     report.weights_figure(run / "category_weights.csv", run / "weights.png")
@@ -234,8 +300,8 @@ def _log(
 def _log_bank(client: MlflowClient, experiment: str, parent: str, bank: Bank, state: BankState) -> None:
     child = client.create_run(experiment, run_name=bank.name, tags={"mlflow.parentRunId": parent}).info.run_id
     folds, seeds = sorted({head.fold for head in bank.members}), sorted({head.seed for head in bank.members})
-    _log_params(client, child, {"backbone": bank.backbone, "folds": folds, "seeds": seeds, "heads": len(bank.members)})
-    _log_metrics(client, child, _curves(bank, state))
+    log_params(client, child, {"backbone": bank.backbone, "folds": folds, "seeds": seeds, "heads": len(bank.members)})
+    log_metrics(client, child, _curves(bank, state))
     client.set_terminated(child, "FINISHED")
 
 
@@ -243,10 +309,10 @@ def _curves(bank: Bank, state: BankState) -> Iterator[Metric]:
     """Per epoch the means over the heads that still train, and each head's validation IG."""
     for entry in state.history:
         for name in EPOCH_METRICS:
-            yield _metric(name, float(np.mean([value for value in entry[name] if value is not None])), entry["epoch"])
+            yield metric(name, float(np.mean([value for value in entry[name] if value is not None])), entry["epoch"])
         for head, ig in zip(bank.members, entry["ig"], strict=True):
             if ig is not None:
-                yield _metric(f"ig/fold{head.fold}-seed{head.seed}", ig, entry["epoch"])
+                yield metric(f"ig/fold{head.fold}-seed{head.seed}", ig, entry["epoch"])
 
 
 def _scores(evaluation: Mapping[str, Any]) -> Iterator[Metric]:
@@ -254,30 +320,30 @@ def _scores(evaluation: Mapping[str, Any]) -> Iterator[Metric]:
     for model, scores in evaluation["models"].items():
         for name, score in scores["overall"].items():
             # MLflow takes no colon on every system: backbone:lite0 is backbone.lite0 here.
-            yield _metric(f"{name}.{model.replace(':', '.')}", score["mean"], 0)
+            yield metric(f"{name}.{model.replace(':', '.')}", score["mean"], 0)
 
 
 def _costs(run: Path) -> Iterator[Metric]:
     """What the steps took, such as cost.heads.seconds."""
     for step, cost in noted(run).items():
-        yield _metric(f"cost.{step}.seconds", cost["seconds"], 0)
-        yield _metric(f"cost.{step}.images_per_second", cost["images"] / cost["seconds"], 0)
-        yield _metric(f"cost.{step}.peak_rss_gib", cost["peak_rss"] / 2**30, 0)
+        yield metric(f"cost.{step}.seconds", cost["seconds"], 0)
+        yield metric(f"cost.{step}.images_per_second", cost["images"] / cost["seconds"], 0)
+        yield metric(f"cost.{step}.peak_rss_gib", cost["peak_rss"] / 2**30, 0)
 
 
-def _metric(name: str, value: float, step: int) -> Metric:
+def metric(name: str, value: float, step: int) -> Metric:
     from mlflow.entities import Metric
 
     return Metric(name, value, int(time.time() * 1000), step)
 
 
-def _log_metrics(client: MlflowClient, run_id: str, metrics: Iterator[Metric]) -> None:
+def log_metrics(client: MlflowClient, run_id: str, metrics: Iterator[Metric]) -> None:
     everything = list(metrics)
     for start in range(0, len(everything), METRICS_PER_CALL):
         client.log_batch(run_id, metrics=everything[start : start + METRICS_PER_CALL])
 
 
-def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
+def log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
     def text(value: Any) -> str:
@@ -390,11 +456,12 @@ def download_model(uri: str) -> Path:
     store = tracking_uri(DEFAULT_ROOT, os.environ.get("MLFLOW_TRACKING_URI"))
     remedy = f"no such model in {store}; set MLFLOW_TRACKING_URI to the right store, or give a run's folder"
     destination = None
-    if store.startswith("sqlite:"):
-        if not _database(store).exists():
-            raise UserError(f"{uri}: {remedy}")
-    else:
-        _answers(store)
+    here = store.startswith("sqlite:")
+    if here and not present(_database(store)):
+        raise UserError(f"{uri}: {remedy}")
+    if not here or _in_s3(store):
+        if not here:
+            _answers(store)
         destination = tempfile.mkdtemp(prefix="acw-model-")
         # Backbones are read when they are first needed, so the files stay for as long as the process.
         atexit.register(shutil.rmtree, destination, ignore_errors=True)

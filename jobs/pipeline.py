@@ -2,6 +2,7 @@
 
     python jobs/pipeline.py demo                                # the embedded displays, on a CPU, in minutes
     python jobs/pipeline.py gaze --dataset FOLDER               # your images and fixations, small backbones
+    python jobs/pipeline.py gaze --dataset FOLDER --tune sigma_lr --samples 32    # searches, trains with the best
     ray job submit --address URL --working-dir . -- python jobs/pipeline.py cat2000 --dataset D --root R
 
 The last line on stdout is the path of the run's evaluation.json.
@@ -9,28 +10,32 @@ The last line on stdout is the path of the run's evaluation.json.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from acw.cli import Job, parse, run
+from tune import HELP, parse_options, tune
+
+from acw.cli import Job, Parser, parse, run
+from acw.recipes import derive
+from acw.storage import fetch, fingerprint, shown
 
 
 def _registered(job: Job) -> bool:
     """Whether this run's model is in the registry that was asked for."""
-    from acw.storage import fingerprint
     from acw.tracking import tracking_uri
 
     # As a hash, since a server's URI may hold a password.
-    store = fingerprint(tracking_uri(job.root, job.tracking_uri))
-    path = job.folder / "registration.json"
+    store = fingerprint(shown(tracking_uri(job.root, job.tracking_uri)))
+    path = fetch(job.folder / "registration.json")
     return path.exists() and json.loads(path.read_text()).get("store") == store
 
 
 def pipeline(job: Job) -> Path:
     """Does all that is not done yet; the path of the run's evaluation.json."""
-    result = job.folder / "evaluation.json"
+    result = fetch(job.folder / "evaluation.json")
     if result.exists() and _registered(job):
         return result
     from aggregate import aggregate
@@ -51,13 +56,21 @@ def pipeline(job: Job) -> Path:
 
 
 def main(argv: Sequence[str]) -> None:
-    job = parse(argv, __doc__.splitlines()[0])
-    print(f"run: {job.folder}", flush=True)
+    own = Parser(add_help=False, allow_abbrev=False)
+    own.add_argument("--tune", dest="space")
+    own.set_defaults(resume=True)  # as everything here goes on where it stopped
+    search, rest = parse_options(own, argv)
+    about = "--tune SPACE      first search a file of tune_spaces/, and train with the best that is found"
+    job = parse(rest, f"{__doc__.splitlines()[0]}\n\n{about}\n{HELP}")
+    if search:
+        overlay = json.loads(fetch(tune(job, search)).read_text())
+        job = dataclasses.replace(job, recipe=derive(job.recipe, overlay["fields"]), overlay=overlay)
+    print(f"run: {shown(job.folder)}", flush=True)
     result = pipeline(job)
     from acw.evaluation import table
 
     print(table(json.loads(result.read_text())))
-    print(result, flush=True)
+    print(shown(result), flush=True)
 
 
 if __name__ == "__main__":

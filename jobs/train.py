@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from acw.cli import Job, parse, run
+from acw.log import stage
 
 
+@stage("training")
 def train(job: Job) -> None:
     """Trains all heads, then, if the recipe says so, each fold's jointly; leaves checkpoints in the run's folder."""
     from acw import aggregation, distributed
@@ -22,6 +24,7 @@ def train(job: Job) -> None:
     recipe, dataset, folder = job.recipe, job.dataset, job.folder
     stores = job.stores()
     record = provenance(recipe) | {"dataset": dataset.summary(), "split_hash": job.split.hash}
+    record |= {"overlay": job.overlay} if job.overlay else {}
     write_json(folder / "recipe.json", record)
     if recipe.heads:
         print(f"heads are those of {recipe.heads}: nothing to train", flush=True)

@@ -3,160 +3,185 @@
     python jobs/tune.py gaze --dataset FOLDER --space sigma_lr --samples 32
     python jobs/tune.py demo --samples 4 --max_epochs 2     # the embedded displays, on a CPU
 
-A trial is a population: `heads_per_worker` configurations are trained in one bank a backbone, in one pass over the
-features, and the worse of them stop early. Fields that a bank cannot mix are drawn once a trial. The objective is the
-validation IG of one fold, averaged over the recipe's backbones; held-out images are never used.
-The last line on stdout is the path of the overlay.
+Optuna proposes populations of configurations. Each is trained in one bank a backbone, in one pass over the features;
+the worse of a population stop early (successive halving), and so do whole populations that are worse than others
+(ASHA). `--heads_per_worker` says how many heads a bank may have: fewer, and the searcher learns more often.
+The objective is the validation IG of some folds, averaged over the recipe's backbones; held-out images are never used.
+The last line on stdout is the path of the overlay; report.html beside it shows the search.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from acw.cli import Job, Parser, parse, run
-from acw.storage import UserError, write_json
+from acw.storage import UserError, fetch, shown
+
+if TYPE_CHECKING:
+    from acw.search import Search, Space
+    from acw.tuning import Work
 
 SPACES = Path(__file__).resolve().parents[1] / "tune_spaces"
-FOLD = 0
-# After these epochs only the best third of a population's configurations goes on (successive halving).
-RUNGS = (3, 9)
-KEPT = 3
+HELP = """--samples N       configurations, besides the recipe's own (default: 16)
+--search-folds 0,1
+                  cross-validation folds whose validation images decide (default: 0)"""
+OWN_HELP = """--space NAME      what to search: a file of tune_spaces/ (default: sigma_lr)
+--resume          go on with a search that was interrupted, or add to one that has ended with fewer samples
+"""
 
 
 @dataclass(frozen=True)
-class Trialled:
-    """A configuration, its validation IG in bits per fixation, and the epochs it was given."""
+class Options:
+    """What a search is asked for, besides the job: see HELP."""
 
-    config: dict[str, Any]
-    ig: float
-    epochs: int
+    space: str
+    samples: int
+    folds: tuple[int, ...]
+    resume: bool
 
 
-def search(job: Job, space: dict[str, Any], samples: int) -> list[Trialled]:
-    """Runs the search; returns all configurations, the best first."""
-    from ray import tune
+def parse_options(parser: Parser, argv: Sequence[str]) -> tuple[Options | None, list[str]]:
+    """The options of a search, if one is asked for, and the arguments that are left; the parser sets space and resume.
 
-    from acw.aggregation import training_set
-    from acw.banks import HYPERPARAMETERS
-    from acw.cluster import allocate
+    Raises UserError for what makes no sense.
+    """
+    parser.add_argument("--samples")
+    parser.add_argument("--search-folds")
+    given, rest = parser.parse_known_args(list(argv))
+    if given.space is None:
+        if given.samples or given.search_folds:
+            raise UserError("--samples and --search-folds say how to search; add --tune SPACE, or leave them out")
+        return None, rest
+    samples, folds = given.samples or "16", (given.search_folds or "0").split(",")
+    if not samples.isdecimal() or int(samples) < 1:
+        raise UserError(f"--samples {samples}: give the number of configurations, 1 or more")
+    if not all(fold.isdecimal() for fold in folds) or len(set(folds)) < len(folds):
+        raise UserError(f"--search-folds {given.search_folds}: give numbers of folds, such as 0,1")
+    return Options(given.space, int(samples), tuple(map(int, folds)), given.resume), rest
+
+
+def tune(job: Job, options: Options) -> Path:
+    """Does all of the search that is not done yet; the path of its overlay."""
+    from mlflow.exceptions import MlflowException
+
+    from acw import search_log, search_page, tracking, tuning
+    from acw.search import load_space
+    from acw.storage import write_json
+
+    space = load_space(SPACES, options.space)
+    found = _search(job, space, options)
+    folder, origin = found.folder, _origin(job, options)
+    uri = tracking.tracking_uri(job.root, job.tracking_uri)
+    if found.waiting or found.missing:
+        if found.proposed and not options.resume:
+            raise UserError(
+                f"{shown(folder)}: an earlier search has {len(found.trialled)} of these configurations; add --resume "
+                "to go on with it, or delete the folder"
+            )
+
+        def ended() -> None:
+            # A tracking server may be away for a while: at the end all is logged that is not there.
+            try:
+                search_log.log(uri, found, job.recipe, origin, ended=False)
+            except (MlflowException, UserError) as error:
+                print(f"not in MLflow yet: {str(error).partition(chr(10))[0]}", flush=True)
+
+        # One that does not answer at all is better known now than after the search.
+        tracking.connect(uri)
+        tuning.search(_work(job, space, options, folder), found, ended)
+    if not _logged(found, uri):
+        write_json(folder / "overlay.json", tuning.overlay(found, origin))
+        write_json(folder / "search.json", found.summary() | _record(job, options))
+        search_page.write(folder)
+        search_log.log(uri, found, job.recipe, origin, ended=True)
+        # Last: it says that all is done.
+        write_json(folder / "logged.json", _log_entry(found, uri))
+    print(tuning.table(found.trialled))
+    return folder / "overlay.json"
+
+
+def _search(job: Job, space: Space, options: Options) -> Search:
+    """The search that the arguments name, with what earlier attempts have left of it."""
+    from acw.search import Search
+    from acw.storage import fingerprint
 
     recipe = job.recipe
-    own = {name: domain for name, domain in space.items() if name in HYPERPARAMETERS}
-    common = {name: domain for name, domain in space.items() if name not in own}
-    # Without a field that a bank can mix, a trial is one configuration.
-    population = min(samples, recipe.heads_per_worker) if own else 1
-    trials = math.ceil(samples / population)
-    allocation = allocate(trials, recipe.workers, recipe.accelerator)
-    shared = (recipe, training_set(job.dataset, job.split, recipe), job.stores())
-    tuner = tune.Tuner(
-        tune.with_resources(
-            tune.with_parameters(trial, shared=shared, threads=allocation.cpus),
-            {"cpu": allocation.cpus, "gpu": allocation.gpus},
-        ),
-        param_space={"common": common, "own": {str(number): dict(own) for number in range(population)}},
-        tune_config=tune.TuneConfig(
-            metric="ig",
-            mode="max",
-            num_samples=trials,
-            max_concurrent_trials=allocation.workers,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(storage_path=str(job.folder / "tune"), verbose=1),
-    )
-    results = tuner.fit()
-    if results.num_errors:
-        raise results.errors[0]
-    found = []
-    for result in (results[k] for k in range(len(results))):
-        metrics, config = result.metrics or {}, result.config or {}
-        for number, (ig, epochs) in enumerate(zip(metrics["igs"], metrics["epochs"], strict=True)):
-            found.append(Trialled(config["common"] | config["own"][str(number)], ig, epochs))
-    return sorted(found, key=lambda one: -one.ig)
+    if recipe.heads:
+        raise UserError(f"--heads {recipe.heads}: those are trained already; leave them out to search")
+    if outside := [fold for fold in options.folds if not 0 <= fold < recipe.folds]:
+        raise UserError(f"--search-folds {outside[0]}: the recipe has folds 0 to {recipe.folds - 1}")
+    identity = fingerprint([recipe.fingerprint, job.dataset.fingerprint, space.identity, options.folds])
+    folder = job.root / "tune" / f"{space.name}-{recipe.name}-{job.dataset.name}-{identity}"
+    size = max(recipe.heads_per_worker // len(options.folds), 1)
+    return Search(folder, space, size, options.samples, recipe.seed)
 
 
-def trial(config: dict[str, Any], shared: Any, threads: int) -> None:
-    """One population: a bank per backbone on one fold, an epoch of all at a time."""
-    import tempfile
+def _work(job: Job, space: Space, options: Options, folder: Path) -> Work:
+    """What all trials share; extracts the features that the space's recipes need."""
+    from acw.aggregation import training_set
+    from acw.cluster import connect
+    from acw.extraction import extract
+    from acw.tuning import Work
 
-    import ray
-    import torch
-    from ray import tune
-
-    from acw.banks import Bank, Head
-    from acw.recipes import derive
-    from acw.training import train_epochs
-
-    recipe, training_set, stores = shared
-    recipe = derive(recipe, config["common"])
-    members = tuple(Head.of(derive(recipe, own), FOLD, 0) for own in config["own"].values())
-    torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-    best = torch.full((len(stores), len(members)), -math.inf, dtype=torch.float64)
-    epochs = [0] * len(members)
-    with tempfile.TemporaryDirectory() as folder:
-        waiting = [
-            train_epochs(recipe, Bank(name, members), training_set, store, Path(folder), device)
-            for name, store in stores.items()
-        ]
-        states: list[Any] = [None] * len(waiting)
-        for epoch in range(1, recipe.max_epochs + 1):
-            # A head that has stopped keeps its best; the trial goes on while any trains.
-            advanced = [(row, state) for row, bank in enumerate(waiting) if (state := next(bank, None)) is not None]
-            if not advanced:
-                break
-            for row, state in advanced:
-                states[row], best[row] = state, state.best_ig
-                for head, ig in enumerate(state.history[-1]["ig"]):
-                    epochs[head] = epoch if ig is not None else epochs[head]
-            mean = best.mean(0)
-            tune.report({"ig": float(mean.max()), "igs": mean.tolist(), "epochs": epochs})
-            if epoch in RUNGS:
-                alive = [head for head in range(len(members)) if epochs[head] == epoch]
-                alive.sort(key=lambda head: -float(mean[head]))
-                for state in states:
-                    state.learning_rate[alive[math.ceil(len(alive) / KEPT) :]] = 0
+    connect()
+    recipe, dataset = job.recipe, job.dataset
+    stores = {}
+    for one in space.recipes(recipe):
+        backbones = tuple(one.backbone_values)
+        if backbones not in stores:
+            stimuli = dataset.stimuli, dataset.stimuli_fingerprint
+            how = recipe.workers, recipe.accelerator, recipe.gpus_per_worker
+            stores[backbones], _ = extract(job.root, backbones, *stimuli, *how)
+    return Work(recipe, options.folds, dataset, job.split, training_set(dataset, job.split, recipe), stores, folder)
 
 
-def _space(name: str) -> dict[str, Any]:
-    path = SPACES / f"{name}.py"
-    if not path.exists():
-        known = sorted(file.stem for file in SPACES.glob("*.py"))
-        raise UserError(f"no search space '{name}'; spaces are {', '.join(known)}")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.SPACE
+def _origin(job: Job, options: Options) -> dict[str, Any]:
+    """Where a search's result comes from, for its overlay and MLflow."""
+    from acw.provenance import commit
+
+    return {
+        "recipe": job.recipe.name,
+        "backbones": list(job.recipe.backbones),
+        "folds": list(options.folds),
+        "dataset": job.dataset.fingerprint,
+        "split": job.split.hash,
+        "commit": commit(),
+    }
+
+
+def _record(job: Job, options: Options) -> dict[str, Any]:
+    """What the search was made with, as a run's recipe.json has it."""
+    from acw.provenance import provenance
+
+    record = provenance(job.recipe) | {"dataset": job.dataset.summary(), "split_hash": job.split.hash}
+    return {"folds": list(options.folds), "provenance": record}
+
+
+def _log_entry(found: Search, uri: str) -> dict[str, Any]:
+    from acw.storage import fingerprint
+
+    # The store as a hash, since a server's URI may hold a password.
+    return {"store": fingerprint(shown(uri)), "configurations": len(found.trialled)}
+
+
+def _logged(found: Search, uri: str) -> bool:
+    """Whether all that is found is written and in the MLflow store that was asked for."""
+    path = fetch(found.folder / "logged.json")
+    return path.exists() and json.loads(path.read_text()) == _log_entry(found, uri)
 
 
 def main(argv: Sequence[str]) -> None:
     own = Parser(add_help=False, allow_abbrev=False)
     own.add_argument("--space", default="sigma_lr")
-    own.add_argument("--samples", type=int, default=8)
-    options, rest = own.parse_known_args(list(argv))
-    if options.samples < 1:
-        raise UserError(f"--samples {options.samples}: give the number of configurations, 1 or more")
-    job = parse(rest, __doc__.splitlines()[0] + "\n\n--space NAME (default sigma_lr), --samples N (default 8)")
-    space = _space(options.space)
-    from extract import extract
-
-    from acw.cluster import connect
-
-    connect()
-    extract(job)
-    found = search(job, space, options.samples)
-    print(f"{'IG':>8}  {'epochs':>6}  configuration; IG in bit on the validation images of fold {FOLD}")
-    for one in found:
-        print(f"{one.ig:8.4f}  {one.epochs:6}  {one.config}")
-    path = job.folder / f"overlay-{options.space}.json"
-    write_json(path, found[0].config)
-    print(path, flush=True)
+    own.add_argument("--resume", action="store_true")
+    options, rest = parse_options(own, argv)
+    assert options is not None
+    job = parse(rest, f"{__doc__.splitlines()[0]}\n\n{OWN_HELP}{HELP}")
+    print(shown(tune(job, options)), flush=True)
 
 
 if __name__ == "__main__":

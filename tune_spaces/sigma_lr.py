@@ -2,7 +2,8 @@
 
 python jobs/tune.py gaze --dataset FOLDER --space sigma_lr --samples 32
 
-Cost: a head per configuration and backbone on one fold, many in one bank; two thirds stop after 3 epochs.
+Cost: all three are fields that a bank mixes, so a population of 15 is one pass over the features an epoch; two thirds
+of it stop after 3 epochs.
 """
 
 from __future__ import annotations

@@ -1,0 +1,284 @@
+"""Runs a search on Ray Tune: a population is a trial, its proposals come from Optuna, ASHA ends the weaker ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from acw.aggregation import finalizer_bias
+from acw.backbones import Backbone
+from acw.batches import TrainingSet
+from acw.cluster import Allocation, allocate
+from acw.data import Dataset, Split
+from acw.features import FeatureStore
+from acw.population import KEPT, RUNGS, Outcome, Population, train_population
+from acw.recipes import Recipe, derive
+from acw.search import Search, Trialled
+from acw.storage import UserError, ray_storage
+
+# A trial whose node is lost starts again from its checkpoints, and loses an epoch at most.
+MAX_FAILURES = 10
+PROGRESS_SECONDS = 5.0
+# In the table after each population.
+SHOWN = 8
+# The IG of a population of which none has any, bits: worse than all.
+ASTRAY = -100.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every trial gets. stores: the features by the backbones of a recipe, for all recipes of the space."""
+
+    recipe: Recipe
+    folds: tuple[int, ...]
+    dataset: Dataset
+    split: Split
+    training_set: TrainingSet
+    stores: dict[tuple[Backbone, ...], dict[str, FeatureStore]]
+    folder: Path
+
+
+def search(work: Work, found: Search, ended: Callable[[], None]) -> None:
+    """Trains all populations that are missing; `ended` is called after each of them.
+
+    Raises UserError for what a user can mend, and a trial's own error after too many lost workers.
+    """
+    waiting = len(found.waiting) + len(found.missing)
+    if not waiting:
+        return
+    from ray import tune
+
+    recipe = work.recipe
+    allocation = allocate(waiting, recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
+    board = Board(found, recipe, allocation)
+    proposals = _proposals(found, board, ended)
+    # Our own files hold all that is to be kept.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    tuner = tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(_trial, work=work, threads=allocation.cpus),
+            {"cpu": allocation.cpus, "gpu": allocation.gpus},
+        ),
+        tune_config=tune.TuneConfig(
+            search_alg=proposals,
+            scheduler=_scheduler(recipe, found),
+            num_samples=waiting,
+            max_concurrent_trials=allocation.workers,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            # Named anew each time: what an earlier attempt left there is of no use, and has pickles.
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            **ray_storage(work.folder),
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            verbose=0,
+        ),
+    )
+    results = tuner.fit()
+    if proposals.complaint:
+        raise UserError(proposals.complaint)
+    if results.num_errors:
+        raise results.errors[0]
+
+
+def _trial(config: dict[str, Any], work: Work, threads: int) -> None:
+    """What a trial does: trains one population, reports all of its configurations after each epoch."""
+    import ray
+    from ray import tune
+
+    population = Population(**config["population"])
+    recipe = derive(work.recipe, population.common)
+    biases = [
+        finalizer_bias(recipe, work.dataset, work.split.training(fold), work.training_set.baseline[fold])
+        for fold in range(recipe.folds)
+    ]
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+    try:
+        for outcomes in train_population(
+            work.recipe,
+            population,
+            work.folds,
+            dataclasses.replace(work.training_set, finalizer_bias=biases),
+            work.stores[tuple(recipe.backbone_values)],
+            work.folder / "populations" / f"{population.number:03d}",
+            device,
+        ):
+            tune.report(_report(outcomes))
+    except UserError as error:
+        # Raised, it would be tried again with the same end, as if a node had been lost.
+        tune.report({"ig": ASTRAY, "epoch": 0, "complaint": str(error)})
+
+
+def _report(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    return {
+        "ig": max((one.ig for one in outcomes if one.ig is not None), default=ASTRAY),
+        "epoch": max(one.epochs for one in outcomes),
+        "outcomes": [dataclasses.asdict(one) for one in outcomes],
+    }
+
+
+def _proposals(found: Search, board: Board, ended: Callable[[], None]) -> Any:
+    """Tune's view of the search: suggests its populations, interrupted ones first, and tells it their ends."""
+    from ray.tune.search import Searcher
+
+    class Proposals(Searcher):
+        def __init__(self) -> None:
+            super().__init__(metric="ig", mode="max")
+            self.complaint = ""
+            self._interrupted = found.waiting
+            self._population: dict[str, Population] = {}
+
+        def suggest(self, trial_id: str) -> Any:
+            if self.complaint:
+                return Searcher.FINISHED
+            population = self._interrupted.pop(0) if self._interrupted else found.propose()
+            self._population[trial_id] = population
+            return {"population": dataclasses.asdict(population)}
+
+        def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+            self.complaint = self.complaint or result.get("complaint", "")
+            if "outcomes" in result:
+                board.epoch(self._population[trial_id], result["epoch"])
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            if error or not result or "outcomes" not in result:
+                return
+            population = self._population[trial_id]
+            found.finish(population, [Outcome(**one) for one in result["outcomes"]])
+            board.finished(population)
+            ended()
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing: all is in the search's folder, and read from there by the next attempt."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            raise AssertionError("Tune's own checkpoints are not used")
+
+    return Proposals()
+
+
+def _scheduler(recipe: Recipe, found: Search) -> Any:
+    """ASHA over populations by their best configuration, which knows of those that earlier attempts finished."""
+    from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+    class Halving(ASHAScheduler):
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            action = super().on_trial_result(tune_controller, trial, result)
+            # The recipe's own configuration is trained to its end: others are measured by it.
+            own = trial.config["population"]["first"] == 0 and result["epoch"] < recipe.max_epochs
+            return TrialScheduler.CONTINUE if own else action
+
+    grace = min(RUNGS[0], recipe.max_epochs)
+    scheduler = Halving("epoch", "ig", "max", max_t=recipe.max_epochs, grace_period=grace, reduction_factor=KEPT)
+    controller: Any = None  # which ASHA does not ask for anything
+    for number, outcomes in found.finished.items():
+        population = dataclasses.asdict(found.proposed[number])
+        trial: Any = SimpleNamespace(trial_id=f"earlier-{number}", config={"population": population})
+        scheduler.on_trial_add(controller, trial)
+        for epoch, ig in enumerate(best_so_far(outcomes), 1):
+            scheduler.on_trial_result(controller, trial, {"epoch": epoch, "ig": ig})
+    return scheduler
+
+
+def best_so_far(outcomes: Sequence[Outcome]) -> list[float]:
+    """The best IG of any of the configurations after each epoch, bits."""
+    means = [[sum(values) / len(values) for values in zip(*one.curves.values(), strict=True)] for one in outcomes]
+    best: list[float] = []
+    for epoch in range(max(map(len, means), default=0)):
+        best.append(max([mean[epoch] for mean in means if len(mean) > epoch] + best[-1:]))
+    return best
+
+
+class Board:
+    """Says how far a search is: a line while populations train, a table of the best configurations after each."""
+
+    def __init__(self, found: Search, recipe: Recipe, allocation: Allocation) -> None:
+        self.found, self.recipe, self.allocation = found, recipe, allocation
+        self._start = self._shown = time.monotonic()
+        self._epochs: dict[int, int] = {}
+        self._first: dict[int, int] = {}
+        print(
+            f"searching {found.space.name}: {found.samples} configurations, up to {found.size} in a bank, "
+            f"on {allocation}",
+            flush=True,
+        )
+
+    def epoch(self, population: Population, epoch: int) -> None:
+        self._first.setdefault(population.number, epoch - 1)
+        self._epochs[population.number] = epoch
+        if time.monotonic() - self._shown > PROGRESS_SECONDS:
+            self._shown = time.monotonic()
+            print(self.line(), flush=True)
+
+    def finished(self, population: Population) -> None:
+        self._epochs.pop(population.number, None)
+        self._shown = time.monotonic()
+        print(self.line(), flush=True)
+        print(table(self.found.trialled[:SHOWN]), flush=True)
+
+    def line(self) -> str:
+        """Configurations done, which populations train, the best so far, time left."""
+        trialled = self.found.trialled
+        done = sum(1 for one in trialled if one.number)
+        training = ", ".join(
+            f"{len(self.found.proposed[number].own)} in epoch {epoch}" for number, epoch in sorted(self._epochs.items())
+        )
+        best = f", best {trialled[0].ig:.4f} bit" if trialled else ""
+        return (
+            f"search: {done}/{self.found.samples} configurations done{best}"
+            f"{f'; training {training} of at most {self.recipe.max_epochs}' if training else ''}; "
+            f"at most {self.minutes_left():.1f} min left"
+        )
+
+    def minutes_left(self) -> float:
+        """As if every population that is left were trained for all of the recipe's epochs."""
+        done = {number: len(best_so_far(outcomes)) for number, outcomes in self.found.finished.items()} | self._epochs
+        epochs = sum(done[number] - first for number, first in self._first.items())
+        populations = len(self.found.waiting) + len(self.found.missing)
+        left = populations * self.recipe.max_epochs - sum(self._epochs.values())
+        return (time.monotonic() - self._start) / max(epochs, 1) * left / 60
+
+
+def table(trialled: Sequence[Trialled]) -> str:
+    """Configurations, the best first, for people; IG in bits, and the gain over the recipe itself if that is there."""
+    own = next((one.ig for one in trialled if one.number == 0), None)
+    fields = sorted({name for one in trialled for name in one.fields})
+    rows = [["", "IG", "gain", "epochs", "state", *fields]]
+    for one in trialled:
+        gain = f"{one.ig - own:+.4f}" if own is not None and one.number else ""
+        values = [written(one.fields[name]) if one.fields else "" for name in fields]
+        name = str(one.number) if one.number else "recipe"
+        rows.append([name, f"{one.ig:.4f}", gain, str(one.outcome.epochs), one.outcome.state, *values])
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def written(value: Any) -> str:
+    """A field's value as a person reads it."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
+
+
+def overlay(found: Search, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `pipeline.py --overlay` takes: the best configuration's fields, and where they come from; for JSON.
+
+    facts: of the search, besides its configurations. Where nothing was better than the recipe itself, no field changes.
+    """
+    best = found.trialled[0]
+    baseline = next(one for one in found.trialled if one.number == 0)
+    origin = {
+        "space": found.space.name,
+        "configurations": len(found.trialled) - 1,
+        "validation_IG": best.ig,
+        "validation_IG_of_the_recipe": baseline.ig,
+        "epochs": best.outcome.epochs,
+    }
+    return {"fields": best.fields, "search": origin | dict(facts)}
