@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acw import log
 from acw.backbones import Backbone, FrozenBackbone, load_backbone
 from acw.cluster import GPUS_TO_START, wants_gpus
 from acw.data import Stimulus
@@ -146,6 +147,8 @@ def _extract_shards(
             shown = time.monotonic()
             rate, left = images / (shown - start), (total - done) * (shown - start) / done / 60
             print(f"features: {done}/{total} shards, now {name}, {rate:.1f} images/s, {left:.1f} min left", flush=True)
+            figures = {"done": done, "total": total, "images_per_second": rate, "minutes_left": left}
+            log.event("features", backbone=name, **figures)
     return images, peak
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from acw import log
 from acw.cli import Job, parse, run
 from acw.storage import csv_text
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 EXAMPLES = 4  # categories in the picture
 
 
+@log.stage("aggregation")
 def aggregate(job: Job) -> None:
     """Leaves the model, its weights and its scores in the run's folder and in MLflow."""
     from acw import aggregation, report, tracking
@@ -74,6 +76,7 @@ def aggregate(job: Job) -> None:
     curves |= report.joint_curves([system.history for system in systems])
     _report(job, Predictions(dataset, model, stores, gold), curves)
     uri = tracking.tracking_uri(job.root, job.tracking_uri)
+    log.event("registering")
     registration = tracking.log_run(uri, folder, recipe, banks, evaluation)
     print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
     # Last: it says that the run is finished.

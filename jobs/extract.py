@@ -10,8 +10,10 @@ import json
 from collections.abc import Sequence
 
 from acw.cli import Job, parse, run
+from acw.log import stage
 
 
+@stage("features")
 def extract(job: Job) -> None:
     """Fills the feature stores and notes in the run's folder which they are, and what that cost."""
     from acw import extraction
