@@ -79,7 +79,8 @@ def new_board() -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
+    board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board)
+    return board.options(scheduling_strategy=here).remote()
 
 
 def complete(
@@ -99,7 +100,9 @@ def complete(
     program's comes as Ray Train's.
     """
     import ray
+    from ray.exceptions import RayActorError
     from ray.train import TrainingFailedError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PLACES_SECONDS))
     failures, divisor, news = 0, 1, News(board, "training")
@@ -113,12 +116,12 @@ def complete(
             with _Watch(board, news, allocation, workers, left):
                 _trainer(loop, config(tasks), allocation, workers, folder).fit()
             divisor = 1
-        except TrainingFailedError as error:
+        except (TrainingFailedError, RayActorError) as error:
             failures = 1 if epochs() > before else failures + 1
             if failures > MAX_FAILURES:
                 raise _given_up(error) from error
             # No place for all of them: others may work on this cluster too.
-            unplaced = not hasattr(error, "worker_failures")
+            unplaced = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
             divisor = 2 * divisor if unplaced else 1
             what = f"no room for {workers} workers" if unplaced else "a worker was lost"
             print(f"training: {what}; goes on from the checkpoints", flush=True)
@@ -193,7 +196,10 @@ class _Watch:
             self.news.show()
             if not asked and time.monotonic() - looked > RECRUITING_SECONDS:
                 looked = time.monotonic()
-                missing = min(self.allocation.workers, len(self.left())) - self.workers
+                try:
+                    missing = min(self.allocation.workers, len(self.left())) - self.workers
+                except UserError:
+                    continue  # the checkpoints cannot be had just now; whoever needs them says so
                 if missing > 0 and demand.renew(missing) and (here := room(self.allocation)) > self.workers:
                     print(f"training: room for {here} workers instead of {self.workers}: regroups", flush=True)
                     self.board.regroup.remote(True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from three_nodes import wait_for
 
 from acw import cluster
-from acw.cluster import GPUS_TO_START, Allocation, allocate, room
+from acw.cluster import GPUS_TO_START, Allocation, Demand, allocate, room, wait_for_room
 from acw.storage import UserError
 
 
@@ -86,3 +87,23 @@ def test_demanded_gpus_are_started_on_a_cluster_and_refused_on_a_laptop(
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(UserError, match="no GPU on this machine"):
         allocate(60, 0, "gpu")
+
+
+def test_room_that_never_comes_is_told_in_one_line(
+    ray_local: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "PATIENCE_SECONDS", 1.5)
+    with pytest.raises(UserError, match=r"no node with 3 CPU came within .* give --accelerator cpu"):
+        wait_for_room(Allocation(1, 3, 0))
+    assert "waiting for the cluster to start a node with 3 CPU (0 min)" in capsys.readouterr().out
+    assert wait_for_room(Allocation(8, 1, 0)) == 2
+
+
+def test_a_demand_says_when_there_was_room(ray_local: None) -> None:
+    too_large, small = Demand(Allocation(1, 3, 0)), Demand(Allocation(1, 1, 0))
+    assert not small.renew(1)
+    assert not too_large.renew(1)
+    wait_for(lambda: small.renew(1), "for the place of a worker")
+    assert not too_large.renew(1)
+    small.end()
+    too_large.end()

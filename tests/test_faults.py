@@ -1,25 +1,29 @@
-"""kill -9 in the midst of a job, then the same command again: the result is that of an uninterrupted run."""
+"""kill -9 in the midst of a job, then the same command again: the result is that of an uninterrupted run.
+
+What befalls a cluster of several nodes is in test_cluster_faults.py.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from job_runs import EPOCHS, Run, assert_same_heads, command, displays, elsewhere, finished, histories, succeed
+from three_nodes import PATIENCE, fill, processes, running, small_disk, wait_for
+from tiny_training import BANK
+from tiny_training import RECIPE as TINY
 
+from acw.banks import BankState
 from acw.features import intact
+from acw.storage import UserError, write_atomic
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes to kill in /proc")
-
-PATIENCE = 120.0  # seconds until a job has come so far, or until its processes have gone
 
 
 @pytest.fixture(scope="module")
@@ -37,53 +41,21 @@ def features_of(done: Run, root: Path) -> Path:
     return folder
 
 
-def processes(driver: int) -> dict[int, str]:
-    """What still runs of all that a driver has started, as id -> command line; it leads their session."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            if int(session) == driver and state != "Z":
-                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-    return found
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, f"waited in vain: {what}"
-        time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def started(script: str, arguments: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A job in a session of its own, of which nothing is left afterwards."""
-    with log.open("wb") as out:
-        job = subprocess.Popen(command(script, *arguments), stdout=out, stderr=out, start_new_session=True)
-    try:
-        yield job
-    finally:
-        for pid in processes(job.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        job.wait()
-
-
 def kill_driver(script: str, arguments: Sequence[str], log: Path, when: Callable[[], bool]) -> None:
     """Starts a job and kills its driver as soon as a condition holds; its other processes have to end by themselves."""
-    with started(script, arguments, log) as job:
+    with running(command(script, *arguments), log) as job:
         wait_for(lambda: when() or job.poll() is not None, "for the moment to kill the driver")
         assert job.poll() is None, log.read_text()
         job.kill()
         job.wait()
-        # Ray's two idle agents go a minute after their raylet; `started` ends them by their pids.
+        # Ray's two idle agents go a minute after their raylet; `running` ends them by their pids.
         agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
         wait_for(lambda: all(line.startswith(agents) for line in processes(job.pid).values()), "for Ray to end")
 
 
 def kill_worker(script: str, arguments: Sequence[str], log: Path, name: str, when: Callable[[], bool]) -> None:
     """Starts a job, kills one of its Ray workers as soon as a condition holds, and expects the job to succeed."""
-    with started(script, arguments, log) as job:
+    with running(command(script, *arguments), log) as job:
         wait_for(lambda: when() or job.poll() is not None, "for the moment to kill a worker")
         victims = [pid for pid, line in processes(job.pid).items() if name in line]
         assert victims, f"no {name} among {processes(job.pid)}: {log.read_text()}"
@@ -135,6 +107,21 @@ def test_worker_killed_in_training(done: Run, tmp_path: Path) -> None:
     kill_worker("train", elsewhere(done.arguments, root), tmp_path / "log", "RayTrainWorker", second_trains)
     assert_kept(before, folder)
     assert_same_heads(folder, done.job.folder)
+
+
+def test_checkpoint_on_a_full_disk(tmp_path: Path) -> None:
+    """The one before stays, nothing half-written does, and safetensors' and torch's own errors are told in one line."""
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        path, state = disk / "bank.safetensors", BankState.new(TINY, BANK, 12)
+        state.save(path)
+        ballast = fill(disk)
+        state.history.append({"epoch": 0})
+        with pytest.raises(UserError, match=r"bank\.safetensors: cannot be written \(No space left.*free the disk"):
+            state.save(path)
+        with pytest.raises(UserError, match=r"model\.pth: cannot be written \(No space left"):
+            write_atomic(disk / "model.pth", lambda temporary: torch.save(state.parameters, temporary))
+        assert {file.name for file in disk.iterdir()} == {path.name, ballast.name}
+        assert BankState.load(path).history == []
 
 
 # --- Extraction and aggregation ----------------------------------------------------------------------------------

@@ -1,9 +1,14 @@
-"""A small training set with the features of a stub network, for tests of what trains on them."""
+"""A small training set with the features of a stub network, for tests of what trains on them.
+
+As a script it is a job that trains a recipe's 60 heads on it, on the cluster that RAY_ADDRESS names:
+`tiny_training.py FOLDER [field=value ...]`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -13,13 +18,15 @@ import torch.nn.functional as F
 
 from acw import extraction, features, finalizer
 from acw.backbones import Backbone, FrozenBackbone
-from acw.banks import Bank, Head
+from acw.banks import Bank, Head, plan_banks
 from acw.batches import TrainingSet
 from acw.center_bias import GRID, CenterBias
+from acw.cli import run
 from acw.data import Stimulus
-from acw.features import FeatureStore
+from acw.features import FeatureStore, shard_path
 from acw.pace import Pace
-from acw.recipes import Recipe
+from acw.recipes import Recipe, derive
+from acw.training import train_epochs
 
 CPU = torch.device("cpu")
 RECIPE = dataclasses.replace(
@@ -62,9 +69,11 @@ def stimuli() -> list[Stimulus]:
 
 
 def make_store(folder: Path) -> FeatureStore:
+    """The store, which is filled unless it is full."""
     network, images = cast(FrozenBackbone, StubNetwork()), stimuli()
     shards = range(-(-IMAGES // features.SHARD_IMAGES))
-    extraction.write_shards(network, BACKBONE, images, shards, folder, Pace(CPU))
+    if not shard_path(folder, shards[-1]).exists():
+        extraction.write_shards(network, BACKBONE, images, shards, folder, Pace(CPU))
     readouts = tuple(BACKBONE.readout_size(image.size) for image in images)
     return FeatureStore(folder, IMAGES, (6, 6), (((10, 14), (3, 5)),) * IMAGES, readouts)
 
@@ -91,3 +100,34 @@ def make_training_set() -> TrainingSet:
     sizes = [stimulus.size for stimulus in stimuli()]
     columns = np.concatenate(image), np.concatenate(x), np.concatenate(y)
     return TrainingSet(sizes, fold, *columns, biases[: RECIPE.folds], biases[RECIPE.folds :])
+
+
+def stores_of(recipe: Recipe, folder: Path) -> dict[str, FeatureStore]:
+    """The same features under the name of every backbone."""
+    return dict.fromkeys(recipe.backbones, make_store(folder / "features"))
+
+
+def train_alone(recipe: Recipe, folder: Path) -> None:
+    """Trains all banks of a recipe in this process, one after the other, with one thread: what a cluster must equal."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    stores = stores_of(recipe, folder)
+    for bank in plan_banks(recipe):
+        for _ in train_epochs(recipe, bank, make_training_set(), stores[bank.backbone], folder, CPU):
+            pass
+    torch.set_num_threads(threads)
+
+
+def main(argv: Sequence[str]) -> None:
+    from acw.cluster import connect
+    from acw.distributed import train
+
+    folder = Path(argv[0])
+    recipe = derive(RECIPE, dict(word.split("=") for word in argv[1:]))
+    connect()
+    train(recipe, make_training_set(), stores_of(recipe, folder), folder)
+    print("trained", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
