@@ -22,7 +22,7 @@ from torch import Tensor
 
 from acw import log
 from acw.backbones import Backbone, FrozenBackbone, load_backbone
-from acw.cluster import GPUS_TO_START, wants_gpus
+from acw.cluster import allocate
 from acw.data import Stimulus
 from acw.features import (
     SHARD_IMAGES,
@@ -39,11 +39,12 @@ from acw.features import (
 )
 from acw.pace import Begun, Pace, Variant
 from acw.resources import Cost, peak_rss
-from acw.storage import UserError, write_json
+from acw.storage import UserError, fetch, remove, write_json
 
 # The most that a task writes: between two tasks a GPU waits for the last shard of the first to be written.
 SHARDS_PER_TASK = {"CPU": 4, "GPU": 32}
 PROGRESS_SECONDS = 5.0
+CHECKS_AT_ONCE = 16
 
 
 def extract(
@@ -53,12 +54,14 @@ def extract(
     stimuli_fingerprint: str,
     workers: int = 0,
     accelerator: str = "auto",
+    gpus_per_worker: float = 1.0,
 ) -> tuple[dict[str, FeatureStore], Cost]:
-    """Fills the backbones' stores by tasks on the Ray cluster, on GPUs where `cluster.wants_gpus`.
+    """Fills the backbones' stores by tasks on the Ray cluster, on GPUs or parts of them where `cluster.wants_gpus`.
 
-    Shards that are there and intact are kept. One whose size and time of change are as noted is not read for that:
-    files are replaced whole and flushed before they are noted, so that only a disk that returns other bytes than it was
-    given could deceive, and that is for file systems to detect. Any other shard is read, by the tasks.
+    Shards that are there and intact are kept. One whose version is as noted (size and time of change, or the object's
+    ETag) is not read for that: files are replaced whole and flushed before they are noted, so that only a disk that
+    returns other bytes than it was given could deceive, and that is for file systems to detect. Any other shard is
+    read, by the tasks.
     Returns the stores by the backbones' names, and what it cost. Raises UserError for weights that cannot be had, an
     image that cannot be decoded, or a root that cannot be written.
     """
@@ -66,18 +69,24 @@ def extract(
     hashes = {backbone.name: load_backbone(backbone).weights_sha256 for backbone in backbones}
     folders = {b.name: store_folder(root, b, stimuli_fingerprint, hashes[b.name]) for b in backbones}
     shards = range(-(-len(stimuli) // SHARD_IMAGES))
-    doubtful = {b: [shard for shard in shards if not untouched(folders[b.name], shard)] for b in backbones}
+    doubtful = {b: _doubtful(folders[b.name], shards) for b in backbones}
     images, peak = 0, 0
     if any(doubtful.values()):
-        images, peak = _extract_shards(doubtful, stimuli, folders, hashes, workers, wants_gpus(accelerator))
+        images, peak = _extract_shards(doubtful, stimuli, folders, hashes, workers, accelerator, gpus_per_worker)
         open_shard.cache_clear()
     stores = {}
     for backbone in backbones:
         manifest = folders[backbone.name] / "manifest.json"
-        if not manifest.exists():
+        if not fetch(manifest).exists():
             write_json(manifest, _manifest(manifest.parent, backbone, stimuli, hashes[backbone.name]))
         stores[backbone.name] = open_store(manifest.parent)
     return stores, Cost(time.monotonic() - start, images, max(peak, peak_rss()))
+
+
+def _doubtful(folder: Path, shards: Sequence[int]) -> list[int]:
+    # Where they are in S3, that takes requests.
+    with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
+        return [s for s, good in zip(shards, pool.map(lambda s: untouched(folder, s), shards), strict=True) if not good]
 
 
 def _manifest(folder: Path, backbone: Backbone, stimuli: Sequence[Stimulus], weights_sha256: str) -> dict[str, Any]:
@@ -104,7 +113,8 @@ def _extract_shards(
     folders: dict[str, Path],
     hashes: dict[str, str],
     workers: int,
-    gpu: bool,
+    accelerator: str,
+    gpus_per_worker: float,
 ) -> tuple[int, int]:
     """Has Ray tasks check shards and write those that are missing, backbone by backbone; prints how far they are.
 
@@ -113,25 +123,26 @@ def _extract_shards(
     """
     import ray
 
-    @ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=3, max_calls=0)
+    total = sum(map(len, doubtful.values()))
+    allocation = allocate(total, workers, accelerator, gpus_per_worker)
+    gpus = allocation.gpus
+
+    @ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3, max_calls=0)
     def write(stimuli: Sequence[Stimulus], backbone: Backbone, shards: Sequence[int]) -> tuple[str, int, int, int]:
         torch.set_num_threads(1)
         missing = [shard for shard in shards if not verify(folders[backbone.name], shard)]
         if missing:
             # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
-            cuda = gpu and torch.cuda.is_available()
+            cuda = gpus > 0 and torch.cuda.is_available()
             model, pace = _loaded_backbone(backbone, "cuda" if cuda else "cpu")
             if model.weights_sha256 != hashes[backbone.name]:
                 raise UserError(f"{backbone.name}: the weights on this node differ from those on the head node")
-            decoders = _cores_per_gpu() if cuda else 1
+            decoders = max(1, int(gpus * _cores_per_gpu())) if cuda else 1
             write_shards(model, backbone, stimuli, missing, folders[backbone.name], pace, decoders)
         return backbone.name, len(shards), sum(len(_indices(stimuli, shard)) for shard in missing), peak_rss()
 
-    total = sum(map(len, doubtful.values()))
-    device = "GPU" if gpu else "CPU"
-    slots = workers or int(ray.cluster_resources().get(device, 0)) or GPUS_TO_START
     # Smaller tasks towards the end would be better still, but two a worker waste little.
-    size = min(SHARDS_PER_TASK[device], -(-total // (2 * slots)))
+    size = min(SHARDS_PER_TASK["GPU" if gpus else "CPU"], -(-total // (2 * allocation.workers)))
     waiting = [(b, part[at : at + size]) for b, part in doubtful.items() for at in range(0, len(part), size)][::-1]
     shared = ray.put(stimuli)
     out: list[Any] = []
@@ -158,13 +169,13 @@ def _loaded_backbone(backbone: Backbone, device: str) -> tuple[FrozenBackbone, P
     return load_backbone(backbone, device), Pace(torch.device(device))
 
 
-def _cores_per_gpu() -> int:
+def _cores_per_gpu() -> float:
     """Of this task's node. A task asks Ray for one core only, so that it fits on whatever node is started for it."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
     (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
-    return max(1, int(resources["CPU"] // resources["GPU"]))
+    return resources["CPU"] / resources["GPU"]
 
 
 def write_shards(
@@ -181,7 +192,7 @@ def write_shards(
     `decoders` threads decode images ahead, another one writes a shard while the next is computed. What is in memory at
     a time does not grow with the number of shards.
     """
-    (folder / "manifest.json").unlink(missing_ok=True)
+    remove(folder / "manifest.json")
     sizes = [_by_size(stimuli, shard) for shard in shards]
     groups = list(itertools.chain(*sizes))
     with ThreadPoolExecutor(decoders) as readers, ThreadPoolExecutor(1) as writer:

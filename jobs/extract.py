@@ -18,7 +18,7 @@ def extract(job: Job) -> None:
     """Fills the feature stores and notes in the run's folder which they are, and what that cost."""
     from acw import extraction
     from acw.resources import note
-    from acw.storage import UserError, write_json
+    from acw.storage import UserError, fetch, listing, shown, write_json
 
     recipe, dataset = job.recipe, job.dataset
     stores, cost = extraction.extract(
@@ -28,12 +28,13 @@ def extract(job: Job) -> None:
         dataset.stimuli_fingerprint,
         recipe.workers,
         recipe.accelerator,
+        recipe.gpus_per_worker,
     )
     for name, store in stores.items():
-        print(f"features {name}: {store.images} images in {store.folder}", flush=True)
+        print(f"features {name}: {store.images} images in {shown(store.folder)}", flush=True)
     found = {name: store.folder.name for name, store in stores.items()}
-    path = job.folder / "features.json"
-    if (job.folder / "banks").exists() and path.exists() and json.loads(path.read_text()) != found:
+    path = fetch(job.folder / "features.json")
+    if path.exists() and listing(job.folder / "banks") and json.loads(path.read_text()) != found:
         raise UserError(
             f"{path}: a backbone's weights have changed since this run's heads were trained on the old ones; "
             f"bring those back, or delete {job.folder}"

@@ -80,7 +80,6 @@ class Extraction:
             return len(self.written), 0
 
         monkeypatch.setattr(extraction, "load_backbone", lambda *args: Stub())
-        monkeypatch.setattr(extraction, "wants_gpus", lambda accelerator: False)
         monkeypatch.setattr(extraction, "_extract_shards", write_all)
 
     def __call__(self, kill_after: int = IMAGES) -> FeatureStore:
