@@ -34,9 +34,7 @@ from acw.training import EVALUATION_BATCH
 def training_set(dataset: Dataset, split: Split, recipe: Recipe) -> TrainingSet:
     """A data set as training sees it, with each fold's centre bias from the fold's own training images."""
     baseline = [kde_of(dataset, split.training(fold)) for fold in range(recipe.folds)]
-    finalizer = [
-        finalizer_bias(recipe, dataset, split.training(fold), baseline[fold]) for fold in range(recipe.folds)
-    ]
+    finalizer = [finalizer_bias(recipe, dataset, split.training(fold), baseline[fold]) for fold in range(recipe.folds)]
     sizes = [stimulus.size for stimulus in dataset.stimuli]
     return TrainingSet(sizes, split.fold, dataset.image, dataset.x, dataset.y, finalizer, baseline)
 

@@ -233,23 +233,6 @@ def test_other_models_maps_are_scored_beside_ours(done: Run, tmp_path: Path) -> 
     assert "hole: its IG on" in failed.stderr.splitlines()[-1]
 
 
-def test_a_search_ends_with_an_overlay_that_a_recipe_takes(done: Run) -> None:
-    """Six configurations in one bank a backbone, of which after three epochs a third goes on."""
-    arguments = [*done.arguments, "--max_epochs", "4", "--heads_per_worker", "6"]
-    lines = succeed("tune", *arguments, "--space", "sigma_lr", "--samples", "6")
-    overlay = json.loads(Path(lines[-1]).read_text())
-    assert set(overlay) == {"sigma", "learn_sigma", "learning_rate"}
-    table = [line.split(maxsplit=2) for line in lines[-7:-1]]
-    assert [float(ig) for ig, _, _ in table] == sorted((float(ig) for ig, _, _ in table), reverse=True)
-    assert sorted(int(epochs) for _, epochs, _ in table) == [3, 3, 3, 3, 4, 4]
-    assert len({config for _, _, config in table}) == 6
-    assert table[0][2] == str(overlay)
-    recipe = parse([*arguments, "--overlay", lines[-1]], "").recipe
-    assert {name: getattr(recipe, name) for name in overlay} == overlay
-    # What is typed wins over the file.
-    assert parse([*arguments, "--overlay", lines[-1], "--sigma", "7"], "").recipe.sigma == 7
-
-
 # --- Help ------------------------------------------------------------------------------------------------------------
 
 RECIPE_JOBS = ("pipeline", "extract", "train", "aggregate", "tune")
@@ -282,7 +265,7 @@ def test_help_lists_the_recipes(call: Callable[..., tuple[int, str, str]], job: 
     assert (status, err) == (0, "")
     assert f"python jobs/{job}.py RECIPE" in out
     assert all(re.search(rf"^ +{name} +\S", out, re.MULTILINE) for name in RECIPES)
-    assert ("--samples" in out) == (job == "tune")
+    assert ("--samples" in out) == (job in ("pipeline", "tune"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -403,7 +386,7 @@ TYPED = {
     "fixations for synthetic": (["demo", "--fixations", "f.csv"], "dataset synthetic"),
     "root below a file": (["demo", "--root", BELOW_A_FILE], "below.*cannot be written"),
     "root that is a file": (["demo", "--root", "FILE"], "FILE.*cannot be written"),
-    "root on s3": (["demo", "--root", "s3://bucket/runs"], "--root s3://bucket/runs: results are kept in a folder"),
+    "root elsewhere": (["demo", "--root", "gs://bucket/runs"], "--root gs://bucket/runs: give s3://BUCKET/PREFIX, or"),
     "no overlay": (["demo", "--overlay", "/no/such.json"], "/no/such.json: cannot be read"),
     "unknown overlay field": (["demo", "--overlay", "OVERLAY"], "no field 'sigmaa'"),
     "overlay that is no JSON": (["demo", "--overlay", "FILE"], "FILE: no JSON"),
@@ -483,9 +466,12 @@ def test_a_search_of_nothing(call: Callable[..., tuple[int, str, str]], done: Ru
         (["--space", "no_such"], "no search space 'no_such'; spaces are .*sigma_lr"),
         (["--samples", "0"], "--samples"),
         (["--samples", "few"], "--samples"),
+        (["--search-folds", "0,x"], "--search-folds 0,x"),
+        (["--search-folds", "2"], "--search-folds 2: the recipe has folds 0 to 1"),
     ):
         assert_one_line(call("tune", *done.arguments, *arguments), message)
         assert not call.started  # type: ignore[attr-defined]
+    assert_one_line(call("pipeline", *done.arguments, "--samples", "3"), "add --tune SPACE")
 
 
 def test_a_damaged_picture_that_a_worker_meets_is_one_line(tmp_path: Path) -> None:

@@ -7,12 +7,17 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tiny_training import CPU, RECIPE, make_store, make_training_set
+from job_runs import JOBS, RECIPE, displays, histories, succeed
+from test_faults import kill_driver
+from tiny_training import CPU, make_store, make_training_set
+from tiny_training import RECIPE as TINY
 
-from acw import population, search
+from acw import population, search, tracking
+from acw.cli import parse
 from acw.features import FeatureStore
 from acw.population import Outcome, Population, train_population
 from acw.recipes import named_recipe
@@ -21,7 +26,7 @@ from acw.storage import UserError
 
 SPACES = Path(__file__).parents[1] / "tune_spaces"
 # No rate falls, so what ends a head is its last epoch or its rung.
-SEARCHED = dataclasses.replace(RECIPE, max_epochs=2, lr_patience=9, backbones=("lite0", "lite1"))
+SEARCHED = dataclasses.replace(TINY, max_epochs=2, lr_patience=9, backbones=("lite0", "lite1"))
 RATES = (2e-4, 5e-3, 3e-4, 4e-4)
 POPULATION = Population(0, 0, {}, [{}, *({"learning_rate": rate} for rate in RATES)])
 
@@ -198,3 +203,125 @@ def test_every_space_can_be_searched_and_says_how(tmp_path: Path, name: str) -> 
     assert json.dumps(space.identity)
     with pytest.raises(UserError, match=r"no search space 'no_such'; spaces are .*sigma_lr"):
         _space("no_such")
+
+
+# --- Jobs ------------------------------------------------------------------------------------------------------------
+
+TWO_RATES = """
+from ray import tune
+
+SPACE = {"learning_rate": tune.choice([2e-4, 5e-3])}
+"""
+SMALL = ("demo", "--backbones", "lite0", "--seeds", "1", "--folds", "2", "--heads_per_worker", "3", "--workers", "1")
+
+
+@dataclasses.dataclass
+class Searched:
+    """A search by jobs/tune.py: its command line, the folder that it left and the last line that it printed."""
+
+    arguments: list[str]
+    folder: Path
+    last: str
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Iterator[Searched]:
+    """Four configurations of two learning rates, in two banks, on 16 pictures; in this process."""
+    base = tmp_path_factory.mktemp("search")
+    (base / "spaces").mkdir()
+    (base / "spaces" / "two_rates.py").write_text(TWO_RATES)
+    arguments = [*SMALL, "--max_epochs", "2", "--learning_rate", "1e-3", "--root", str(base / "root")]
+    arguments += displays(base / "tiny", ("Colour", "Faces"), 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(JOBS))
+        import tune
+
+        patch.setattr(tune, "SPACES", base / "spaces")
+        last = _printed(tune.main, [*arguments, "--space", "two_rates", "--samples", "4"])
+        yield Searched(arguments, Path(last).parent, last)
+
+
+def _printed(main: Any, arguments: list[str]) -> str:
+    """The last line on stdout."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main(arguments)
+    return out.getvalue().splitlines()[-1]
+
+
+def test_a_search_finds_the_better_rate_and_writes_it_down(searched: Searched) -> None:
+    overlay = json.loads((searched.folder / "overlay.json").read_text())
+    assert overlay["fields"] == {"learning_rate": 5e-3}
+    origin = overlay["search"]
+    assert (origin["space"], origin["configurations"], origin["folds"]) == ("two_rates", 4, [0])
+    assert origin["validation_IG"] > origin["validation_IG_of_the_recipe"]
+    job = parse([*searched.arguments, "--overlay", searched.last], "")
+    assert job.recipe.learning_rate == 1e-3, "what is typed wins over the file"
+    untyped = [a for a in searched.arguments if a not in ("--learning_rate", "1e-3")]
+    job = parse([*untyped, "--overlay", searched.last], "")
+    assert (job.recipe.learning_rate, job.overlay) == (5e-3, overlay)
+    report = (searched.folder / "report.html").read_text()
+    assert "two_rates" in report
+    assert "http" not in report.replace("http-equiv", "")
+
+
+def test_each_configuration_is_a_child_run_with_its_curves(searched: Searched) -> None:
+    root = searched.folder.parents[1]
+    client, experiment = tracking.connect(tracking.tracking_uri(root, None))
+    runs = client.search_runs([experiment])
+    (parent,) = (run for run in runs if run.data.tags.get("acw.search") == searched.folder.name)
+    children = {run.data.tags["acw.configuration"]: run for run in runs if "acw.configuration" in run.data.tags}
+    assert sorted(children) == ["0", "1", "2", "3", "4"]
+    found = {one["number"]: one for one in json.loads((searched.folder / "search.json").read_text())["configurations"]}
+    for number, run in children.items():
+        one = found[int(number)]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert {name: float(value) for name, value in run.data.params.items()} == one["fields"]
+        curve = client.get_metric_history(run.info.run_id, "ig.lite0")
+        assert [point.value for point in sorted(curve, key=lambda point: point.step)] == one["curves"]["lite0"]
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["ig.best"] == max(one["ig"] for one in found.values())
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"overlay.json", "report.html"}
+
+
+def test_a_search_that_is_there_is_not_done_again(searched: Searched) -> None:
+    import tune
+
+    before = {path: path.stat().st_mtime_ns for path in searched.folder.rglob("*")}
+    command = [*searched.arguments, "--space", "two_rates", "--samples"]
+    assert _printed(tune.main, [*command, "4"]) == searched.last
+    assert {path: path.stat().st_mtime_ns for path in searched.folder.rglob("*")} == before
+    with pytest.raises(UserError, match=r"has 5 of these configurations; add --resume"):
+        tune.main([*command, "6"])
+
+
+@pytest.mark.faults
+def test_a_search_goes_on_after_its_driver_was_killed(tmp_path: Path) -> None:
+    """In the second of two populations: neither the first nor any epoch of the second is done again."""
+    arguments = [*RECIPE, "--heads_per_worker", "4", "--workers", "1", "--lr_patience", "40", "--max_epochs", "12"]
+    arguments += [*displays(tmp_path / "tiny", ("Colour", "Faces"), 8), "--root", str(tmp_path / "root")]
+    arguments += ["--tune", "sigma_lr", "--samples", "6"]
+
+    def populations() -> dict[str, Any]:
+        return {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("root/tune/*/populations/*.json")}
+
+    def second() -> dict[str, list[dict]]:
+        return next((histories(folder) for folder in tmp_path.glob("root/tune/*/populations/001")), {})
+
+    kill_driver("pipeline", arguments, tmp_path / "log", lambda: bool(second()))
+    known, trained = populations(), second()
+    assert known["000"]["outcomes"]
+    assert known["001"]["outcomes"] is None
+    *_, last = succeed("pipeline", *arguments)
+    after = populations()
+    assert after["000"] == known["000"]
+    assert after["001"]["own"] == known["001"]["own"]
+    for bank, history in trained.items():
+        assert second()[bank][: len(history)] == history, "an entry has the very seconds that the epoch took"
+    (overlay,) = (json.loads(path.read_text()) for path in tmp_path.glob("root/tune/*/overlay.json"))
+    record = json.loads((Path(last).parent / "recipe.json").read_text())
+    assert record["overlay"] == overlay
+    assert overlay["fields"].items() <= record["recipe"].items()
