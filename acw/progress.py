@@ -148,15 +148,15 @@ class Standing:
         spread = (most - soonest) / 2 * (max(falls) / rule.falls(rule.rate)) ** 2
         return min(most, max(soonest, mean(longer) or soonest + spread)), most
 
-    def stalled(self, now: float, since: float) -> bool:
-        """Whether it has been silent for much longer than its epochs take; since: when the job began that trains it.
+    def stalled(self, now: float, begun: float, usual: float | None = None) -> bool:
+        """Whether it has been silent for much longer than its epochs take.
 
-        What that job has not come to yet may be waiting for a worker.
+        begun: when a worker began with it. usual: what others' epochs take, seconds, for one before its first.
         """
-        if self.finished or self.written is None or self.written < since:
+        longest = max((entry["seconds"] for entry in self.history[-RECENT:]), default=usual)
+        if self.finished or longest is None:
             return False
-        longest = max(entry["seconds"] for entry in self.history[-RECENT:])
-        return now - self.written > max(STALLED_SECONDS, STALLED_EPOCHS * longest)
+        return now - max(self.written or 0.0, begun) > max(STALLED_SECONDS, STALLED_EPOCHS * longest)
 
 
 def read(unit: Unit) -> Standing:

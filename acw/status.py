@@ -22,6 +22,7 @@ from acw.progress import (
     STALLED_SECONDS,
     Standing,
     bank_units,
+    mean,
     number,
     read,
     summary,
@@ -154,7 +155,8 @@ def _stages(
         elif units:
             workers = _workers(driver) or sum(unit.epochs > 0 and not unit.finished for unit in units)
             stage |= summary(units, workers, now if runs else None)
-            stage["units"] = [_unit(unit, driver, runs, now) for unit in units]
+            usual = mean(unit.epoch_seconds for unit in units)
+            stage["units"] = [_unit(unit, driver, runs, usual, now) for unit in units]
         stages.append(stage)
     return stages
 
@@ -177,18 +179,21 @@ def _extraction(driver: Driver) -> dict[str, Any]:
     return {name: told[-1][name] for name in names} if told else {}
 
 
-def _unit(one: Standing, driver: Driver, runs: bool, now: float) -> dict[str, Any]:
-    """A bank, or a fold's system."""
-    begun = any(event["event"] == "bank begun" and event["bank"] == one.unit.name for event in driver.events)
+def _unit(one: Standing, driver: Driver, runs: bool, usual: float | None, now: float) -> dict[str, Any]:
+    """A bank, or a fold's system; usual: what an epoch of one takes, seconds."""
+    events = [event for event in driver.events if event["event"] == "bank begun" and event["bank"] == one.unit.name]
+    begun = [_seconds(event["time"]) for event in events]
+    if one.written and one.written > driver.since:
+        begun.append(driver.since)
     if one.finished:
         state = "done"
     elif not runs:
         state = "interrupted" if one.epochs and not driver.alive else "waiting"
-    elif one.stalled(now, driver.since):
-        state = "stalled"
+    elif not begun:
+        state = "waiting"
     else:
-        state = "running" if begun or (one.written or 0.0) > driver.since else "waiting"
-    last = one.history[-1] if one.history else {}
+        state = "stalled" if one.stalled(now, max(begun), usual) else "running"
+    last = [{}, *events, *one.history][-1]
     return {
         "name": one.unit.name,
         "backbone": one.unit.backbone,
@@ -211,13 +216,13 @@ def _workers(driver: Driver) -> int | None:
 
 
 def _state(driver: Driver, stages: Sequence[dict[str, Any]]) -> str:
-    if driver.alive:
-        return "running"
     if all(stage["state"] == "done" for stage in stages):
         return "finished"
+    if driver.alive:
+        return "running"
     if driver.error:
         return "failed"
-    return "interrupted" if any(stage["state"] == "interrupted" for stage in stages) else "waiting"
+    return "waiting" if driver.finished else "interrupted"
 
 
 def _end(driver: Driver, stages: Sequence[dict[str, Any]], now: float) -> dict[str, Any]:
@@ -255,9 +260,8 @@ def text(figures: dict[str, Any]) -> str:
 
 
 def _headline(figures: dict[str, Any]) -> str:
-    result = figures["state"]
-    if figures["node"]:
-        result += f", by process {figures['pid']} on {figures['node']}"
+    who = f", by process {figures['pid']} on {figures['node']}" if figures["node"] else " (a guess: it keeps no log)"
+    result = figures["state"] + who
     if figures["seen_seconds"] is not None:
         result += f", last sign of life {_ago(figures['seen_seconds'])}"
     return result + (f": {figures['error']}" if figures["error"] else "")
@@ -285,14 +289,12 @@ def _what(stage: dict[str, Any]) -> str:
 
 
 def _unit_text(unit: dict[str, Any]) -> str:
-    if not unit["epochs"]:
-        return ""
-    parts = [f"{unit['done']}/{unit['total']} done", f"epoch {unit['epochs']} of at most {unit['max_epochs']}"]
-    if unit["images_per_second"] is not None:
-        parts.append(f"{unit['images_per_second']:.1f} images/s")
-    parts.append(f"IG {number(unit['validation_ig'], '.4f')}")
-    if unit["state"] != "done":
-        parts.append(f"wrote {_ago(unit['silent_seconds'])}")
+    parts = []
+    if unit["epochs"]:
+        parts = [f"{unit['done']}/{unit['total']} done", f"epoch {unit['epochs']} of at most {unit['max_epochs']}"]
+        parts += [f"{unit['images_per_second']:.1f} images/s"] if unit["images_per_second"] is not None else []
+        parts.append(f"IG {number(unit['validation_ig'], '.4f')}")
+        parts += [f"wrote {_ago(unit['silent_seconds'])}"] if unit["state"] != "done" else []
     if unit["node"]:
         parts.append(f"on {unit['node']} {unit['device']}" + (f" ({','.join(unit['gpus'])})" if unit["gpus"] else ""))
     return ", ".join(parts)

@@ -73,7 +73,7 @@ class Watch:
             if stopped and (name, head) not in self._stopped:
                 self._stopped.add((name, head))
                 log.event("head stopped", training=self.what, bank=name, head=head, epochs=one.epochs, ig=ig)
-        if not one.stalled(time.time(), self._start):
+        if not (one.written and one.written > self._start and one.stalled(time.time(), self._start)):
             self._stalled.discard(name)
         elif name not in self._stalled:
             self._stalled.add(name)
