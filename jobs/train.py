@@ -10,10 +10,8 @@ from collections.abc import Sequence
 
 from acw.cli import Job, parse, run
 from acw.log import stage
-from acw.log import stage
 
 
-@stage("training")
 @stage("training")
 def train(job: Job) -> None:
     """Trains all heads, then, if the recipe says so, each fold's jointly; leaves checkpoints in the run's folder."""
