@@ -223,7 +223,10 @@ def check_writable(folder: Path) -> None:
 
 
 def user_error(error: BaseException | None) -> UserError | None:
-    """The UserError inside an exception, which Ray may have wrapped on its way from a worker."""
+    """The UserError inside an exception, which Ray may have wrapped on its way from a worker, or what it says of the
+    cluster."""
+    from acw.cluster import trouble
+
     seen: list[BaseException] = []
     waiting = [error]
     while waiting:
@@ -236,7 +239,7 @@ def user_error(error: BaseException | None) -> UserError | None:
         seen.append(one)
         waiting += [getattr(one, "cause", None), one.__cause__]
         waiting += list(getattr(one, "worker_failures", {}).values())
-    return None
+    return next((known for one in seen if (known := trouble(one))), None)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:

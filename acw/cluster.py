@@ -76,6 +76,28 @@ def disconnect() -> None:
         ray.shutdown()
 
 
+def trouble(error: BaseException) -> UserError | None:
+    """What befell the cluster, in a line, where Ray has tried again in vain; None for any other error."""
+    if "ray" not in sys.modules:
+        return None
+    from ray import exceptions
+
+    known = {
+        exceptions.OutOfMemoryError: "a node ran out of memory; give fewer --workers, or nodes with more",
+        exceptions.OutOfDiskError: "the disk of a node's temporary folder is full; free it",
+        exceptions.ObjectStoreFullError: "a node's object store is full; end other jobs, or give nodes more memory",
+        exceptions.ObjectLostError: "results were lost with their nodes",
+        exceptions.NodeDiedError: "nodes were lost again and again",
+        exceptions.RayActorError: "workers were lost again and again; give fewer --workers if memory ran out",
+        exceptions.WorkerCrashedError: "workers were lost again and again; give fewer --workers if memory ran out",
+    }
+    for kind, what in known.items():
+        if isinstance(error, kind):
+            reason = str(error).strip().partition("\n")[0][:200]
+            return UserError(f"the cluster: {what}, and run the same command again: it goes on ({reason})")
+    return None
+
+
 def wants_gpus(accelerator: str) -> bool:
     """Whether work goes to GPUs: `gpu` always, `cpu` never, `auto` where the cluster has any now.
 

@@ -120,9 +120,9 @@ def complete(
             failures = 1 if epochs() > before else failures + 1
             if failures > MAX_FAILURES:
                 raise _given_up(error) from error
-            # No place for all of them: others may work on this cluster too.
             unplaced = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
-            divisor = 2 * divisor if unplaced else 1
+            # Where no node has been lost, others work on this cluster too.
+            divisor = 2 * divisor if unplaced and room(allocation) >= workers else 1
             what = f"no room for {workers} workers" if unplaced else "a worker was lost"
             print(f"training: {what}; goes on from the checkpoints", flush=True)
         if complaint := ray.get(board.complaint.remote()):

@@ -133,9 +133,15 @@ def _work(job: Job, space: Space, options: Options, folder: Path) -> Work:
     for one in space.recipes(recipe):
         backbones = tuple(one.backbone_values)
         if backbones not in stores:
-            stimuli = dataset.stimuli, dataset.stimuli_fingerprint
-            how = recipe.workers, recipe.accelerator, recipe.gpus_per_worker
-            stores[backbones], _ = extract(job.root, backbones, *stimuli, *how)
+            stores[backbones], _ = extract(
+                job.root,
+                backbones,
+                dataset.stimuli,
+                dataset.stimuli_fingerprint,
+                recipe.workers,
+                recipe.accelerator,
+                recipe.gpus_per_worker,
+            )
     return Work(recipe, options.folds, dataset, job.split, training_set(dataset, job.split, recipe), stores, folder)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 from three_nodes import wait_for
 
 from acw import cluster
+from acw.cli import user_error
 from acw.cluster import GPUS_TO_START, Allocation, Demand, allocate, room, wait_for_room
 from acw.storage import UserError
 
@@ -97,6 +99,22 @@ def test_room_that_never_comes_is_told_in_one_line(
         wait_for_room(Allocation(1, 3, 0))
     assert "waiting for the cluster to start a node with 3 CPU (0 min)" in capsys.readouterr().out
     assert wait_for_room(Allocation(8, 1, 0)) == 2
+
+
+def test_what_befell_the_cluster_is_told_in_one_line(ray_local: None) -> None:
+    import ray
+
+    @ray.remote(max_retries=1)
+    def dies() -> None:
+        os._exit(1)
+
+    with pytest.raises(ray.exceptions.WorkerCrashedError) as caught:
+        ray.get(dies.remote())
+    told = user_error(caught.value)
+    assert told is not None
+    assert "workers were lost again and again" in str(told)
+    assert "\n" not in str(told)
+    assert user_error(ValueError("a mistake of ours")) is None
 
 
 def test_a_demand_says_when_there_was_room(ray_local: None) -> None:

@@ -117,6 +117,7 @@ class ThreeNodes:
             # A machine with fewer cores than nodes is slow to start them.
             "RAY_raylet_start_wait_time_s": "120",
             "RAY_worker_register_timeout_seconds": "240",
+            "RAY_worker_niceness": "0",  # relative to the test's own
             "PYTHONUNBUFFERED": "1",
         }
         self._environment.pop("RAY_ADDRESS", None)
