@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +25,13 @@ if TYPE_CHECKING:
 CHECKSUM = "sha256"  # the objects' metadata that holds it
 CONNECT_SECONDS = 10
 READ_SECONDS = 30
-# With back-off between them, so many outlast a server's restart: about a minute.
-ATTEMPTS = 10
-# A job's first request shall not take that long to say that there is no server at all.
-FIRST_ATTEMPTS = 3
+# boto3's own, with back-off, within seconds.
+ATTEMPTS = 4
+# Of pyarrow and MLflow, which nothing of ours repeats: with their back-off they last for about a minute.
+OTHERS_ATTEMPTS = 15
+# A server may be away for so long, as in a restart, and no job ends: boto3's budget of repeats would not last.
+AWAY_SECONDS = 90.0
+LONGEST_PAUSE = 10.0
 # Larger objects go in parts of this size, several at once.
 PART_BYTES = 16 * 2**20
 PARTS_AT_ONCE = 8
@@ -39,6 +44,7 @@ _WRONG_KEY = {
     "SignatureDoesNotMatch",
     "TokenRefreshRequired",
 }
+_OVERLOADED = {"500", "502", "503", "504", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
 _WRONG_REGION = {"301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
 
 
@@ -66,13 +72,13 @@ class Settings:
         """The endpoint as messages name it."""
         return (urlsplit(self.endpoint).netloc or self.endpoint).rpartition("@")[2] or "AWS"
 
-    def client(self, attempts: int) -> Any:
-        """boto3's client, whose requests end in finite time: they are repeated with back-off, `attempts` in all."""
+    def client(self) -> Any:
+        """boto3's client, whose requests end in finite time: they are repeated with back-off, ATTEMPTS in all."""
         import boto3
         from botocore.config import Config
 
         config = Config(
-            retries={"mode": "standard", "total_max_attempts": attempts},
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
             connect_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
             max_pool_connections=4 * PARTS_AT_ONCE,
@@ -96,12 +102,12 @@ class Settings:
             endpoint_override=address.netloc or None,
             connect_timeout=CONNECT_SECONDS,
             request_timeout=READ_SECONDS,
-            retry_strategy=AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+            retry_strategy=AwsStandardS3RetryStrategy(max_attempts=OTHERS_ATTEMPTS),
         )
 
     def mlflow_environment(self) -> dict[str, str]:
         """What MLflow's clients of artifacts read, beside boto3's own variables."""
-        found = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": str(ATTEMPTS)}
+        found = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": str(OTHERS_ATTEMPTS)}
         if self.endpoint:
             found["MLFLOW_S3_ENDPOINT_URL"] = self.endpoint
         if self.region:
@@ -110,13 +116,36 @@ class Settings:
 
 
 @functools.lru_cache(maxsize=8)
-def _client(settings: Settings, attempts: int) -> Any:
-    return settings.client(attempts)
+def _client(settings: Settings) -> Any:
+    return settings.client()
 
 
-def client(attempts: int = 0) -> Any:
-    """This process's client by the environment's settings, one for all threads; it tries ATTEMPTS times by default."""
-    return _client(Settings.from_environment(), attempts or ATTEMPTS)
+def client() -> Any:
+    """This process's client by the environment's settings, one for all threads."""
+    return _client(Settings.from_environment())
+
+
+def _outlasting(request: Callable[[], Any]) -> Any:
+    """The request's answer; it is repeated while the server is away or overloaded, up to AWAY_SECONDS."""
+    end, pause = time.monotonic() + AWAY_SECONDS, 0.5
+    while True:
+        try:
+            return request()
+        except Exception as error:
+            if not _away(getattr(error, "last_exception", error)) or time.monotonic() + pause > end:
+                raise
+        # Not all of a cluster's workers at the same time.
+        time.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _away(error: BaseException) -> bool:
+    from botocore import exceptions
+
+    # Time-outs have been waited for long enough.
+    if isinstance(error, exceptions.ConnectTimeoutError | exceptions.ReadTimeoutError | exceptions.SSLError):
+        return False
+    return isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError) or _code(error) in _OVERLOADED
 
 
 @dataclass(frozen=True)
@@ -146,7 +175,7 @@ def reach(uri: str) -> None:
     bucket, _ = parts(uri)
     with explained(uri):
         # Of all requests that need no object, this one has answers that say what is wrong.
-        client(FIRST_ATTEMPTS).list_objects_v2(Bucket=bucket, MaxKeys=1)
+        client().list_objects_v2(Bucket=bucket, MaxKeys=1)
 
 
 def head(uri: str) -> Found | None:
@@ -156,7 +185,7 @@ def head(uri: str) -> Found | None:
         return None
     with explained(uri):
         try:
-            answer = client().head_object(Bucket=bucket, Key=key)
+            answer = _outlasting(lambda: client().head_object(Bucket=bucket, Key=key))
         except Exception as error:
             if _code(error) in ("404", "NoSuchKey"):
                 return None
@@ -172,8 +201,9 @@ def listing(uri: str) -> Iterator[Found]:
     """All objects below a prefix, without their checksums, in order of their keys."""
     bucket, prefix = parts(uri)
     with explained(uri):
-        pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/" if prefix else "")
-        for page in pages:
+        pages = client().get_paginator("list_objects_v2")
+        start = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
+        for page in _outlasting(lambda: list(pages.paginate(**start))):
             for entry in page.get("Contents", []):
                 # A key that ends so is how some programs show an empty folder.
                 if not entry["Key"].endswith("/"):
@@ -187,10 +217,14 @@ def upload(path: Path, uri: str) -> Found | None:
     """
     bucket, key = parts(uri)
     checksum, size = sha256_file(path), path.stat().st_size
-    with explained(uri), path.open("rb") as file:
-        client().upload_fileobj(
-            file, bucket, key, ExtraArgs={"Metadata": {CHECKSUM: checksum}}, Config=_transfer_config(size)
-        )
+    options = {"ExtraArgs": {"Metadata": {CHECKSUM: checksum}}, "Config": _transfer_config(size)}
+
+    def send() -> None:
+        with path.open("rb") as file:
+            client().upload_fileobj(file, bucket, key, **options)
+
+    with explained(uri):
+        _outlasting(send)
     found = head(uri)
     return found if found and (found.sha256, found.size) == (checksum, size) else None
 
@@ -198,10 +232,15 @@ def upload(path: Path, uri: str) -> Found | None:
 def replace(path: Path, uri: str, etag: str | None) -> bool:
     """Uploads a file in the place of an object that still has this ETag, or of none; False if that has changed."""
     bucket, key = parts(uri)
-    condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
-    with explained(uri), path.open("rb") as file:
+    options = {"Metadata": {CHECKSUM: sha256_file(path)}, **({"IfMatch": etag} if etag else {"IfNoneMatch": "*"})}
+
+    def send() -> None:
+        with path.open("rb") as file:
+            client().put_object(Bucket=bucket, Key=key, Body=file, **options)
+
+    with explained(uri):
         try:
-            client().put_object(Bucket=bucket, Key=key, Body=file, Metadata={CHECKSUM: sha256_file(path)}, **condition)
+            _outlasting(send)
         except Exception as error:
             if _code(error) in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
                 return False
@@ -212,8 +251,13 @@ def replace(path: Path, uri: str, etag: str | None) -> bool:
 def download(uri: str, found: Found, path: Path) -> bool:
     """Downloads an object to a file, in parts if it is large; whether its size and checksum are those of the upload."""
     bucket, key = parts(uri)
-    with explained(uri), path.open("wb") as file:
-        client().download_fileobj(bucket, key, file, Config=_transfer_config(found.size))
+
+    def receive() -> None:
+        with path.open("wb") as file:
+            client().download_fileobj(bucket, key, file, Config=_transfer_config(found.size))
+
+    with explained(uri):
+        _outlasting(receive)
     return path.stat().st_size == found.size and found.sha256 in ("", sha256_file(path))
 
 
@@ -221,7 +265,7 @@ def delete(uri: str) -> None:
     """Deletes an object; there may be none."""
     bucket, key = parts(uri)
     with explained(uri):
-        client().delete_object(Bucket=bucket, Key=key)
+        _outlasting(lambda: client().delete_object(Bucket=bucket, Key=key))
 
 
 def _transfer_config(size: int) -> Any:
