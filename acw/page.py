@@ -88,7 +88,8 @@ def write_comparison(folder: Path) -> Path:
     dataset = found["dataset"]
     lead = (
         f"<p class=soft>{len(runs)} systems on one split of {dataset['images']} images in {len(dataset['categories'])} "
-        "categories; each links to its own report at the end.</p>"
+        f"categories; each links to its own report at the end. Given to all: <code>{escape(' '.join(found['fields']))}"
+        "</code></p>"
     )
     write_atomic(folder / FILE, markup.document(f"The paper's systems on {dataset['name']}", lead, sections))
     return folder / FILE

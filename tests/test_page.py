@@ -209,7 +209,7 @@ def test_a_comparison_has_the_tables_and_the_weights_of_all_runs(tmp_path: Path,
     ]
     pair = {"a": "acw_v3", "b": "acw_v2", "metric": "IG", "mean": 0.05, "ci95": [0.01, 0.09]}
     found = {"table1": rows, "table2": rows, "comparisons": [pair], "runs": runs, "dataset": _stimuli().summary()}
-    write_json(tmp_path / "reproduction.json", found)
+    write_json(tmp_path / "reproduction.json", found | {"fields": ["--joint_max_epochs", "6"]})
     opened = _opened(browser, page.write_comparison(tmp_path))
     Select(opened.find_element(By.NAME, "category")).select_by_visible_text("Action")
     charts = [one.text for one in opened.find_elements(By.CSS_SELECTOR, "svg.chart") if one.is_displayed()]
