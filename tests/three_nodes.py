@@ -202,7 +202,8 @@ def _hold(sizes: Sequence[dict[str, Any]]) -> None:
     nodes = {cluster.head_node.node_id: cluster.head_node}
 
     def add(size: dict[str, Any]) -> None:
-        node = cluster.add_node(**{"object_store_memory": STORE_BYTES} | size)
+        # On a busy machine it takes longer to be known than Ray's own patience.
+        node = cluster.add_node(wait=False, **{"object_store_memory": STORE_BYTES} | size)
         nodes[node.node_id] = node
 
     def answer() -> None:
@@ -211,6 +212,7 @@ def _hold(sizes: Sequence[dict[str, Any]]) -> None:
 
     for size in others:
         add(size)
+    cluster.wait_for_nodes(timeout=PATIENCE)
     answer()
     for line in sys.stdin:
         word, what = json.loads(line)
