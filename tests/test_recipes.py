@@ -124,7 +124,7 @@ def test_the_fingerprint_leaves_out_how_a_run_is_computed() -> None:
     changes = {
         "seed": 1, "holdout": 0.25, "folds": 4, "seeds": 2, "center_bias": "gaussian", "density_cell": 9,
         "sigma": 17, "learn_sigma": False, "batch_size": 9, "learning_rate": 3e-3, "lr_factor": 0.2, "lr_patience": 3,
-        "weight_decay": 0.01, "initial_scale": 0.5,
+        "weight_decay": 0.01, "initial_scale": 0.5, "center_bias_bandwidth": 0.1,
         "min_learning_rate": 2e-5, "max_epochs": 31, "heads_per_worker": 5, "backbones": "lite0", "long_side": 226,
         "heads": "/m",
         "upsampling": "nearest", "joint": True, "category_weights": False,
