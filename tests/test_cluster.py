@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import re
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +27,10 @@ from packaging.requirements import Requirement
 from rayjob_schema import RAYJOB
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "jobs"))
+import local_cluster  # noqa: E402
+
+needs_proc = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks at processes through /proc")
 TEXT = (ROOT / "cluster.yaml").read_text()
 
 
@@ -245,6 +257,91 @@ def test_what_is_sent_to_machines_exists(cluster: dict[str, Any]) -> None:
     assert all((ROOT / local).exists() for local in sent)
 
 
+# --- cluster.yaml's head, on this machine: its own command, less what only AWS has -----------------------------------
+
+
+@contextlib.contextmanager
+def its_head(cluster: dict[str, Any], home: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The job server's URL and the environment of who holds the token."""
+    folder = Path(tempfile.mkdtemp(prefix="acw-head-", dir="/tmp"))
+    port, objects, dashboard, agent, client = local_cluster._free_ports(5)
+    (start,) = (each for each in cluster["head_start_ray_commands"] if "ray start" in each)
+    for old, new in {
+        "ulimit -n 65536;": "",
+        "--port=6379": f"--port={port}",
+        "--object-manager-port=8076": f"--object-manager-port={objects}",
+        "--autoscaling-config=~/ray_bootstrap_config.yaml": f"--dashboard-port={dashboard} --block",
+    }.items():
+        assert old in start
+        start = start.replace(old, new)
+    start += f" --temp-dir={folder} --dashboard-agent-listen-port={agent} --ray-client-server-port={client}"
+    token = home / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True)
+    token.write_text(secrets.token_hex(32))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment |= {"HOME": str(home), "RAY_TMPDIR": str(folder)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    log = (folder / "head.log").open("wb")
+    head = subprocess.Popen(["bash", "-c", start], env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and head.poll() is None:
+            if status(f"http://127.0.0.1:{dashboard}/api/version", token.read_text()) == 200:
+                break
+            time.sleep(0.5)
+        else:
+            pytest.fail((folder / "head.log").read_text())
+        yield f"http://127.0.0.1:{dashboard}", environment | {"RAY_AUTH_MODE": "token"}
+    finally:
+        local_cluster._stop(head, folder)
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def status(url: str, token: str | None) -> int:
+    """Of the answer; 0 for none."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+@needs_proc
+@pytest.mark.faults
+def test_nobody_gets_in_without_the_token(cluster: dict[str, Any], tmp_path: Path) -> None:
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    with its_head(cluster, tmp_path / "home") as (url, insider):
+        outsider = insider | {"HOME": str(stranger)}
+        assert status(f"{url}/api/jobs/", (tmp_path / "home" / ".ray" / "auth_token").read_text()) == 200
+        for token in (None, "wrong"):
+            assert status(f"{url}/api/jobs/", token) in (401, 403)
+
+        marker = tmp_path / "it-ran"
+        submit = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "job",
+            "submit",
+            "--address",
+            url,
+            "--",
+            "mkdir",
+            str(marker),
+        ]
+        refused = subprocess.run(submit, env=outsider, capture_output=True, text=True, timeout=120)
+        assert refused.returncode != 0
+        assert not marker.exists()
+        accepted = subprocess.run(submit, env=insider, capture_output=True, text=True, timeout=120)
+        assert accepted.returncode == 0, accepted.stdout + accepted.stderr
+        assert marker.is_dir()
+
+
 # --- The local head. Its job reports from inside, since everything is gone afterwards. ------------------------------
 
 REPORT = """
@@ -271,8 +368,6 @@ for table in ("tcp", "tcp6"):
 print("REPORT", session, os.environ["RAY_TMPDIR"], *sorted(listening), flush=True)
 """
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
-
-needs_proc = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks at processes through /proc")
 
 
 def start(folder: Path, job: str) -> subprocess.Popen[str]:
