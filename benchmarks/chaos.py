@@ -1,7 +1,7 @@
 """Does a run survive what a night on spot machines brings? 60 heads, three nodes, faults at random; then a comparison.
 
     python benchmarks/chaos.py --minutes 10 --seed 0
-    python benchmarks/chaos.py --minutes 1 --seed 0 --images 3 --epochs 3 --every 15       # tiny
+    python benchmarks/chaos.py --minutes 1 --seed 0 --images 6 --epochs 3 --every 15       # tiny
 
 Runs `jobs/pipeline.py demo` on small pictures of the built-in displays, on three nodes of one core each that are all
 on this machine: once undisturbed, then, for so many minutes, with a fault about `--every` seconds, drawn by the seed: a
@@ -142,7 +142,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="in which faults are injected (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the faults (default: 0)")
     parser.add_argument("--every", type=float, default=30.0, help="seconds between two faults, about (default: 30)")
-    parser.add_argument("--images", type=int, default=8, help="in each of three categories (default: 8)")
+    parser.add_argument("--images", type=int, default=8, help="in each of three categories, 6 or more (default: 8)")
     parser.add_argument("--epochs", type=int, default=12, help="of each of the 60 heads (default: 12)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="acw-chaos-") as name:
