@@ -19,7 +19,7 @@ import torch
 
 from acw import log
 from acw.cli import Job, parse, run
-from acw.storage import csv_text
+from acw.storage import csv_text, fetch, fingerprint, shown, write_atomic, write_json
 
 if TYPE_CHECKING:
     from acw.aggregation import Fusion, OutOfFold
@@ -39,7 +39,6 @@ def aggregate(job: Job) -> None:
     from acw.backbones import load_backbone
     from acw.evaluation import per_image_csv, summarise
     from acw.predictions import Predictions
-    from acw.storage import fingerprint, write_atomic, write_json
 
     recipe, dataset, split, folder = job.recipe, job.dataset, job.split, job.folder
     stores = list(job.stores().values())
@@ -48,7 +47,7 @@ def aggregate(job: Job) -> None:
     training = aggregation.training_set(dataset, split, recipe)
     predictions = aggregation.out_of_fold(recipe, dataset, training, split, heads, stores)
     fitted = _weights(job, predictions, systems)
-    record = json.loads((folder / "recipe.json").read_text())
+    record = json.loads(fetch(folder / "recipe.json").read_text())
     model = aggregation.assemble(recipe, dataset, split, heads, stores, fitted, record)
     networks = [load_backbone(backbone) for backbone in recipe.backbone_values]
     model.save(folder / "model", networks)
@@ -80,7 +79,7 @@ def aggregate(job: Job) -> None:
     registration = tracking.log_run(uri, folder, recipe, banks, evaluation)
     print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
     # Last: it says that the run is finished.
-    write_json(folder / "registration.json", dataclasses.asdict(registration) | {"store": fingerprint(uri)})
+    write_json(folder / "registration.json", dataclasses.asdict(registration) | {"store": fingerprint(shown(uri))})
 
 
 def _weights(job: Job, predictions: OutOfFold, systems: Sequence[SystemState]) -> Fusion:
@@ -142,8 +141,6 @@ def _report(job: Job, predictions: Predictions, curves: dict[str, list[np.ndarra
 
 def _write_weights(folder: Path, model: Model, weights: CategoryWeights) -> None:
     """The weights, and how they came about: per step of the fit, or epoch of the joint training, as CSV and NPY."""
-    from acw.storage import write_atomic
-
     write_atomic(folder / "category_weights.csv", _weights_csv(model.categories, model.names, weights))
     write_atomic(folder / "category_weights_history.csv", _history_csv(model.categories, model.names, weights))
     longest = max(map(len, weights.history))
