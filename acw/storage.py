@@ -150,7 +150,7 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], None]) -> N
             temporary.replace(path)
     except Exception as error:
         # Of a full disk, safetensors and torch have errors of their own to tell.
-        if not isinstance(error, OSError) and not _full(path.parent):
+        if not (isinstance(error, OSError) or os.strerror(errno.ENOSPC) in str(error) or _full(path.parent)):
             raise
         known = error if isinstance(error, OSError) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if mirrored(path):
