@@ -197,7 +197,7 @@ def _origin(found: dict[str, Any]) -> str:
     recipe = {name: ", ".join(v) if isinstance(v, list) else v for name, v in record["recipe"].items()}
     origin = {name: value for name, value in record.items() if isinstance(value, str | int | float)}
     return (
-        f"<p>{escape(space['doc'].splitlines()[0])}</p>"
+        f"<p>{escape(space['doc'].partition(chr(10))[0])}</p>"
         f'<div class="side"><div><h3>Space {escape(space["name"])}</h3>{markup.facts(ranges)}</div>'
         f"<div><h3>Origin</h3>{markup.facts(origin)}</div></div>"
         f"<details><summary>Recipe, all {len(recipe)} fields</summary>{markup.facts(recipe)}</details>"
