@@ -22,6 +22,7 @@ from job_runs import finished
 
 from acw import log, progress
 from acw.banks import Bank, BankState, checkpoint_path, plan_banks
+from acw.cluster import connect
 from acw.recipes import Recipe
 from acw.status import status, text
 from acw.storage import UserError
@@ -229,6 +230,7 @@ def test_events_carry_their_ids(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_metrics_and_events_of_a_training(tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]) -> None:
     import ray
 
+    connect()  # a job of another test's may have ended it
     halfway(tmp_path)
     units = progress.bank_units(RECIPE, BANKS, tmp_path)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from tiny_training import BANK, CPU, MEMBERS, RECIPE, make_store, make_training_set
 
@@ -52,7 +53,7 @@ def tensors_of(state: BankState) -> dict[str, torch.Tensor]:
 
 
 # What differs between two equal trainings.
-MEASURED = ("seconds", "head_images_per_second", "peak_rss")
+MEASURED = ("time", "seconds", "head_images_per_second", "peak_rss")
 
 
 def history_of(state: BankState) -> list[dict[str, Any]]:
@@ -290,7 +291,7 @@ class Killed(BaseException):
 
 
 def before_the_rename(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
-    real, calls = banks.save_file, []
+    real, calls = safetensors.torch.save_file, []
 
     def save(tensors: dict, path: Path, metadata: dict) -> None:
         real(tensors, path, metadata)
@@ -298,7 +299,7 @@ def before_the_rename(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
         if len(calls) == epoch:
             raise Killed
 
-    monkeypatch.setattr(banks, "save_file", save)
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
 
 
 def after_the_rename(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:

@@ -253,7 +253,8 @@ def _printed(main: Any, arguments: list[str]) -> str:
 
 def test_a_search_finds_the_better_rate_and_writes_it_down(searched: Searched) -> None:
     overlay = json.loads((searched.folder / "overlay.json").read_text())
-    assert overlay["fields"] == {"learning_rate": 5e-3}
+    # On so few pictures the high rate overshoots.
+    assert overlay["fields"] == {"learning_rate": 2e-4}
     origin = overlay["search"]
     assert (origin["space"], origin["configurations"], origin["folds"]) == ("two_rates", 4, [0])
     assert origin["validation_IG"] > origin["validation_IG_of_the_recipe"]
@@ -261,7 +262,7 @@ def test_a_search_finds_the_better_rate_and_writes_it_down(searched: Searched) -
     assert job.recipe.learning_rate == 1e-3, "what is typed wins over the file"
     untyped = [a for a in searched.arguments if a not in ("--learning_rate", "1e-3")]
     job = parse([*untyped, "--overlay", searched.last], "")
-    assert (job.recipe.learning_rate, job.overlay) == (5e-3, overlay)
+    assert (job.recipe.learning_rate, job.overlay) == (2e-4, overlay)
     report = (searched.folder / "report.html").read_text()
     assert "two_rates" in report
     assert "http" not in report.replace("http-equiv", "")
