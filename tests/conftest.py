@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from seaweed import BUCKET, KEY, SECRET, SeaweedFS
 
 # Ray's Unix sockets lie below this folder, and their paths may not exceed 107 bytes: hence not below $TMPDIR.
 RAY_FOLDER = tempfile.mkdtemp(prefix="acw-test-", dir="/tmp")
@@ -52,3 +53,22 @@ def ray_local() -> Iterator[None]:
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """An S3 server with an empty bucket."""
+    import boto3
+
+    weed = SeaweedFS(tmp_path_factory.mktemp("weed") / "server")
+    weed.start()
+    client = boto3.client(
+        "s3",
+        endpoint_url=weed.address,
+        region_name="us-east-1",
+        aws_access_key_id=KEY,
+        aws_secret_access_key=SECRET,
+    )
+    client.create_bucket(Bucket=BUCKET)
+    yield weed
+    weed.kill()

@@ -16,6 +16,7 @@ from pathlib import Path
 PATIENCE = 90.0
 # SeaweedFS's gRPC ports lie so far above the others.
 GRPC = 10_000
+BUCKET = "data-and-runs"
 KEY, SECRET = "AKIAMARKEDKEYOFTESTS", "marked/secret+of/tests0123456789abcdefgh"
 
 

@@ -8,16 +8,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from job_runs import Run, assert_same_heads, command, displays, elsewhere, finished, histories
+from servers import free_port, mlflow_server, wait_until_it_answers
 from test_faults import assert_whole, features_of
 from three_nodes import NODE, PATIENCE, ThreeNodes, fill, finish, running, small_disk, wait_for
 from tiny_training import RECIPE, train_alone
@@ -179,12 +177,6 @@ def test_driver_killed_and_run_again(cluster: ThreeNodes, folder: Path, tmp_path
     assert_equals_undisturbed(folder, before, alone)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def test_head_stopped_and_job_submitted_again(folder: Path, tmp_path: Path, alone: Path) -> None:
     """All nodes are killed, the head first of all; another cluster takes their place."""
     before: dict[str, list[dict]] = {}
@@ -205,15 +197,6 @@ def test_head_stopped_and_job_submitted_again(folder: Path, tmp_path: Path, alon
                 else:
                     assert client.wait(timeout=2 * PATIENCE) == 0, log.read_text()
     assert_equals_undisturbed(folder, before, alone)
-
-
-def wait_until_it_answers(url: str) -> None:
-    def answers() -> bool:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=10) as answer:
-            return answer.status == 200
-        return False
-
-    wait_for(answers, f"for {url} to answer")
 
 
 # --- Memory and disks --------------------------------------------------------------------------------------------
@@ -299,16 +282,6 @@ def test_disk_full_in_extraction(cluster: ThreeNodes, disk: Path, tmp_path: Path
 
 
 # --- The MLflow server -------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    store = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", str(folder / "a")]
-    listen = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    serve = [sys.executable, "-m", "mlflow", "server", *store, *listen]
-    with running(serve, folder / "server.log") as server:
-        wait_until_it_answers(f"http://127.0.0.1:{port}/health")
-        yield server
 
 
 @pytest.mark.parametrize("away", ["for a minute", "for good"])

@@ -9,16 +9,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import pytest
 import torch
 from job_runs import JOBS, RECIPE, assert_same_heads, command, displays, finished, run, succeed
-from seaweed import KEY, SECRET, Proxy, SeaweedFS
+from seaweed import BUCKET, KEY, SECRET, Proxy, SeaweedFS
 from three_nodes import running
 from tiny_training import BACKBONE, StubNetwork, make_store, stimuli
 
@@ -34,23 +32,6 @@ from acw.storage import Damaged, UserError, fetch, listing, local, present, remo
 from acw.weights import read_weights
 
 sys.path.insert(0, str(JOBS))
-BUCKET = "data-and-runs"
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
-    weed = SeaweedFS(tmp_path_factory.mktemp("weed") / "server")
-    weed.start()
-    client = boto3.client(
-        "s3",
-        endpoint_url=weed.address,
-        region_name="us-east-1",
-        aws_access_key_id=KEY,
-        aws_secret_access_key=SECRET,
-    )
-    client.create_bucket(Bucket=BUCKET)
-    yield weed
-    weed.kill()
 
 
 @pytest.fixture
