@@ -128,6 +128,24 @@ def _keys(densities: Tensor) -> Tensor:
     return (densities.view(torch.int64) + _ROUND) >> 32
 
 
+def blurred_fixations(pixels: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+    """(H, W) float32: `gaussian_blur` in the mode "reflect" of a map that counts fixations (int64 (F,) pixels).
+
+    Each fixation is a product of a row's and a column's blur, so they are one matrix product, a tenth of the map's.
+    """
+    rows, columns = (
+        _matrix(length, sigma, pixels.device)[:, places]
+        for length, places in zip(size, (pixels // size[1], pixels % size[1]), strict=True)
+    )
+    return rows @ columns.T
+
+
+@lru_cache(maxsize=8)
+def _matrix(length: int, sigma: float, device: torch.device) -> Tensor:
+    """(length, length): the blur along one axis, "reflect"."""
+    return gaussian_blur(torch.eye(length, device=device)[..., None], sigma, "reflect")[..., 0]
+
+
 @dataclass(frozen=True, eq=False)
 class ShuffledFixations:
     """The negatives of sAUC for images of one size: fixations of many images, rescaled to that size.
@@ -271,8 +289,7 @@ class Target:
         pixels = torch.from_numpy(_pixels(size, x, y)).to(device)
         if not negatives.counts.any():
             raise UserError("sAUC needs fixations of a second image; give a data set with more than one")
-        counts = torch.bincount(pixels, minlength=size[0] * size[1]).float()
-        empirical = gaussian_blur(counts.view(size), baseline.blur_sigma, "reflect").flatten()
+        empirical = blurred_fixations(pixels, size, baseline.blur_sigma).flatten()
         empirical /= empirical.double().mean()
         return cls(
             size=size,

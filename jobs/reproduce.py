@@ -5,7 +5,8 @@
     python jobs/reproduce.py --backbones lite0,lite1 --max_epochs 2 --joint_max_epochs 2    # the built-in displays
 
 Runs the recipes acw_v1, acw_v2, acw_v3, deepgaze_iie and acw on one data set and split; fields of a recipe, such as
-`--max_epochs 8`, are given to all of them. `--deepgaze MODEL` adds the authors' own heads (`acw import-deepgaze`),
+`--max_epochs 8`, are given to all of them. acw_v2 takes the heads of acw_v1, of which it is another mixture, to train
+them jointly. `--deepgaze MODEL` adds the authors' own heads (`acw import-deepgaze`),
 mixed evenly and by category weights. What is there already is kept.
 Leaves table1.csv (validation images, as published), table2.csv (held-out images), reproduction.json and report.html in
 ROOT/reproduction-*; the last line on stdout is the path of reproduction.json.
@@ -26,7 +27,8 @@ import numpy as np
 from pipeline import pipeline
 
 from acw.cli import Job, Parser, parse, run
-from acw.storage import csv_text, fetch, fingerprint, shown, write_atomic, write_json
+from acw.recipes import Recipe
+from acw.storage import csv_text, fetch, fingerprint, listing, shown, write_atomic, write_json
 
 # Recipe -> what changed in it, as every row says.
 SYSTEMS = {
@@ -94,6 +96,7 @@ def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
     for name, changed, line in wanted:
         job = parse(line, __doc__.splitlines()[0])
         print(f"--- {name}: {changed}", flush=True)
+        _take_heads(job, [system.job for system in systems])
         result = pipeline(job)
         systems.append(System(name, changed, job, json.loads(result.read_text()), _validation(job)))
     job = systems[0].job
@@ -114,6 +117,20 @@ def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
     write_json(result, content | {"dataset": job.dataset.summary(), "split": job.split.hash, "fields": list(argv)})
     page.write_comparison(folder)
     return result
+
+
+def _take_heads(job: Job, done: Sequence[Job]) -> None:
+    """Copies the heads of a system that has trained the same ones: its recipe differs in how they are mixed alone."""
+
+    def trained_by(recipe: Recipe) -> Recipe:
+        return dataclasses.replace(recipe, name="", category_weights=False)
+
+    for other in done:
+        if trained_by(other.recipe) == trained_by(job.recipe) and not listing(job.folder / "banks"):
+            print(f"takes the heads of {other.recipe.name}, whose training is the same", flush=True)
+            for path in listing(other.folder / "banks"):
+                write_atomic(job.folder / "banks" / path.name, fetch(path).read_bytes())
+            return
 
 
 def _without_backbones(argv: Sequence[str]) -> list[str]:
