@@ -85,7 +85,8 @@ def test_submitted_to_three_nodes_from_s3_to_s3_with_a_node_lost(
         for bank, history in before.items():
             assert after[bank][: len(history)] == history, "finished epochs are not done again"
         caches = [tmp_path / f"cache-{n}" for n in range(3)]
-        assert all(list(cache.rglob("shard-*.safetensors")) for cache in caches), "each node has its own copies"
+        copies = [sorted(path.name for path in cache.rglob("shard-*.safetensors")) for cache in caches]
+        assert sum(map(bool, copies)) >= 2, f"a node reads its own copies: {copies}"
         _assert_equals(done.job.folder, run, done.job.dataset.stimuli[0].pixels())
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         image = done.job.dataset.stimuli[0].pixels()

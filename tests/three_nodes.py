@@ -7,6 +7,7 @@ Every process of it listens on 127.0.0.1 only and is ended by its id.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -200,10 +201,13 @@ def _hold(sizes: Sequence[dict[str, Any]]) -> None:
     head, *others = [{"object_store_memory": STORE_BYTES} | size for size in sizes]
     cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False} | head)
     nodes = {cluster.head_node.node_id: cluster.head_node}
+    folders = itertools.count()
 
     def add(size: dict[str, Any]) -> None:
+        # A folder for each, as machines have: in one, a node deletes the working directory that others' jobs are in.
+        folder = os.path.join(os.environ["RAY_TMPDIR"], str(next(folders)))
         # On a busy machine it takes longer to be known than Ray's own patience.
-        node = cluster.add_node(wait=False, **{"object_store_memory": STORE_BYTES} | size)
+        node = cluster.add_node(wait=False, **{"object_store_memory": STORE_BYTES, "temp_dir": folder} | size)
         nodes[node.node_id] = node
 
     def answer() -> None:
