@@ -92,7 +92,7 @@ def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
         for name, (fields, changed) in THEIRS.items():
             options = [text for field, value in fields.items() for text in (f"--{field}", value)]
             wanted.append((name, changed, ["deepgaze_iie", *_without_backbones(argv), "--heads", deepgaze, *options]))
-    systems = []
+    systems: list[System] = []
     for name, changed, line in wanted:
         job = parse(line, __doc__.splitlines()[0])
         print(f"--- {name}: {changed}", flush=True)
