@@ -268,14 +268,20 @@ def test_disk_full_in_training(cluster: ThreeNodes, folder: Path, disk: Path, tm
     assert_equals_undisturbed(run, before, alone)
 
 
+def resize(disk: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
 def test_disk_full_in_extraction(cluster: ThreeNodes, disk: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     dataset = displays(tmp_path / "set", ("Colour", "Size", "Text"), 22)
     arguments = ["demo", "--backbones", "lite0", "--workers", "2", *dataset, "--root", str(disk)]
+    resize(disk, "24m")  # room for one of five shards
     said = finish(command("extract", *arguments), log, cluster.environment, status=2)
     assert_one_line(said, str(disk / "features"), "No space left on device", "free the disk")
     before = {path: path.stat().st_mtime_ns for path in disk.glob("features/*/shard-*.safetensors")}
-    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+    assert not list(disk.rglob("*.partial"))
+    resize(disk, "128m")
     finish(command("extract", *arguments), log, cluster.environment)
     assert_whole(disk)
     assert {path: path.stat().st_mtime_ns for path in before} == before
