@@ -6,8 +6,8 @@
 
 Runs the recipes acw_v1, acw_v2, acw_v3, deepgaze_iie and acw on one data set and split; fields of a recipe, such as
 `--max_epochs 8`, are given to all of them. acw_v2 takes the heads of acw_v1, of which it is another mixture, to train
-them jointly. `--deepgaze MODEL` adds the authors' own heads (`acw import-deepgaze`),
-mixed evenly and by category weights. What is there already is kept.
+them jointly. `--deepgaze MODEL` adds the authors' own heads (`acw import-deepgaze`), mixed evenly and by category
+weights. What is there already is kept.
 Leaves table1.csv (validation images, as published), table2.csv (held-out images), reproduction.json and report.html in
 ROOT/reproduction-*; the last line on stdout is the path of reproduction.json.
 """
@@ -120,15 +120,18 @@ def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
 
 
 def _take_heads(job: Job, done: Sequence[Job]) -> None:
-    """Copies the heads of a system that has trained the same ones: its recipe differs in how they are mixed alone."""
+    """Copies the heads of a system that has trained the same ones: its recipe differs only in how they are mixed."""
 
     def trained_by(recipe: Recipe) -> Recipe:
         return dataclasses.replace(recipe, name="", category_weights=False)
 
+    if listing(job.folder / "banks"):
+        return
     for other in done:
-        if trained_by(other.recipe) == trained_by(job.recipe) and not listing(job.folder / "banks"):
+        # A model's own heads, of `--heads`, are nobody's training.
+        if trained_by(other.recipe) == trained_by(job.recipe) and (banks := listing(other.folder / "banks")):
             print(f"takes the heads of {other.recipe.name}, whose training is the same", flush=True)
-            for path in listing(other.folder / "banks"):
+            for path in banks:
                 write_atomic(job.folder / "banks" / path.name, fetch(path).read_bytes())
             return
 

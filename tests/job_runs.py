@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -137,3 +138,11 @@ def assert_same_heads(folder: Path, reference: Path) -> None:
         torch.testing.assert_close(
             tensor, theirs[name], atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name} {text}"
         )
+
+
+def assert_same_scores(folder: Path, reference: Path, tolerance: float) -> None:
+    ours, theirs = (json.loads((run / "evaluation.json").read_text())["models"] for run in (folder, reference))
+    assert ours.keys() == theirs.keys()
+    for name, entry in theirs.items():
+        for metric, score in entry["overall"].items():
+            assert ours[name]["overall"][metric]["mean"] == pytest.approx(score["mean"], abs=tolerance), (name, metric)

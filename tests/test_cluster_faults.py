@@ -4,7 +4,6 @@ after which the same command ends it. Nothing that was finished is done again.""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from job_runs import Run, assert_same_heads, command, displays, elsewhere, finished, histories
+from job_runs import Run, assert_same_heads, assert_same_scores, command, displays, elsewhere, finished, histories
 from servers import free_port, mlflow_server, wait_until_it_answers
 from test_faults import assert_whole, features_of
 from three_nodes import NODE, PATIENCE, ThreeNodes, fill, finish, running, small_disk, wait_for
@@ -151,14 +150,6 @@ def test_a_node_lost_in_scoring(cluster: ThreeNodes, done: Run, tmp_path: Path) 
         cluster.remove(next(node for node in cluster.nodes if node != cluster.head))
         assert job.wait(timeout=2 * PATIENCE) == 0, log.read_text()
     assert_same_scores(folder, done.job.folder, 1e-6)
-
-
-def assert_same_scores(folder: Path, reference: Path, tolerance: float) -> None:
-    ours, theirs = (json.loads((run / "evaluation.json").read_text())["models"] for run in (folder, reference))
-    assert ours.keys() == theirs.keys()
-    for name, entry in theirs.items():
-        for metric, score in entry["overall"].items():
-            assert ours[name]["overall"][metric]["mean"] == pytest.approx(score["mean"], abs=tolerance), (name, metric)
 
 
 # --- Drivers and heads -------------------------------------------------------------------------------------------

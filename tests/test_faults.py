@@ -80,14 +80,13 @@ def assert_kept(before: dict[str, list[dict]], folder: Path) -> None:
 
 
 def test_driver_killed_in_training(done: Run, tmp_path: Path) -> None:
-    """From nothing on in another root: so this also says that the same recipe gives the same heads. Scores are not
-    asked for again, which test_driver_killed_in_aggregation does."""
+    """From nothing on in another root: so this also says that the same recipe gives the same heads."""
     root, folder = tmp_path / "runs", tmp_path / "runs" / done.job.folder.name
     arguments = elsewhere(done.arguments, root)
     kill_driver("pipeline", arguments, tmp_path / "log", trains(folder))
     before = histories(folder)
     assert any(len(history) < EPOCHS for history in before.values()), "killed too late to have interrupted anything"
-    succeed("train", *arguments)
+    succeed("pipeline", *arguments)
     assert_kept(before, folder)
     assert_same_heads(folder, done.job.folder)
 

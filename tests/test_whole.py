@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from job_runs import JOBS, RECIPE, Histories, assert_same_heads, finished, histories, succeed
+from job_runs import JOBS, RECIPE, Histories, assert_same_heads, assert_same_scores, finished, histories, succeed
 from seaweed import BUCKET, KEY, SECRET, SeaweedFS
 from servers import free_port, mlflow_server, wait_until_it_answers
 from three_nodes import NODE, PATIENCE, ThreeNodes, finish, running, wait_for
@@ -83,9 +82,9 @@ def test_submitted_to_three_nodes_from_s3_to_s3_with_a_node_lost(
         after = in_s3(local(run))
         for bank, history in before.items():
             assert after[bank][: len(history)] == history, "finished epochs are not done again"
-        _assert_equals(done.job.folder, run, done.job.dataset.stimuli[0].pixels())
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         image = done.job.dataset.stimuli[0].pixels()
+        _assert_equals(done.job.folder, run, image)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         registered = acw.load("models:/acw@champion").predict(image).log_density
         np.testing.assert_array_equal(registered, acw.load(run).predict(image).log_density)
     objects = [entry.key for entry in s3.listing(root)]
@@ -110,10 +109,6 @@ def _assert_equals(reference: Path, run: str, image: np.ndarray) -> None:
     for path in listing(here):
         fetch(path)
     assert_same_heads(here, reference)
-    ours, theirs = (json.loads((place / "evaluation.json").read_text())["models"] for place in (here, reference))
-    assert ours.keys() == theirs.keys()
-    for name, entry in theirs.items():
-        for metric, score in entry["overall"].items():
-            assert ours[name]["overall"][metric]["mean"] == pytest.approx(score["mean"], abs=TOLERANCE), (name, metric)
+    assert_same_scores(here, reference, TOLERANCE)
     expected = acw.load(reference).predict(image).log_density
     np.testing.assert_allclose(acw.load(run).predict(image).log_density, expected, atol=1e-5)
