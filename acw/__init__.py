@@ -19,7 +19,7 @@ def load(location: str | Path, device: str = "cpu") -> Model:
     from acw.storage import local, present
 
     if ":/" in str(location) and not str(location).startswith("s3://"):
-        from acw.tracking import download_model
+        from acw.registry import download_model
 
         return Model.load(download_model(str(location)), device)
     folder = local(location)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 LITE_LONG_SIDE = 400  # px, of the small backbones' input; one sees it finer
+# Which layers are read: a backbone's own, with one of the stage before too, or only those of its last stage.
+TAPS = ("own", "earlier", "deepest")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,17 @@ class Backbone:
         finer = 1.0 if self.long_side is None else self.long_side / LITE_LONG_SIDE
         return dataclasses.replace(self, downscale=None, long_side=round(long_side * finer))
 
+    def reading(self, taps: str) -> Backbone:
+        """The same view, of which those layers are read that one of TAPS names."""
+        assert taps in TAPS, taps
+        last = max(map(_stage, self.taps))
+        layers = {
+            "own": self.taps,
+            "earlier": (_EARLIER[self.timm_name.partition(".")[0]], *self.taps),
+            "deepest": tuple(tap for tap in self.taps if _stage(tap) == last),
+        }
+        return dataclasses.replace(self, taps=layers[taps])
+
     def fingerprint_fields(self) -> dict[str, Any]:
         """All that changes the features except the weights, whose hash is `FrozenBackbone.weights_sha256`; for JSON."""
         return {
@@ -81,6 +95,13 @@ class Backbone:
             "stride": self.stride,
             "static_padding": self.static_padding,
         }
+
+
+def _stage(tap: str) -> int:
+    """The network's stage that a layer is in: the first number of its path."""
+    number = re.search("[0-9]+", tap)
+    assert number is not None, tap
+    return int(number[0])
 
 
 def _scaled(size: tuple[int, int], factor: float, rounding: Callable[[float], int]) -> tuple[int, int]:
@@ -118,6 +139,17 @@ _RESNEXT50_TAPS = ("layer3.5.conv1", "layer3.5.conv2", "layer3.4.conv2", "layer4
 _EFFICIENTNET_B5_TAPS = ("blocks.4.4.conv_dw", "blocks.4.6.conv_dw", "blocks.5.8.conv_pwl")
 _LITE0_TAPS = ("blocks.4.2.conv_dw", "blocks.5.3.conv_dw", "blocks.6.0.conv_pwl")
 _LITE1_AND_2_TAPS = ("blocks.4.3.conv_dw", "blocks.5.4.conv_dw", "blocks.6.0.conv_pwl")
+
+# By timm's architecture: what `reading` adds, before any norm or activation as the others.
+_EARLIER = {
+    "resnet50": "layer2.3.conv2",
+    "resnext50_32x4d": "layer2.3.conv2",
+    "densenet201": "features.transition3.norm.drop",
+    "tf_efficientnet_b5": "blocks.3.6.conv_dw",
+    "tf_efficientnet_lite0": "blocks.3.2.conv_dw",
+    "tf_efficientnet_lite1": "blocks.3.3.conv_dw",
+    "tf_efficientnet_lite2": "blocks.3.3.conv_dw",
+}
 
 BACKBONES: dict[str, Backbone] = {
     backbone.name: backbone

@@ -38,10 +38,10 @@ def plan(argv: Sequence[str]) -> None:
 
 
 def status(argv: Sequence[str]) -> None:
-    """what of a run is done, what is running and when it will end"""
+    """what of a run or a search is done, what is running and when it will end"""
     parser = Parser(description=status.__doc__, allow_abbrev=False)
     parser.add_argument(
-        "run", help="the run's folder, which jobs print first as `run: FOLDER`; or s3://BUCKET/KEY of it"
+        "run", help="folder of a run or a search, which jobs print first as `run: FOLDER`; or s3://BUCKET/KEY of it"
     )
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
     options = parser.parse_args(list(argv))

@@ -111,13 +111,12 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 
 def stage(name: str) -> Callable[[Callable[[Job], None]], Callable[[Job], None]]:
-    """Has a step of a job keep the run's log: its begin and end, what `event` is told, Python's warnings, and a sign of
-    life every BEAT_SECONDS."""
+    """Has a step of a job keep the log of the job's run."""
 
     def decorate(step: Callable[[Job], None]) -> Callable[[Job], None]:
         @functools.wraps(step)
         def logged(job: Job) -> None:
-            with _logged(job, name):
+            with kept(job.folder, name, images=len(job.dataset.stimuli), recipe=dataclasses.asdict(job.recipe)):
                 step(job)
 
         return logged
@@ -126,8 +125,10 @@ def stage(name: str) -> Callable[[Callable[[Job], None]], Callable[[Job], None]]
 
 
 @contextlib.contextmanager
-def _logged(job: Job, name: str) -> Iterator[None]:
-    handler = RunLog(job.folder)
+def kept(folder: Path, name: str, **facts: Any) -> Iterator[None]:
+    """Keeps a folder's log: begin and end of a stage of that name, what `event` is told, Python's warnings, and a sign
+    of life every BEAT_SECONDS. facts: what its begin says of it, JSON's values."""
+    handler = RunLog(folder)
     _only(handler)
     show = warnings.showwarning
 
@@ -146,8 +147,7 @@ def _logged(job: Job, name: str) -> Iterator[None]:
 
     heart = threading.Thread(target=beat, daemon=True)
     try:
-        recipe, images = dataclasses.asdict(job.recipe), len(job.dataset.stimuli)
-        event("stage started", stage=name, born=born(os.getpid()), images=images, recipe=recipe)
+        event("stage started", stage=name, born=born(os.getpid()), **facts)
         handler.upload()
         heart.start()
         yield

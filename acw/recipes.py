@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from acw.backbones import BACKBONE_SETS, BACKBONES, Backbone
+from acw.backbones import BACKBONE_SETS, BACKBONES, TAPS, Backbone
 from acw.storage import UserError, fingerprint
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ class Recipe:
     )
     long_side: int = field(
         0, "px", "of the backbones' input; those with a finer one keep their ratio. 0: each backbone's own input"
+    )
+    taps: str = field(
+        "own",
+        "|".join(TAPS),
+        "layers that heads read: each backbone's own, with one of an earlier stage too, or the last stage's",
     )
     weights: tuple[str, ...] = field(
         (),
@@ -104,7 +109,7 @@ class Recipe:
     def backbone_values(self) -> list[Backbone]:
         """The recipe's backbones, with its own weights sources where it names any."""
         sources = dict(entry.split("=", 1) for entry in self.weights)
-        backbones = [BACKBONES[name] for name in self.backbones]
+        backbones = [BACKBONES[name].reading(self.taps) for name in self.backbones]
         if self.long_side:
             backbones = [backbone.of_long_side(self.long_side) for backbone in backbones]
         return [dataclasses.replace(one, weights=sources.get(one.name, one.weights)) for one in backbones]
@@ -293,6 +298,7 @@ def _check(recipe: Recipe) -> None:
         "weights",
         "BACKBONE=SOURCE with the recipe's backbones, each once",
     )
+    require(recipe.taps in TAPS, "taps", " or ".join(TAPS))
     require(recipe.center_bias in ("kde", "gaussian"), "center_bias", "kde or gaussian")
     require(
         0 <= recipe.center_bias_bandwidth < 1 and (not recipe.center_bias_bandwidth or recipe.center_bias == "kde"),

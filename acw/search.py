@@ -11,7 +11,7 @@ import importlib.util
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 # Fields that a bank cannot mix and that act on a head's training all the same. Others decide about which heads there
 # are and on which images, or nothing before the mixture.
 COMMON = (
-    *("long_side", "center_bias", "center_bias_bandwidth", "density_cell", "upsampling", "upsampling_steps"),
+    *("long_side", "taps", "center_bias", "center_bias_bandwidth", "density_cell", "upsampling", "upsampling_steps"),
     *("batch_size", "lr_factor", "lr_patience", "min_learning_rate"),
 )
 # Of those, the ones that other features are needed for, extracted before the search: they take one of some values.
-OF_FEATURES = ("long_side",)
+OF_FEATURES = ("long_side", "taps")
 
 
 @dataclass(frozen=True)
@@ -256,6 +256,21 @@ class Search:
             "outcomes": [dataclasses.asdict(one) for one in outcomes] if outcomes else None,
         }
         write_json(self._path(population.number), entry)
+
+
+def line(figures: Mapping[str, Any]) -> str:
+    """What `tuning.Board.figures` gives, without the time left, for people."""
+    parts = [f"{figures['done']}/{figures['total']} configurations done"]
+    if best := figures["best"]:
+        parts[0] += f", best {best['ig']:.4f} bit"
+    if training := ", ".join(f"{one['configurations']} in epoch {one['epoch']}" for one in figures["training"]):
+        parts.append(f"training {training} of at most {figures['max_epochs']}")
+    return "; ".join(parts)
+
+
+def written(value: Any) -> str:
+    """A field's value as a person reads it."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
 
 
 def _study(seed: int) -> optuna.Study:

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 from acw import tracking
 from acw.recipes import Recipe
 from acw.search import Search, Trialled
-from acw.storage import UserError, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
 FILES = ("overlay.json", "search.json", "report.html")
-ATTEMPTS = 5
 
 
 def log(uri: str, found: Search, recipe: Recipe, origin: Mapping[str, Any], *, ended: bool) -> None:
@@ -25,15 +23,15 @@ def log(uri: str, found: Search, recipe: Recipe, origin: Mapping[str, Any], *, e
     uri: as `tracking.tracking_uri` gives it. origin: what the search was made with and on. ended: whether nothing more
     comes; the files of the search's folder are logged then, too. Raises UserError if the store cannot be used.
     """
-    for _ in range(ATTEMPTS):
+
+    def write() -> None:
         client, experiment = tracking.connect(uri)
         parent = _parent(client, experiment, found, recipe, origin)
         _children(client, experiment, parent, found)
         if ended:
             _end(client, parent, found)
-        if tracking.publish(uri):
-            return
-    raise UserError(f"{shown(uri)}: other jobs change this database all the time; run the command again")
+
+    tracking.log(uri, write)
 
 
 def _parent(client: MlflowClient, experiment: str, found: Search, recipe: Recipe, origin: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`acw status RUN`: what of a run is done, what is running and when it will end; from the files that it leaves.
+"""`acw status RUN`: what of a run or a search is done, what runs, when it will end; from the files that it leaves.
 
 It asks neither Ray nor MLflow, so it also tells of a run that has ended, was interrupted, or is on another machine.
 """
@@ -9,7 +9,7 @@ import dataclasses
 import datetime
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,14 @@ from acw.progress import (
     time_left,
 )
 from acw.recipes import Recipe
+from acw.search import line, written
 from acw.storage import UserError, fetch, present, shown
 
 # A driver that cannot be asked is believed to live for so many of its signs of life.
 MISSED_BEATS = 4
 # Checkpoints may be in S3, where an answer takes its time.
 READERS = 16
+SEARCH_FIGURES = ("done", "total", "best", "training", "max_epochs", "minutes_left")
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,11 @@ class Driver:
 
 
 def status(folder: Path, now: float) -> dict[str, Any]:
-    """All that `acw status` says, as JSON's values. Raises UserError for a folder that is not a run's."""
+    """All that `acw status` says, as JSON's values. Raises UserError for a folder that is no run's and no search's."""
     events = log.events(folder)
+    driver = _driver(events, now)
+    if driver and driver.stage == "search":
+        return _search(folder, driver, now)
     recipe = _recipe(folder, events)
     units = [] if recipe.heads else bank_units(recipe, plan_banks(recipe), folder)
     count = len(units)
@@ -66,21 +71,46 @@ def status(folder: Path, now: float) -> dict[str, Any]:
     with ThreadPoolExecutor(READERS) as pool:
         standings = list(pool.map(read, units))
     banks, systems = standings[:count], standings[count:]
-    driver = _driver(events, now) or _unlogged(standings, now)
+    driver = driver or _unlogged(standings, now)
     stages = _stages(folder, recipe, driver, banks, systems, now)
     return {
         "run": shown(folder),
         "recipe": recipe.name,
+        **_who(driver, now),
         "state": _state(driver, stages),
+        "workers": _workers(driver),
+        "stages": stages,
+        **_end(driver, stages, now),
+    }
+
+
+def _who(driver: Driver, now: float) -> dict[str, Any]:
+    return {
         "error": driver.error,
         "node": driver.node,
         "pid": driver.pid,
         "since": _iso(driver.since),
         "seen": _iso(driver.seen),
         "seen_seconds": round(now - driver.seen, 1) if driver.seen else None,
-        "workers": _workers(driver),
-        "stages": stages,
-        **_end(driver, stages, now),
+    }
+
+
+def _search(folder: Path, driver: Driver, now: float) -> dict[str, Any]:
+    """A search's figures: what its driver said last of its configurations, or before that of their features."""
+    over = "finished" if driver.finished else "failed" if driver.error else "interrupted"
+    told = [event for event in driver.events if event["event"] == "search"]
+    configurations = {name: told[-1][name] for name in SEARCH_FIGURES} if told else {}
+    features = {} if told else _extraction(driver)
+    left = (configurations or features).get("minutes_left") if driver.alive else None
+    return {
+        "run": shown(folder),
+        "recipe": driver.events[0]["recipe"]["name"],
+        **_who(driver, now),
+        "state": "running" if driver.alive else over,
+        "features": features,
+        "configurations": configurations,
+        "minutes_left": left,
+        "ends": _iso(now + 60 * left) if left is not None else None,
     }
 
 
@@ -253,10 +283,27 @@ def _iso(seconds: float | None) -> str | None:
 def text(figures: dict[str, Any]) -> str:
     """The same for people."""
     lines = [f"{figures['run']}: {_headline(figures)}"]
+    if "configurations" in figures:
+        return "\n".join([*lines, *_search_text(figures)])
     for stage in figures["stages"]:
         lines.append(f"{stage['name']:16}{stage['state']:13}{_stage_text(stage)}")
         lines += [f"  {unit['name']:30}{unit['state']:13}{_unit_text(unit)}" for unit in stage.get("units", [])]
     return "\n".join(line.rstrip() for line in [*lines, *_last_line(figures)])
+
+
+def _search_text(figures: dict[str, Any]) -> Iterator[str]:
+    if figures["features"]:
+        yield f"{'features':16}{_stage_text(figures['features'] | {'name': 'features', 'state': figures['state']})}"
+    if known := figures["configurations"]:
+        yield f"{'search':16}{line(known)}"
+        if known["best"]:
+            fields = ", ".join(f"{name} {written(value)}" for name, value in known["best"]["fields"].items())
+            yield f"{'best so far':16}{fields or 'the recipe itself'}"
+    if figures["state"] in ("interrupted", "failed"):
+        yield "nothing is running: the same command, with --resume for jobs/tune.py, goes on where it stopped"
+    elif figures["ends"] is not None:
+        at = datetime.datetime.fromisoformat(figures["ends"]).astimezone().strftime("%H:%M")
+        yield f"it will end in at most {figures['minutes_left']:.1f} min, at {at}"
 
 
 def _headline(figures: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from acw import log
 from acw.aggregation import finalizer_bias
 from acw.backbones import Backbone
 from acw.batches import TrainingSet
@@ -21,7 +23,7 @@ from acw.data import Dataset, Split
 from acw.features import FeatureStore
 from acw.population import KEPT, RUNGS, Outcome, Population, train_population
 from acw.recipes import Recipe, derive
-from acw.search import Search, Trialled
+from acw.search import Search, Trialled, line, written
 from acw.storage import UserError, ray_storage
 
 # A trial whose node is lost starts again from its checkpoints, and loses an epoch at most.
@@ -216,28 +218,34 @@ class Board:
         self._first.setdefault(population.number, epoch - 1)
         self._epochs[population.number] = epoch
         if time.monotonic() - self._shown > PROGRESS_SECONDS:
-            self._shown = time.monotonic()
-            print(self.line(), flush=True)
+            self._say()
 
     def finished(self, population: Population) -> None:
         self._epochs.pop(population.number, None)
-        self._shown = time.monotonic()
-        print(self.line(), flush=True)
+        self._say()
         print(table(self.found.trialled[:SHOWN]), flush=True)
 
-    def line(self) -> str:
-        """Configurations done, which populations train, the best so far, time left."""
+    def _say(self) -> None:
+        self._shown = time.monotonic()
+        figures = self.figures()
+        log.event("search", **figures)
+        print(f"search: {line(figures)}; at most {figures['minutes_left']:.1f} min left", flush=True)
+
+    def figures(self) -> dict[str, Any]:
+        """Configurations done, which populations train, the best so far, time left; for JSON."""
         trialled = self.found.trialled
-        done = sum(1 for one in trialled if one.number)
-        training = ", ".join(
-            f"{len(self.found.proposed[number].own)} in epoch {epoch}" for number, epoch in sorted(self._epochs.items())
-        )
-        best = f", best {trialled[0].ig:.4f} bit" if trialled else ""
-        return (
-            f"search: {done}/{self.found.samples} configurations done{best}"
-            f"{f'; training {training} of at most {self.recipe.max_epochs}' if training else ''}; "
-            f"at most {self.minutes_left():.1f} min left"
-        )
+        best = {"number": trialled[0].number, "ig": trialled[0].ig, "fields": trialled[0].fields} if trialled else None
+        return {
+            "done": sum(1 for one in trialled if one.number),
+            "total": self.found.samples,
+            "training": [
+                {"configurations": len(self.found.proposed[number].own), "epoch": epoch}
+                for number, epoch in sorted(self._epochs.items())
+            ],
+            "max_epochs": self.recipe.max_epochs,
+            "best": best if best and math.isfinite(best["ig"]) else None,
+            "minutes_left": round(self.minutes_left(), 1),
+        }
 
     def minutes_left(self) -> float:
         """As if every population that is left were trained for all of the recipe's epochs."""
@@ -260,11 +268,6 @@ def table(trialled: Sequence[Trialled]) -> str:
         rows.append([name, f"{one.ig:.4f}", gain, str(one.outcome.epochs), one.outcome.state, *values])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def written(value: Any) -> str:
-    """A field's value as a person reads it."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
 
 
 def overlay(found: Search, facts: Mapping[str, Any]) -> dict[str, Any]:

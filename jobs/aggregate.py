@@ -35,7 +35,7 @@ EXAMPLES = 4  # categories in the picture
 @log.stage("aggregation")
 def aggregate(job: Job) -> None:
     """Leaves the model, its weights and its scores in the run's folder and in MLflow."""
-    from acw import aggregation, report, tracking
+    from acw import aggregation, report, run_log, tracking
     from acw.backbones import load_backbone
     from acw.evaluation import per_image_csv, summarise
     from acw.predictions import Predictions
@@ -76,7 +76,7 @@ def aggregate(job: Job) -> None:
     _report(job, Predictions(dataset, model, stores, gold), curves)
     uri = tracking.tracking_uri(job.root, job.tracking_uri)
     log.event("registering")
-    registration = tracking.log_run(uri, folder, recipe, banks, evaluation)
+    registration = run_log.log_run(uri, folder, recipe, banks, evaluation)
     print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
     # Last: it says that the run is finished.
     write_json(folder / "registration.json", dataclasses.asdict(registration) | {"store": fingerprint(shown(uri))})

@@ -12,6 +12,7 @@ The last line on stdout is the path of the overlay; report.html beside it shows 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,42 +67,51 @@ def parse_options(parser: Parser, argv: Sequence[str]) -> tuple[Options | None, 
 
 def tune(job: Job, options: Options) -> Path:
     """Does all of the search that is not done yet; the path of its overlay."""
+    from acw import log, tracking, tuning
+    from acw.search import load_space
+
+    found = _search(job, load_space(SPACES, options.space), options)
+    folder, uri = found.folder, tracking.tracking_uri(job.root, job.tracking_uri)
+    unfinished = found.waiting or found.missing
+    if unfinished and found.proposed and not options.resume:
+        raise UserError(
+            f"{shown(folder)}: an earlier search has {len(found.trialled)} of these configurations; add --resume "
+            "to go on with it, or delete the folder"
+        )
+    print(f"search: {shown(folder)}", flush=True)
+    if unfinished or not _logged(found, uri):
+        with log.kept(folder, "search", images=len(job.dataset.stimuli), recipe=dataclasses.asdict(job.recipe)):
+            _complete(job, found, options, uri)
+    print(tuning.table(found.trialled))
+    return folder / "overlay.json"
+
+
+def _complete(job: Job, found: Search, options: Options, uri: str) -> None:
+    """Trains what is missing, and writes down and logs what is found."""
     from mlflow.exceptions import MlflowException
 
     from acw import search_log, search_page, tracking, tuning
-    from acw.search import load_space
     from acw.storage import write_json
 
-    space = load_space(SPACES, options.space)
-    found = _search(job, space, options)
     folder, origin = found.folder, _origin(job, options)
-    uri = tracking.tracking_uri(job.root, job.tracking_uri)
+
+    def ended() -> None:
+        # A tracking server may be away for a while: at the end all is logged that is not there.
+        try:
+            search_log.log(uri, found, job.recipe, origin, ended=False)
+        except (MlflowException, UserError) as error:
+            print(f"not in MLflow yet: {str(error).partition(chr(10))[0]}", flush=True)
+
+    # One that does not answer at all is better known now than after the search.
+    tracking.connect(uri)
     if found.waiting or found.missing:
-        if found.proposed and not options.resume:
-            raise UserError(
-                f"{shown(folder)}: an earlier search has {len(found.trialled)} of these configurations; add --resume "
-                "to go on with it, or delete the folder"
-            )
-
-        def ended() -> None:
-            # A tracking server may be away for a while: at the end all is logged that is not there.
-            try:
-                search_log.log(uri, found, job.recipe, origin, ended=False)
-            except (MlflowException, UserError) as error:
-                print(f"not in MLflow yet: {str(error).partition(chr(10))[0]}", flush=True)
-
-        # One that does not answer at all is better known now than after the search.
-        tracking.connect(uri)
-        tuning.search(_work(job, space, options, folder), found, ended)
-    if not _logged(found, uri):
-        write_json(folder / "overlay.json", tuning.overlay(found, origin))
-        write_json(folder / "search.json", found.summary() | _record(job, options))
-        search_page.write(folder)
-        search_log.log(uri, found, job.recipe, origin, ended=True)
-        # Last: it says that all is done.
-        write_json(folder / "logged.json", _log_entry(found, uri))
-    print(tuning.table(found.trialled))
-    return folder / "overlay.json"
+        tuning.search(_work(job, found.space, options, folder), found, ended)
+    write_json(folder / "overlay.json", tuning.overlay(found, origin))
+    write_json(folder / "search.json", found.summary() | _record(job, options))
+    search_page.write(folder)
+    search_log.log(uri, found, job.recipe, origin, ended=True)
+    # Last: it says that all is done.
+    write_json(folder / "logged.json", _log_entry(found, uri))
 
 
 def _search(job: Job, space: Space, options: Options) -> Search:

@@ -13,6 +13,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import pytest
+
+from acw.features import open_shard
+
 PATIENCE = 90.0
 # SeaweedFS's gRPC ports lie so far above the others.
 GRPC = 10_000
@@ -37,6 +41,12 @@ def _free_ports(count: int) -> list[int]:
     return found
 
 
+def node(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """From here on, this process is on the node that has this cache."""
+    monkeypatch.setenv("ACW_CACHE", str(cache))
+    open_shard.cache_clear()
+
+
 class SeaweedFS:
     """`weed` on 127.0.0.1 with its files in a folder; killed and started again, it has what it had."""
 
@@ -57,6 +67,12 @@ class SeaweedFS:
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
         }
+
+    def used_by(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Has this process, and all that it starts, know how to reach it, on a node that has this cache."""
+        for name, value in self.environment.items():
+            monkeypatch.setenv(name, value)
+        node(monkeypatch, cache)
 
     def start(self) -> None:
         master, volume, filer, s3 = self.ports

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch.nn import functional
 
-from acw.backbones import BACKBONES, Backbone, FrozenBackbone, load_backbone
+from acw.backbones import BACKBONES, Backbone, FrozenBackbone, load_backbone, tap_outputs
 from acw.storage import UserError
 from acw.weights import load_weights
 
@@ -95,6 +95,20 @@ def test_taps_are_those_of_a_whole_forward_pass(name: str, channels: list[int]) 
         torch.testing.assert_close(feature, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
         # A tap ahead of its ReLU has both signs; a ReLU that works in place on a tap that is not a copy takes one away.
         assert feature.min() < 0 < feature.max()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_other_layers_of_a_backbone_can_be_read(name: str) -> None:
+    own = BACKBONES[name]
+    earlier, deepest = own.reading("earlier"), own.reading("deepest")
+    assert own.reading("own") == own
+    assert earlier.taps[1:] == own.taps
+    assert deepest.taps == own.taps[-len(deepest.taps) :]
+    with torch.device("meta"):
+        network, image = timm.create_model(own.timm_name), torch.zeros(1, 3, 128, 128)
+    added, *others = tap_outputs(network, earlier.taps, image)
+    assert added.shape[1] >= max(tap.shape[1] for tap in others), "an earlier stage is as fine or finer"
+    assert {tap.shape[1] for tap in tap_outputs(network, deepest.taps, image)} == {4}, "the last stage: 32 px a cell"
 
 
 def test_batch_norms_are_part_of_the_convolutions_before_them(lite0: FrozenBackbone) -> None:

@@ -16,7 +16,7 @@ import pytest
 from job_runs import Run, assert_same_heads, assert_same_scores, command, displays, elsewhere, finished, histories
 from servers import free_port, mlflow_server, wait_until_it_answers
 from test_faults import assert_whole, features_of
-from three_nodes import NODE, PATIENCE, ThreeNodes, fill, finish, running, small_disk, wait_for
+from three_nodes import NODE, PATIENCE, ThreeNodes, fill, finish, head, running, small_disk, submission, wait_for
 from tiny_training import RECIPE, train_alone
 
 from acw.recipes import derive
@@ -173,12 +173,9 @@ def test_head_stopped_and_job_submitted_again(folder: Path, tmp_path: Path, alon
     before: dict[str, list[dict]] = {}
     for attempt in ("first", "second"):
         port, log = free_port(), tmp_path / f"{attempt}.log"
-        head = NODE | {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
-        with ThreeNodes(tmp_path / "cluster.log", [head, NODE, NODE]) as cluster:
-            address = f"http://127.0.0.1:{port}"
-            wait_until_it_answers(f"{address}/api/version")
-            submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address, "--"]
-            with running([*submit, *training(folder)], log, cluster.environment) as client:
+        with ThreeNodes(tmp_path / "cluster.log", [head(port), NODE, NODE]) as cluster:
+            wait_until_it_answers(f"http://127.0.0.1:{port}/api/version")
+            with running(submission(port, "--", *training(folder)), log, cluster.environment) as client:
                 if attempt == "first":
                     wait_until_it_trains(folder, client, log)
                     cluster.stop()

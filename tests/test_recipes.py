@@ -78,6 +78,7 @@ def test_values_may_be_strings_or_python_values() -> None:
         ("upsampling", "cubic"),
         ("upsampling_steps", "16x30"),
         ("long_side", 8),
+        ("taps", "latest"),
         ("joint_patience", -1),
         ("joint_min_learning_rate", 1.0),
         ("holdout", 1.5),

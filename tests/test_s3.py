@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from job_runs import JOBS, RECIPE, assert_same_heads, command, displays, finished, run, succeed
-from seaweed import BUCKET, KEY, SECRET, Proxy, SeaweedFS
+from seaweed import BUCKET, KEY, SECRET, Proxy, SeaweedFS, node
 from three_nodes import running
 from tiny_training import BACKBONE, StubNetwork, make_store, stimuli
 
@@ -26,7 +26,7 @@ from acw.cli import parse
 from acw.data import load_dataset
 from acw.data.remote import reads
 from acw.extraction import write_shards
-from acw.features import open_shard, shard_path, untouched, verify
+from acw.features import shard_path, untouched, verify
 from acw.pace import Pace
 from acw.storage import Damaged, UserError, fetch, listing, local, present, remove, shown, write_atomic, write_json
 from acw.weights import read_weights
@@ -37,16 +37,8 @@ sys.path.insert(0, str(JOBS))
 @pytest.fixture
 def root(server: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """An address of its own for each test, with the environment to reach it and an empty cache."""
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    node(monkeypatch, tmp_path / "node")
+    server.used_by(monkeypatch, tmp_path / "node")
     return f"s3://{BUCKET}/{hashlib.sha256(request.node.name.encode()).hexdigest()[:12]}"
-
-
-def node(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """From here on, this process is on the node that has this cache."""
-    monkeypatch.setenv("ACW_CACHE", str(cache))
-    open_shard.cache_clear()
 
 
 def overwrite(uri: str, content: bytes) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import acw
-from acw import tracking
+from acw import registry, run_log, tracking
 from acw.backbones import BACKBONES, load_backbone
 from acw.banks import Bank, BankState, Head
 from acw.categories import CategoryClassifier
@@ -24,8 +24,9 @@ from acw.finalizer import Finalizer
 from acw.heads import new_heads
 from acw.model import Model
 from acw.recipes import Recipe, derive, named_recipe
+from acw.run_log import log_run
 from acw.storage import UserError, write_json
-from acw.tracking import log_run, tracking_uri
+from acw.tracking import tracking_uri
 
 CATEGORIES = ["faces", "text"]
 RECIPE = derive(named_recipe("gaze"), {"backbones": "lite0", "seeds": 1, "folds": 2})
@@ -106,13 +107,13 @@ def banks(recipe: Recipe = RECIPE) -> dict[Bank, BankState]:
     state = BankState.new(recipe, BANK, 4)
     for epoch in range(600):  # more metrics than MLflow takes in one call
         second = 0.5 if epoch < 10 else None
-        values = {name: [epoch / 600, second] for name in tracking.EPOCH_METRICS}
+        values = {name: [epoch / 600, second] for name in run_log.EPOCH_METRICS}
         state.history.append({"epoch": epoch, "seconds": 1.0, **values})
     return {BANK: state}
 
 
 @pytest.fixture(scope="module")
-def first(store: str, model: Model, tmp_path_factory: pytest.TempPathFactory) -> tracking.Registration:
+def first(store: str, model: Model, tmp_path_factory: pytest.TempPathFactory) -> registry.Registration:
     run = write_run(tmp_path_factory.mktemp("runs") / "gaze-first", model, BASE_IG)
     registration = log_run(store, run, RECIPE, banks(), EVALUATION)
     assert log_run(store, run, RECIPE, banks(), EVALUATION) == registration, "a run's folder is logged once"
@@ -124,14 +125,14 @@ def in_store(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
 
 
-def test_run_is_recorded_once_and_whole(store: str, first: tracking.Registration) -> None:
+def test_run_is_recorded_once_and_whole(store: str, first: registry.Registration) -> None:
     client, experiment = tracking.connect(store)
     parent = client.get_run(first.run_id)
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics == {"IG.backbone.lite0": 1.25}
     assert {name: parent.data.params[name] for name in ("backbones", "folds")} == {"backbones": "lite0", "folds": "2"}
     files = {file.path for file in client.list_artifacts(first.run_id)}
-    assert files >= {*tracking.FILES, "weights.png", "curves.png"}
+    assert files >= {*run_log.FILES, "weights.png", "curves.png"}
     (child,) = (run for run in client.search_runs([experiment]) if run.info.run_id != first.run_id)
     assert child.data.tags["mlflow.parentRunId"] == first.run_id
     assert child.info.status == "FINISHED"
@@ -143,7 +144,7 @@ def test_run_is_recorded_once_and_whole(store: str, first: tracking.Registration
     assert (first.version, first.alias) == (1, "champion")
 
 
-def test_registered_model_predicts_like_the_model(first: tracking.Registration, in_store: None, model: Model) -> None:
+def test_registered_model_predicts_like_the_model(first: registry.Registration, in_store: None, model: Model) -> None:
     import mlflow
 
     loaded = mlflow.pyfunc.load_model("models:/acw@champion")
@@ -165,7 +166,7 @@ def test_registered_model_predicts_like_the_model(first: tracking.Registration, 
     assert acw.load("models:/acw/1").predict(images[0]).log_density == pytest.approx(inferred[0], abs=1e-5)
 
 
-def test_loads_in_a_fresh_process_elsewhere(first: tracking.Registration, store: str, tmp_path: Path) -> None:
+def test_loads_in_a_fresh_process_elsewhere(first: registry.Registration, store: str, tmp_path: Path) -> None:
     script = (
         "import mlflow, numpy as np, sys\n"
         "model = mlflow.pyfunc.load_model('models:/acw@champion')\n"
@@ -185,7 +186,7 @@ def test_loads_in_a_fresh_process_elsewhere(first: tracking.Registration, store:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_artifacts_hold_no_pickles_and_stay_beside_the_store(first: tracking.Registration, store: str) -> None:
+def test_artifacts_hold_no_pickles_and_stay_beside_the_store(first: registry.Registration, store: str) -> None:
     root = Path(store.removeprefix("sqlite:///")).parent
     (description,) = root.rglob("MLmodel")
     assert "serving.py" in description.read_text()
@@ -195,12 +196,12 @@ def test_artifacts_hold_no_pickles_and_stay_beside_the_store(first: tracking.Reg
 
 
 def test_champion_moves_only_for_a_certain_gain(
-    store: str, first: tracking.Registration, model: Model, tmp_path: Path
+    store: str, first: registry.Registration, model: Model, tmp_path: Path
 ) -> None:
     noise = np.random.default_rng(3).normal(0, 0.2, len(BASE_IG))
     noise -= noise.mean()
 
-    def register(name: str, ig: np.ndarray, fingerprint: str = "data") -> tracking.Registration:
+    def register(name: str, ig: np.ndarray, fingerprint: str = "data") -> registry.Registration:
         return log_run(store, write_run(tmp_path / name, model, ig, fingerprint), RECIPE, banks(), EVALUATION)
 
     # The gain of .02 is within the noise of +-.05, though every paired test would need only its mean.
@@ -220,7 +221,7 @@ def test_champion_moves_only_for_a_certain_gain(
 @pytest.mark.parametrize("killed_in", ["_log_model", "_promote", "_decided"])
 def test_killed_attempt_leaves_one_run_and_one_version(
     store: str,
-    first: tracking.Registration,
+    first: registry.Registration,
     model: Model,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -246,7 +247,7 @@ def test_killed_attempt_leaves_one_run_and_one_version(
 
 
 def test_unusable_stores_and_models_are_refused(
-    first: tracking.Registration, in_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: registry.Registration, in_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"models:/acw/99: no such model"):
         acw.load("models:/acw/99")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from test_faults import kill_driver
 from tiny_training import CPU, make_store, make_training_set
 from tiny_training import RECIPE as TINY
 
-from acw import population, search, tracking
+from acw import log, population, search, tracking, tuning
 from acw.cli import parse
+from acw.cluster import Allocation
 from acw.features import FeatureStore
 from acw.population import Outcome, Population, train_population
 from acw.recipes import named_recipe
 from acw.search import Search, Space, load_space
+from acw.status import status, text
 from acw.storage import UserError
 
 SPACES = Path(__file__).parents[1] / "tune_spaces"
@@ -172,6 +175,8 @@ def test_members_share_what_a_bank_cannot_mix(tmp_path: Path) -> None:
         assert len({fields["sigma"] for fields in one.fields}) == 4
     recipe = named_recipe("gaze")
     assert [one.long_side for one in _space("input_scale").recipes(recipe)] == [0, 256, 320, 400, 512, 640]
+    taps = {one.backbone_values[0].taps for one in _space("taps").recipes(recipe)}
+    assert [len(one) for one in sorted(taps, key=len)] == [1, 3, 4]
     alone = Search(tmp_path / "alone", _space("center_bias"), 4, 3, seed=0)
     assert alone.missing == [0, 1, 1, 1]
 
@@ -299,6 +304,27 @@ def test_a_search_that_is_there_is_not_done_again(searched: Searched) -> None:
         tune.main([*command, "6"])
 
 
+def test_status_tells_of_a_search(searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = status(searched.folder, time.time())
+    assert (ended["state"], ended["configurations"]["done"], ended["ends"]) == ("finished", 4, None)
+    assert ended["configurations"]["best"]["fields"] == {"learning_rate": 2e-4}
+    monkeypatch.setattr(tuning, "PROGRESS_SECONDS", -1)
+    found, recipe = Search(tmp_path, _space(), 4, 11, seed=0), named_recipe("gaze")
+    with log.kept(tmp_path, "search", recipe=dataclasses.asdict(recipe)):
+        board = tuning.Board(found, recipe, Allocation(1, 1, 0))
+        population = found.propose()
+        assert status(tmp_path, time.time())["minutes_left"] is None
+        found.finish(population, [_ended(0.5, "finished") for _ in population.own])
+        board.finished(population)
+        board.epoch(found.propose(), 2)
+        seen = status(tmp_path, time.time())
+    assert seen["state"] == "running"
+    assert seen["minutes_left"] > 0
+    assert "3/11 configurations done, best 0.5000 bit; training 4 in epoch 2 of at most 20" in text(seen)
+    assert "best so far     the recipe itself" in text(seen)
+    assert "will end in at most" in text(seen)
+
+
 @pytest.mark.faults
 def test_a_search_goes_on_after_its_driver_was_killed(tmp_path: Path) -> None:
     """In the second of two populations: neither the first nor any epoch of the second is done again."""
@@ -316,6 +342,10 @@ def test_a_search_goes_on_after_its_driver_was_killed(tmp_path: Path) -> None:
     known, trained = populations(), second()
     assert known["000"]["outcomes"]
     assert known["001"]["outcomes"] is None
+    (folder,) = tmp_path.glob("root/tune/*")
+    left = status(folder, time.time())
+    assert (left["state"], left["configurations"]["done"]) == ("interrupted", 3)
+    assert "--resume" in text(left)
     *_, last = succeed("pipeline", *arguments)
     after = populations()
     assert after["000"] == known["000"]

@@ -12,11 +12,10 @@ import pytest
 from job_runs import JOBS, RECIPE, Histories, assert_same_heads, assert_same_scores, finished, histories, succeed
 from seaweed import BUCKET, KEY, SECRET, SeaweedFS
 from servers import free_port, mlflow_server, wait_until_it_answers
-from three_nodes import NODE, PATIENCE, ThreeNodes, finish, running, wait_for
+from three_nodes import NODE, PATIENCE, ThreeNodes, finish, head, running, submission, wait_for
 
 import acw
 from acw import s3
-from acw.features import open_shard
 from acw.storage import fetch, listing, local
 
 pytestmark = [
@@ -32,11 +31,8 @@ TOLERANCE = 1e-6
 @pytest.fixture
 def root(server: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A prefix of the bucket; what this process and all that it starts need to know to reach it."""
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
+    server.used_by(monkeypatch, tmp_path / "cache")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("ACW_CACHE", str(tmp_path / "cache"))
-    open_shard.cache_clear()
     return f"s3://{BUCKET}/whole"
 
 
@@ -56,18 +52,15 @@ def test_submitted_to_three_nodes_from_s3_to_s3_with_a_node_lost(
     succeed("stage", pictures, f"{root}/tiny", "--fixations", table)
     run = f"{root}/runs/{done.job.folder.name}"
     port, dashboard, log = free_port(), free_port(), tmp_path / "log"
-    head = NODE | {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard}
     job = ["python", "jobs/pipeline.py", *RECIPE, "--dataset", f"{root}/tiny"]
     job += ["--fixations", f"{root}/tiny/fixations.csv", "--root", f"{root}/runs"]
     job += ["--tracking-uri", f"http://127.0.0.1:{port}"]
-    address = f"http://127.0.0.1:{dashboard}"
-    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address]
-    submit += ["--working-dir", str(REPOSITORY), "--", *job]
+    submit = submission(dashboard, "--working-dir", str(REPOSITORY), "--", *job)
     with (
         mlflow_server(tmp_path, port, f"{root}/artifacts"),
-        ThreeNodes(tmp_path / "cluster.log", [head, NODE, NODE]) as cluster,
+        ThreeNodes(tmp_path / "cluster.log", [head(dashboard), NODE, NODE]) as cluster,
     ):
-        wait_until_it_answers(f"{address}/api/version")
+        wait_until_it_answers(f"http://127.0.0.1:{dashboard}/api/version")
         with running(submit, log, cluster.environment) as client:
             before = _until_half_way(local(run), client, log)
             node = next(node for node in cluster.workers("RayTrainWorker").values() if node != cluster.head)

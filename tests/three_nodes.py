@@ -25,6 +25,17 @@ STORE_BYTES = 80 * 2**20  # Ray takes no smaller object stores than 75 MiB
 NODE = {"num_cpus": 1}
 
 
+def head(port: int) -> dict[str, Any]:
+    """A node whose dashboard on that port takes jobs."""
+    return NODE | {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
+
+
+def submission(port: int, *arguments: str) -> list[str]:
+    """The command line of `ray job submit` to the cluster with that head."""
+    job_submit = ["-m", "ray.scripts.scripts", "job", "submit", "--address", f"http://127.0.0.1:{port}"]
+    return [sys.executable, *job_submit, *arguments]
+
+
 def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
     """The condition's first true value."""
     end = time.monotonic() + patience
@@ -198,8 +209,8 @@ class ThreeNodes:
 def _hold(sizes: Sequence[dict[str, Any]]) -> None:
     from ray.cluster_utils import Cluster
 
-    head, *others = [{"object_store_memory": STORE_BYTES} | size for size in sizes]
-    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False} | head)
+    first, *others = [{"object_store_memory": STORE_BYTES} | size for size in sizes]
+    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False} | first)
     nodes = {cluster.head_node.node_id: cluster.head_node}
     folders = itertools.count()
 
