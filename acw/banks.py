@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from acw.recipes import Recipe
-from acw.storage import UserError, fetch, write_atomic
+from acw.storage import Damaged, fetch, remove, shown, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,12 +143,24 @@ _VECTORS = ("steps", "bad_epochs", "learning_rate", "best_ig")
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A checkpoint's tensors and metadata; raises UserError for one that is damaged."""
+    """A checkpoint's tensors and metadata; raises Damaged for one that is."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path}: unreadable checkpoint ({error}); delete it to train its heads again") from None
+        raise Damaged(f"{path}: unreadable checkpoint ({error}); train again, which replaces it") from None
+
+
+def stored(path: Path) -> bool:
+    """Whether there is a checkpoint; a damaged one is deleted, which is said, so that its heads are trained again."""
+    try:
+        if fetch(path).exists():
+            read_checkpoint(path)
+            return True
+    except Damaged:
+        print(f"{shown(path)}: the checkpoint is damaged; deleted, and what it held is trained again", flush=True)
+        remove(path)
+    return False
 
 
 def below(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
@@ -175,6 +187,6 @@ def unfinished(recipe: Recipe, folder: Path) -> list[Bank]:
 
     def has_epochs_left(bank: Bank) -> bool:
         path = checkpoint_path(folder, bank)
-        return not fetch(path).exists() or len(BankState.load(path).active(recipe)) > 0
+        return not stored(path) or len(BankState.load(path).active(recipe)) > 0
 
     return [bank for bank in plan_banks(recipe) if has_epochs_left(bank)]

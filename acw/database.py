@@ -37,9 +37,10 @@ def take(database: Path) -> Path:
 def put_back(database: Path) -> bool:
     """Uploads the copy that was taken last; False, and nothing is changed, if another job has put back its own."""
     copy, etag = _taken[database]
-    if not s3.replace(copy, mirror.uri(database), etag):
+    new = s3.replace(copy, mirror.uri(database), etag)
+    if new is None:
         return False
-    _taken[database] = copy, mirror.etag(database)
+    _taken[database] = copy, new
     return True
 
 

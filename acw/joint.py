@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acw import heads as bank_of_heads
-from acw.banks import below, read_checkpoint, system_path
+from acw.banks import below, read_checkpoint, stored, system_path
 from acw.batches import Batches, TrainingSet, group_by_shape, read_ahead
 from acw.features import FeatureStore
 from acw.finalizer import Finalizer, finalize
@@ -277,7 +277,7 @@ def unfinished_systems(recipe: Recipe, folder: Path) -> list[int]:
 
     def has_epochs_left(fold: int) -> bool:
         path = system_path(folder, fold)
-        return not fetch(path).exists() or not SystemState.load(path).finished(recipe)
+        return not stored(path) or not SystemState.load(path).finished(recipe)
 
     return [fold for fold in range(recipe.folds) if has_epochs_left(fold)]
 

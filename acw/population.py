@@ -17,11 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from acw.banks import HYPERPARAMETERS, Bank, BankState, Head, checkpoint_path
+from acw.banks import HYPERPARAMETERS, Bank, BankState, Head, checkpoint_path, stored
 from acw.batches import TrainingSet
 from acw.features import FeatureStore
 from acw.recipes import Recipe, derive
-from acw.storage import fetch
 from acw.training import Diverged, train_epochs
 
 # After these epochs only one in KEPT of a population's configurations goes on.
@@ -74,10 +73,11 @@ def train_population(
     stores: Mapping[str, FeatureStore],
     folder: Path,
     device: torch.device,
+    place: Mapping[str, Any] | None = None,
 ) -> Iterator[list[Outcome]]:
     """Trains a population from its checkpoints in the folder, or from the start; yields outcomes after each epoch.
 
-    stores: by backbone, as for the recipe with the population's common fields.
+    stores: by backbone, as for the recipe with the population's common fields. place: as in `train_epochs`.
     """
     recipe = derive(recipe, population.common)
     assert all(set(own) <= set(HYPERPARAMETERS) for own in population.own)
@@ -89,7 +89,8 @@ def train_population(
         for rung in [*(rung for rung in RUNGS if rung < recipe.max_epochs), recipe.max_epochs]:
             stage = dataclasses.replace(recipe, max_epochs=rung)
             running = {
-                bank: train_epochs(stage, bank, development, stores[bank.backbone], folder, device) for bank in banks
+                bank: train_epochs(stage, bank, development, stores[bank.backbone], folder, device, place)
+                for bank in banks
             }
             for epoch in range(1, rung + 1):
                 # After an interruption some banks may be an epoch ahead of others.
@@ -130,7 +131,7 @@ def outcomes(
             float(np.nanmax(column)) for curve in curves.values() for column in curve.T if np.isfinite(column).any()
         ]
         known = len(best) == len(states) * folds
-        filled = {name: [round(v, 5) for v in _held(curve[:epochs]).mean(1).tolist()] for name, curve in curves.items()}
+        filled = {name: [round(v, 5) for v in _held(curve, epochs).mean(1).tolist()] for name, curve in curves.items()}
         result.append(
             Outcome(
                 sum(best) / len(best) if known else None,
@@ -157,9 +158,9 @@ def _curves(state: BankState, heads: Sequence[int]) -> np.ndarray:
     return np.array(values, dtype=float).reshape(len(values), len(heads))
 
 
-def _held(curve: np.ndarray) -> np.ndarray:
-    """The same in which a head that has stopped keeps its last value."""
-    curve = curve.copy()
+def _held(curve: np.ndarray, epochs: int) -> np.ndarray:
+    """The same over so many epochs, in which a head that has stopped keeps its last value, as does a whole bank."""
+    curve = np.pad(curve[:epochs], ((0, max(epochs - len(curve), 0)), (0, 0)), constant_values=np.nan)
     for before, after in itertools.pairwise(curve):
         after[np.isnan(after)] = before[np.isnan(after)]
     return curve
@@ -191,5 +192,5 @@ def _halve(
 
 
 def _state(folder: Path, bank: Bank) -> BankState | None:
-    path = fetch(checkpoint_path(folder, bank))
-    return BankState.load(path) if path.exists() else None
+    path = checkpoint_path(folder, bank)
+    return BankState.load(path) if stored(path) else None

@@ -229,23 +229,23 @@ def upload(path: Path, uri: str) -> Found | None:
     return found if found and (found.sha256, found.size) == (checksum, size) else None
 
 
-def replace(path: Path, uri: str, etag: str | None) -> bool:
-    """Uploads a file in the place of an object that still has this ETag, or of none; False if that has changed."""
+def replace(path: Path, uri: str, etag: str | None) -> str | None:
+    """Uploads a file in the place of an object that still has this ETag, or of none; its new ETag, None if it had
+    changed."""
     bucket, key = parts(uri)
     options = {"Metadata": {CHECKSUM: sha256_file(path)}, **({"IfMatch": etag} if etag else {"IfNoneMatch": "*"})}
 
-    def send() -> None:
+    def send() -> str:
         with path.open("rb") as file:
-            client().put_object(Bucket=bucket, Key=key, Body=file, **options)
+            return client().put_object(Bucket=bucket, Key=key, Body=file, **options)["ETag"]
 
     with explained(uri):
         try:
-            _outlasting(send)
+            return _outlasting(send)
         except Exception as error:
             if _code(error) in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
-                return False
+                return None
             raise
-    return True
 
 
 def download(uri: str, found: Found, path: Path) -> bool:

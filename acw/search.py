@@ -81,17 +81,25 @@ def load_space(folder: Path, name: str) -> Space:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for field in module.SPACE:
+    try:
+        spec.loader.exec_module(module)
+        fields = dict(module.SPACE)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"search space {name}: {spaces[name]} cannot be read ({reason}); see those beside it") from None
+    for field in fields:
         if field not in (*HYPERPARAMETERS, *COMMON):
             allowed = ", ".join((*HYPERPARAMETERS, *COMMON))
             raise UserError(f"search space {name}: '{field}' cannot be searched; fields are {allowed}")
     from ray.tune.search.optuna import OptunaSearch
 
     try:
-        distributions = OptunaSearch.convert_search_space(module.SPACE)
+        distributions = OptunaSearch.convert_search_space(fields)
     except ValueError as error:
         raise UserError(f"search space {name}: {error}") from None
+    # Ray leaves out what is no sampler.
+    if constant := [field for field in fields if field not in distributions]:
+        raise UserError(f"search space {name}: '{constant[0]}' is fixed; give it on the command line, --{constant[0]}")
     return Space(name, (module.__doc__ or "").strip(), distributions)
 
 
@@ -132,7 +140,8 @@ class Search:
             self.proposed[number] = population
             if entry["outcomes"]:
                 self.finished[number] = [Outcome(**outcome) for outcome in entry["outcomes"]]
-        self._study = _study(seed + len(self.finished))
+        # What is asked again draws no random numbers: only another seed proposes anything else than the first time.
+        self._study = _study(seed + len(self.proposed))
         for population in self.proposed.values():
             self._ask_again(population)
         for number, outcomes in self.finished.items():
@@ -190,8 +199,8 @@ class Search:
     def finish(self, population: Population, outcomes: Sequence[Outcome]) -> None:
         """Notes what became of a population; what still trained was stopped for better ones elsewhere."""
         ended = [dataclasses.replace(one, state="stopped") if one.state == "training" else one for one in outcomes]
+        self._write(population, ended)
         self.finished[population.number] = ended
-        self._write(population)
         self._tell(population, ended)
 
     def summary(self) -> dict[str, Any]:
@@ -247,8 +256,7 @@ class Search:
     def _path(self, number: int) -> Path:
         return self.folder / "populations" / f"{number:03d}.json"
 
-    def _write(self, population: Population) -> None:
-        outcomes = self.finished.get(population.number)
+    def _write(self, population: Population, outcomes: Sequence[Outcome] = ()) -> None:
         entry = {
             "first": population.first,
             "common": population.common,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,8 @@ def _curves(one: Trialled) -> Iterator[Metric]:
 
 def _end(client: MlflowClient, parent: str, found: Search) -> None:
     best, own = found.trialled[0], next(one for one in found.trialled if one.number == 0)
-    metrics = [tracking.metric("ig.best", best.ig, 0), tracking.metric("ig.recipe", own.ig, 0)]
+    metrics = [tracking.metric("ig.best", best.ig, 0)]
+    metrics += [tracking.metric("ig.recipe", own.ig, 0)] if math.isfinite(own.ig) else []
     metrics += [tracking.metric(f"importance.{name}", value, 0) for name, value in found.importance().items()]
     tracking.log_metrics(client, parent, iter(metrics))
     client.set_tag(parent, "acw.best", str(best.number))

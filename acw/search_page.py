@@ -57,10 +57,12 @@ def _fields(entry: Entry) -> str:
 
 def _lead(found: dict[str, Any], entries: Sequence[Entry]) -> str:
     best, own = entries[0], _own(entries)
+    gain = _ig(best) - _ig(own)
+    over = (figure(gain, signed=True), f"bits over the recipe itself, which has {figure(own['ig'])}")
     folds = ", ".join(map(str, found["folds"]))
     cards = [
         (figure(best["ig"]), f"bits per fixation, the best validation IG: {_fields(best)}"),
-        (figure(best["ig"] - own["ig"], signed=True), f"bits over the recipe itself, which has {figure(own['ig'])}"),
+        over if math.isfinite(gain) else ("-", "the recipe itself has no finite loss"),
         (str(len(entries) - 1), f"configurations, of which {_trained(entries)} were trained to their end"),
     ]
     shown = "".join(f'<div class="card"><b>{value}</b><small>{escape(text)}</small></div>' for value, text in cards)
@@ -85,9 +87,9 @@ def _table(found: dict[str, Any], entries: Sequence[Entry]) -> str:
     own = _own(entries)
     rows: list[Row] = []
     for one in entries:
-        gain = one["ig"] - own["ig"] if one["ig"] is not None else None
+        gain = _ig(one) - _ig(own)
         row: dict[str, Any] = {"configuration": _name(one), "IG": _written(one["ig"], "{:.4f}")}
-        row |= {"gain": _written(gain, "{:+.4f}") if one["number"] else None}
+        row |= {"gain": _written(gain, "{:+.4f}") if one["number"] and math.isfinite(gain) else None}
         row |= {"epochs": one["epochs"], "state": one["state"]}
         for name in found["space"]["fields"]:
             value = one["fields"].get(name, found["provenance"]["recipe"][name])
@@ -165,7 +167,7 @@ def _curves(found: dict[str, Any], entries: Sequence[Entry]) -> str:
     """IG after each epoch: of the mean over backbones, and of each backbone."""
     learned = [one for one in entries if one["curves"]]
     best, own = learned[0], _own(entries)
-    named = {f"best, {_name(best)}": best} | ({"recipe": own} if own is not best else {})
+    named = {f"best, {_name(best)}": best} | ({"recipe": own} if own["curves"] and own is not best else {})
     colour = dict(zip(named, (BEST, OWN), strict=False))
     backbones = found["provenance"]["recipe"]["backbones"]
     of = {"all backbones": _mean} | {name: (lambda entry, n=name: entry["curves"][n]) for name in backbones}

@@ -97,16 +97,17 @@ def _who(driver: Driver, now: float) -> dict[str, Any]:
 
 def _search(folder: Path, driver: Driver, now: float) -> dict[str, Any]:
     """A search's figures: what its driver said last of its configurations, or before that of their features."""
+    alive = driver.alive and not driver.finished  # pipeline.py goes on to train
     over = "finished" if driver.finished else "failed" if driver.error else "interrupted"
     told = [event for event in driver.events if event["event"] == "search"]
     configurations = {name: told[-1][name] for name in SEARCH_FIGURES} if told else {}
     features = {} if told else _extraction(driver)
-    left = (configurations or features).get("minutes_left") if driver.alive else None
+    left = (configurations or features).get("minutes_left") if alive else None
     return {
         "run": shown(folder),
         "recipe": driver.events[0]["recipe"]["name"],
         **_who(driver, now),
-        "state": "running" if driver.alive else over,
+        "state": "running" if alive else over,
         "features": features,
         "configurations": configurations,
         "minutes_left": left,

@@ -18,13 +18,13 @@ from acw import log
 from acw.aggregation import finalizer_bias
 from acw.backbones import Backbone
 from acw.batches import TrainingSet
-from acw.cluster import Allocation, allocate
+from acw.cluster import Allocation, allocate, place_of
 from acw.data import Dataset, Split
 from acw.features import FeatureStore
 from acw.population import KEPT, RUNGS, Outcome, Population, train_population
 from acw.recipes import Recipe, derive
 from acw.search import Search, Trialled, line, written
-from acw.storage import UserError, ray_storage
+from acw.storage import UserError, ray_storage, shown
 
 # A trial whose node is lost starts again from its checkpoints, and loses an epoch at most.
 MAX_FAILURES = 10
@@ -64,9 +64,11 @@ def search(work: Work, found: Search, ended: Callable[[], None]) -> None:
     proposals = _proposals(found, board, ended)
     # Our own files hold all that is to be kept.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # Tune's own would let Ctrl-C pass for the search's end.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     tuner = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(_trial, work=work, threads=allocation.cpus),
+            tune.with_parameters(_trial, work=work, allocation=allocation),
             {"cpu": allocation.cpus, "gpu": allocation.gpus},
         ),
         tune_config=tune.TuneConfig(
@@ -89,9 +91,11 @@ def search(work: Work, found: Search, ended: Callable[[], None]) -> None:
         raise UserError(proposals.complaint)
     if results.num_errors:
         raise results.errors[0]
+    if found.waiting or found.missing:
+        raise UserError(f"{shown(found.folder)}: the search was interrupted; go on with it by --resume")
 
 
-def _trial(config: dict[str, Any], work: Work, threads: int) -> None:
+def _trial(config: dict[str, Any], work: Work, allocation: Allocation) -> None:
     """What a trial does: trains one population, reports all of its configurations after each epoch."""
     import ray
     from ray import tune
@@ -102,8 +106,11 @@ def _trial(config: dict[str, Any], work: Work, threads: int) -> None:
         finalizer_bias(recipe, work.dataset, work.split.training(fold), work.training_set.baseline[fold])
         for fold in range(recipe.folds)
     ]
-    torch.set_num_threads(threads)
+    torch.set_num_threads(allocation.cpus)
     device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+    place = place_of(allocation, device)
+    log.to_stderr(work.folder.name)
+    log.event("population begun", population=population.number, **place)
     try:
         for outcomes in train_population(
             work.recipe,
@@ -113,8 +120,9 @@ def _trial(config: dict[str, Any], work: Work, threads: int) -> None:
             work.stores[tuple(recipe.backbone_values)],
             work.folder / "populations" / f"{population.number:03d}",
             device,
+            place,
         ):
-            tune.report(_report(outcomes))
+            tune.report(_report(outcomes) | {"place": place})
     except UserError as error:
         # Raised, it would be tried again with the same end, as if a node had been lost.
         tune.report({"ig": ASTRAY, "epoch": 0, "complaint": str(error)})
@@ -149,13 +157,17 @@ def _proposals(found: Search, board: Board, ended: Callable[[], None]) -> Any:
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
             self.complaint = self.complaint or result.get("complaint", "")
             if "outcomes" in result:
-                board.epoch(self._population[trial_id], result["epoch"])
+                board.epoch(self._population[trial_id], result["epoch"], result["ig"], result["place"])
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             if error or not result or "outcomes" not in result:
                 return
             population = self._population[trial_id]
-            found.finish(population, [Outcome(**one) for one in result["outcomes"]])
+            try:
+                found.finish(population, [Outcome(**one) for one in result["outcomes"]])
+            except UserError as error:  # which Tune would take for the trial's, and try that again
+                self.complaint = str(error)
+                return
             board.finished(population)
             ended()
 
@@ -208,15 +220,24 @@ class Board:
         self._start = self._shown = time.monotonic()
         self._epochs: dict[int, int] = {}
         self._first: dict[int, int] = {}
+        self._places: dict[int, Mapping[str, Any]] = {}
         print(
             f"searching {found.space.name}: {found.samples} configurations, up to {found.size} in a bank, "
             f"on {allocation}",
             flush=True,
         )
 
-    def epoch(self, population: Population, epoch: int) -> None:
-        self._first.setdefault(population.number, epoch - 1)
-        self._epochs[population.number] = epoch
+    def epoch(self, population: Population, epoch: int, ig: float, place: Mapping[str, Any]) -> None:
+        """A population has trained so far, with that best IG in bits, at that place (`cluster.place_of`)."""
+        number = population.number
+        if self._places.get(number) != place:
+            self._places[number] = place
+            log.event("population begun", population=number, configurations=len(population.own), **place)
+            print(f"search: population {number} on node {place['node']}, device {place['device']}", flush=True)
+        self._first.setdefault(number, epoch - 1)
+        self._epochs[number] = epoch
+        tags = {"run": self.found.folder.name, "bank": f"population {number}", "backbone": ""}
+        log.measure(tags, {"acw_validation_ig": ig})
         if time.monotonic() - self._shown > PROGRESS_SECONDS:
             self._say()
 
@@ -262,7 +283,7 @@ def table(trialled: Sequence[Trialled]) -> str:
     fields = sorted({name for one in trialled for name in one.fields})
     rows = [["", "IG", "gain", "epochs", "state", *fields]]
     for one in trialled:
-        gain = f"{one.ig - own:+.4f}" if own is not None and one.number else ""
+        gain = f"{one.ig - own:+.4f}" if own is not None and math.isfinite(own) and one.number else ""
         values = [written(one.fields[name]) if one.fields else "" for name in fields]
         name = str(one.number) if one.number else "recipe"
         rows.append([name, f"{one.ig:.4f}", gain, str(one.outcome.epochs), one.outcome.state, *values])
@@ -276,12 +297,16 @@ def overlay(found: Search, facts: Mapping[str, Any]) -> dict[str, Any]:
     facts: of the search, besides its configurations. Where nothing was better than the recipe itself, no field changes.
     """
     best = found.trialled[0]
+    if not math.isfinite(best.ig):
+        raise UserError(
+            f"{shown(found.folder)}: no configuration has a finite loss; lower --learning_rate or the space's"
+        )
     baseline = next(one for one in found.trialled if one.number == 0)
     origin = {
         "space": found.space.name,
         "configurations": len(found.trialled) - 1,
         "validation_IG": best.ig,
-        "validation_IG_of_the_recipe": baseline.ig,
+        "validation_IG_of_the_recipe": baseline.ig if math.isfinite(baseline.ig) else None,
         "epochs": best.outcome.epochs,
     }
     return {"fields": best.fields, "search": origin | dict(facts)}

@@ -189,37 +189,14 @@ def test_head_stopped_and_job_submitted_again(folder: Path, tmp_path: Path, alon
 
 # --- Memory and disks --------------------------------------------------------------------------------------------
 
-# Pins almost all of each node's object store: what a process looks at can be neither moved to disk nor dropped.
-HOG = """
-import numpy as np, ray, time
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-ray.init(log_to_driver=False)
-@ray.remote(num_cpus=0)
-class Hog:
-    def fill(self):
-        self.seen = []
-        for size in (16, 16, 16, 16, 4, 4, 1, 1):
-            try:
-                self.seen.append(ray.get(ray.put(np.zeros(size * 2**20, np.uint8))))
-            except ray.exceptions.ObjectStoreFullError:
-                pass
-        return sum(map(len, self.seen))
-hogs = [Hog.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote()
-        for n in ray.nodes()]
-print("filled", ray.get([hog.fill.remote() for hog in hogs]), flush=True)
-time.sleep(10000)
-"""
-
 
 def test_object_stores_that_are_full(cluster: ThreeNodes, done: Run, tmp_path: Path) -> None:
     """Of all nodes, while the run trains and scores: what finds no place goes to Ray's folder on disk."""
-    root, log, hog_log = tmp_path / "runs", tmp_path / "log", tmp_path / "hog.log"
+    root, log = tmp_path / "runs", tmp_path / "log"
     folder = features_of(done, root)
-    with running([sys.executable, "-c", HOG], hog_log, cluster.environment) as hog:
-        wait_for(lambda: "filled" in hog_log.read_text() or hog.poll() is not None, "for the stores to be full")
-        assert hog.poll() is None, hog_log.read_text()
+    with cluster.full_stores(tmp_path / "hog.log") as hog:
         finish(command("pipeline", *elsewhere(done.arguments, root)), log, cluster.environment)
-        assert hog.poll() is None, hog_log.read_text()
+        assert hog.poll() is None, "it kept them full to the end"
     assert_same_heads(folder, done.job.folder)
     assert_same_scores(folder, done.job.folder, 1e-3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from tiny_training import BANK, CPU, MEMBERS, RECIPE, make_store, make_training_set
 
 from acw import banks, distributed, finalizer, heads, training
-from acw.banks import Bank, BankState, Head, plan_banks
+from acw.banks import Bank, BankState, Head, checkpoint_path, plan_banks, unfinished
 from acw.batches import Batches, TrainingSet
 from acw.features import FeatureStore
 from acw.finalizer import Finalizer
@@ -344,6 +345,22 @@ def test_an_interrupted_bank_ends_as_an_uninterrupted_one(
         assert value.equal(tensors_of(trained)[name]), name
     assert history_of(resumed) == history_of(trained)
     assert [path.name for path in (tmp_path / "banks").iterdir()] == [f"{BANK.name}.safetensors"]
+
+
+def test_a_damaged_checkpoint_is_trained_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = dataclasses.replace(RECIPE, backbones=("lite0",), heads_per_worker=2)
+    banks = plan_banks(recipe)
+    for bank in banks:
+        state = BankState.new(recipe, bank, 4)
+        state.learning_rate[:] = recipe.min_learning_rate
+        state.save(checkpoint_path(tmp_path, bank))
+    assert unfinished(recipe, tmp_path) == []
+    assert not capsys.readouterr().out
+    path = checkpoint_path(tmp_path, banks[0])
+    os.truncate(path, path.stat().st_size // 2)
+    assert unfinished(recipe, tmp_path) == [banks[0]]
+    assert capsys.readouterr().out.startswith(f"{path}: the checkpoint is damaged; deleted")
+    assert not path.exists()
 
 
 def moved(training_set: TrainingSet, fold: int) -> TrainingSet:

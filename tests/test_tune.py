@@ -17,15 +17,17 @@ from test_faults import kill_driver
 from tiny_training import CPU, make_store, make_training_set
 from tiny_training import RECIPE as TINY
 
-from acw import log, population, search, tracking, tuning
+from acw import log, population, search, search_page, tracking, tuning
+from acw.banks import Bank, BankState, Head
 from acw.cli import parse
 from acw.cluster import Allocation
 from acw.features import FeatureStore
 from acw.population import Outcome, Population, train_population
-from acw.recipes import named_recipe
+from acw.provenance import provenance
+from acw.recipes import Recipe, named_recipe
 from acw.search import Search, Space, load_space
 from acw.status import status, text
-from acw.storage import UserError
+from acw.storage import UserError, write_json
 
 SPACES = Path(__file__).parents[1] / "tune_spaces"
 # No rate falls, so what ends a head is its last epoch or its rung.
@@ -113,6 +115,28 @@ def test_the_objective_is_the_mean_over_the_folds(stores: dict[str, FeatureStore
     )
     assert one.ig != other.ig
     assert both.ig == pytest.approx((one.ig + other.ig) / 2, abs=1e-4)
+
+
+def test_banks_that_end_at_different_epochs_have_curves_of_one_length(
+    stores: dict[str, FeatureStore], tmp_path: Path
+) -> None:
+    """A bank ends with its last head; the mean over backbones needs what it has reached until the others end."""
+    short = dataclasses.replace(SEARCHED, max_epochs=3, min_learning_rate=1e-3)
+    one = Population(0, 0, {}, [{}])
+    states = [_state_after(short, ended) for ended in (1, 3)]
+    banks = [Bank(name, (Head.of(short, 0, 0),)) for name in short.backbones]
+    (outcome,) = population.outcomes(short, one, 1, dict(zip(banks, states, strict=True)))
+    assert outcome.curves == {"lite0": [0.1, 0.1, 0.1], "lite1": [0.1, 0.2, 0.3]}
+    assert (outcome.epochs, outcome.ig) == (3, pytest.approx((0.1 + 0.3) / 2))
+    assert tuning.best_so_far([outcome]) == pytest.approx([0.1, 0.15, 0.2])
+
+
+def _state_after(recipe: Recipe, epochs: int) -> BankState:
+    """A bank of one head that stopped after so many epochs, each a tenth of a bit better."""
+    state = BankState.new(recipe, Bank("lite0", (Head.of(recipe, 0, 0),)), 4)
+    state.history = [{"ig": [0.1 * (epoch + 1)]} for epoch in range(epochs)]
+    state.learning_rate[:] = recipe.min_learning_rate
+    return state
 
 
 def test_a_configuration_that_goes_astray_is_one_that_is_bad(stores: dict[str, FeatureStore], tmp_path: Path) -> None:
@@ -208,6 +232,41 @@ def test_every_space_can_be_searched_and_says_how(tmp_path: Path, name: str) -> 
     assert json.dumps(space.identity)
     with pytest.raises(UserError, match=r"no search space 'no_such'; spaces are .*sigma_lr"):
         _space("no_such")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("SPACE = {'sigma': 24.0}", "'sigma' is fixed; give it on the command line, --sigma"),
+        ("SPACE = {'seed': tune.choice([1, 2])}", "'seed' cannot be searched"),
+        ("SPACES = {}", "cannot be read .*SPACE"),
+        ("SPACE = {", "cannot be read .*never closed"),
+        ("SPACE = {'sigma': tune.sample_from(lambda spec: 3)}", "search space odd: "),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_one_line(tmp_path: Path, text: str, problem: str) -> None:
+    (tmp_path / "odd.py").write_text(f"from ray import tune\n{text}\n")
+    with pytest.raises(UserError, match=problem) as caught:
+        load_space(tmp_path, "odd")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_diverges_is_worse_than_all(tmp_path: Path) -> None:
+    found = Search(tmp_path, _space(), 4, 3, seed=0)
+    proposed = found.propose()
+    found.finish(proposed, [Outcome(None, 0, "diverged", {}), *(_ended(0.2) for _ in proposed.own[1:])])
+    origin = {"recipe": "gaze"}
+    assert tuning.overlay(found, origin)["search"]["validation_IG_of_the_recipe"] is None
+    write_json(
+        tmp_path / "search.json", found.summary() | {"folds": [0], "provenance": provenance(named_recipe("gaze"))}
+    )
+    search_page.write(tmp_path)
+    assert "the recipe itself has no finite loss" in (tmp_path / "report.html").read_text()
+    tuning.table(found.trialled)
+    none = Search(tmp_path / "none", _space(), 1, 0, seed=0)
+    none.finish(none.propose(), [Outcome(None, 0, "diverged", {})])
+    with pytest.raises(UserError, match="no configuration has a finite loss"):
+        tuning.overlay(none, origin)
 
 
 # --- Jobs ------------------------------------------------------------------------------------------------------------
@@ -316,7 +375,7 @@ def test_status_tells_of_a_search(searched: Searched, tmp_path: Path, monkeypatc
         assert status(tmp_path, time.time())["minutes_left"] is None
         found.finish(population, [_ended(0.5, "finished") for _ in population.own])
         board.finished(population)
-        board.epoch(found.propose(), 2)
+        board.epoch(found.propose(), 2, 0.3, {"node": "10.0.0.1/abcd", "gpus": [], "device": "cpu"})
         seen = status(tmp_path, time.time())
     assert seen["state"] == "running"
     assert seen["minutes_left"] > 0

@@ -36,6 +36,28 @@ def submission(port: int, *arguments: str) -> list[str]:
     return [sys.executable, *job_submit, *arguments]
 
 
+# Pins almost all of each node's object store: what a process looks at can be neither moved to disk nor dropped.
+_HOG = """
+import numpy as np, ray, time
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+ray.init(log_to_driver=False)
+@ray.remote(num_cpus=0)
+class Hog:
+    def fill(self):
+        self.seen = []
+        for size in (16, 16, 16, 16, 4, 4, 1, 1):
+            try:
+                self.seen.append(ray.get(ray.put(np.zeros(size * 2**20, np.uint8))))
+            except ray.exceptions.ObjectStoreFullError:
+                pass
+        return sum(map(len, self.seen))
+hogs = [Hog.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote()
+        for n in ray.nodes()]
+print("filled", ray.get([hog.fill.remote() for hog in hogs]), flush=True)
+time.sleep(10000)
+"""
+
+
 def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
     """The condition's first true value."""
     end = time.monotonic() + patience
@@ -184,6 +206,16 @@ class ThreeNodes:
                 parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
                 found[pid] = next(node for node, raylet in self.nodes.items() if raylet == parent)
         return found
+
+    @contextlib.contextmanager
+    def full_stores(self, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """Fills the object stores of all its nodes, until the process that does so is ended."""
+        before = log.read_text() if log.exists() else ""
+        with running([sys.executable, "-c", _HOG], log, self.environment) as hog:
+            filled = lambda: "filled" in log.read_text()[len(before) :]  # noqa: E731
+            wait_for(lambda: filled() or hog.poll() is not None, "for the stores to be full")
+            assert hog.poll() is None, log.read_text()
+            yield hog
 
     def stop(self) -> None:
         """Ends all of it, by force."""
