@@ -119,7 +119,7 @@ class BankState:
 
         if len(self.history) >= recipe.max_epochs:
             return torch.empty(0, dtype=torch.int64)
-        return torch.nonzero(self.learning_rate > recipe.min_learning_rate)[:, 0]
+        return torch.nonzero(above(self.learning_rate, recipe.min_learning_rate))[:, 0]
 
     def save(self, path: Path) -> None:
         from safetensors.torch import save_file
@@ -161,6 +161,12 @@ def stored(path: Path) -> bool:
         print(f"{shown(path)}: the checkpoint is damaged; deleted, and what it held is trained again", flush=True)
         remove(path)
     return False
+
+
+def above(rate: Any, lowest: float) -> Any:
+    """Whether a learning rate, a number or a tensor, has not fallen to the lowest: to it but for rounding is to it, as
+    1e-4 * 0.1 * 0.1 is more than 1e-6."""
+    return rate > lowest * (1 + 1e-9)
 
 
 def below(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from acw import credentials
+from acw.backbones import Backbone
 from acw.data import Dataset, Split, load_dataset, split
 from acw.recipes import RECIPES, Recipe, derive, named_recipe
-from acw.storage import UserError, fetch, fingerprint, local, present, remove, shown, write_atomic
+from acw.storage import UserError, fetch, fingerprint, local, present, remove, sha256_file, shown, write_atomic
 
 if TYPE_CHECKING:
     from acw.features import FeatureStore
@@ -26,6 +28,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def _heads_of(model: Path) -> Path:
+    return model / "heads.safetensors"
+
+
+@functools.lru_cache(maxsize=1)
+def _sha256(path: Path) -> str:
+    return sha256_file(path)
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,8 @@ class Job:
     @property
     def folder(self) -> Path:
         """The run's folder, named after what decides its result: the same command again finds what it left."""
-        identity = fingerprint([self.recipe.fingerprint, self.dataset.fingerprint])
+        heads = [_sha256(fetch(_heads_of(local(self.recipe.heads))))] if self.recipe.heads else []
+        identity = fingerprint([self.recipe.fingerprint, self.dataset.fingerprint, self.dataset.blur_sigma, *heads])
         return self.root / f"{self.recipe.name}-{self.dataset.name}-{identity}"
 
     def stores(self) -> dict[str, FeatureStore]:
@@ -113,17 +125,28 @@ def _with_heads(recipe: Recipe) -> Recipe:
     from acw.model import describe
 
     model = describe(folder)
+    if not present(_heads_of(folder)):
+        raise UserError(f"{_heads_of(folder)}: is missing; copy the model anew")
     if model["systems"] > 1 or recipe.joint:
         raise UserError(f"--heads {folder}: jointly trained systems have weights of their own; give another model")
+    trained_with = model["provenance"]["recipe"]
     own = {
         "heads": shown(folder),
+        "long_side": trained_with["long_side"],
+        "taps": trained_with.get("taps", "own"),
         "backbones": [backbone["name"] for backbone in model["backbones"]],
         "weights": [f"{backbone['name']}={shown(folder / backbone['weights'])}" for backbone in model["backbones"]],
         "upsampling": model["finalizer"]["upsampling"],
         "density_cell": model["finalizer"]["cell"],
         "upsampling_steps": ["x".join(map(str, step)) for step in model["finalizer"]["steps"]],
     }
-    return derive(recipe, own)
+    result = derive(recipe, own)
+    for here, stored in zip(result.backbone_values, model["backbones"], strict=True):
+        if here.fingerprint_fields() != Backbone(**stored).fingerprint_fields():
+            raise UserError(
+                f"--heads {folder}: reads {here.name} otherwise than this acw does; use the acw that wrote the model"
+            )
+    return result
 
 
 def _recipe_name(argv: Sequence[str], description: str, program: str) -> str:
@@ -153,6 +176,8 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fixations", help="CSV with columns image, x, y (0-based px), optionally subject, category")
     parser.add_argument("--reader", choices=("hdf5", "cat2000", "csv"), help="where a folder could be read in two ways")
+    about = "px, of the Gaussian of CC, KLDiv and SIM: one degree of visual angle (default: CAT2000 40, gaze 30, else "
+    parser.add_argument("--blur-sigma", type=float, help=f"{about}a 48th of the width)")
     parser.add_argument("--drop-outside", action="store_true", help="drop fixations outside their image, and say so")
 
 
@@ -190,7 +215,11 @@ def read_dataset(options: dict[str, Any]) -> Dataset:
         spec = str(local_path(spec, "--dataset"))
     if fixations:
         fixations = str(local_path(fixations, "--fixations"))
-    return load_dataset(spec, reader=options["reader"], fixations=fixations, drop_outside=options["drop_outside"])
+    sigma = options["blur_sigma"]
+    if sigma is not None and not 0 < sigma < float("inf"):
+        raise UserError(f"--blur-sigma {sigma}: give the Gaussian's width in px, positive")
+    dataset = load_dataset(spec, reader=options["reader"], fixations=fixations, drop_outside=options["drop_outside"])
+    return dataset if sigma is None else dataclasses.replace(dataset, blur_sigma=sigma)
 
 
 def local_path(location: str, option: str) -> Path:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acw import heads as bank_of_heads
-from acw.banks import below, read_checkpoint, stored, system_path
+from acw.banks import above, below, read_checkpoint, stored, system_path
 from acw.batches import Batches, TrainingSet, group_by_shape, read_ahead
 from acw.features import FeatureStore
 from acw.finalizer import Finalizer, finalize
@@ -76,7 +76,7 @@ class SystemState:
         return cls(parameters, best, first, second, 0, recipe.joint_learning_rate, 0, -math.inf)
 
     def finished(self, recipe: Recipe) -> bool:
-        return len(self.history) >= recipe.joint_max_epochs or self.rate <= recipe.joint_min_learning_rate
+        return len(self.history) >= recipe.joint_max_epochs or not above(self.rate, recipe.joint_min_learning_rate)
 
     def heads(self, backbone: str) -> Parameters:
         """The best-validation parameters of a backbone's heads, stacked."""

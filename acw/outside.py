@@ -56,6 +56,7 @@ class Outside:
     kind: Kind
     stimuli: tuple[Stimulus, ...]
     source: _Source
+    location: str = ""  # where they were read from
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -96,7 +97,7 @@ def open_maps(spec: str, kind: Kind, dataset: Dataset) -> Outside:
             raise UserError(f"{paths[0]}: would be the map of {other.name} and {stimulus.name}; rename one stimulus")
         resolve_inside(paths[0], folder)
         owner[paths[0]] = stimulus
-    return Outside(name or folder.name, kind, dataset.stimuli, _Maps(tuple(owner), kind))
+    return Outside(name or folder.name, kind, dataset.stimuli, _Maps(tuple(owner), kind), str(folder))
 
 
 def open_predictions(spec: str, dataset: Dataset, kind: Kind | None = None) -> Outside:
@@ -104,7 +105,8 @@ def open_predictions(spec: str, dataset: Dataset, kind: Kind | None = None) -> O
 
     Keys are the stimuli's paths without some of the leading folders that all share. The kind is the file's attribute
     `kind` where it has one; else the first stimulus decides: what is normalised as a density is one. Raises UserError
-    for a file that is damaged or lacks a stimulus; more keys than stimuli are no error.
+    for a file that is damaged or lacks a stimulus, and for what look like log-densities and are not normalised; more
+    keys than stimuli are no error.
     """
     name, path = _named(spec)
     with open_hdf5(path) as file:
@@ -114,8 +116,14 @@ def open_predictions(spec: str, dataset: Dataset, kind: Kind | None = None) -> O
     if said is not None and said not in get_args(Kind):
         raise UserError(f"{path}: its attribute kind is {said}; correct it to {' or '.join(get_args(Kind))}")
     if kind is None and said is None:
-        said = "density" if _is_normalised(source.read(0)[1]) else "saliency"
-    return Outside(name or path.stem, kind or said, dataset.stimuli, source)
+        where, values = source.read(0)
+        said = "density" if _is_normalised(values) else "saliency"
+        if said == "saliency" and values.max() <= 0:
+            raise UserError(
+                f"{where}: has no value above 0 as log-densities, but no natural logs that sum to 1 "
+                f"(logsumexp {logsumexp(values):.3g}); write them so, or say --kind saliency if they are none"
+            )
+    return Outside(name or path.stem, kind or said, dataset.stimuli, source, str(path))
 
 
 def of_pysaliency(model: Any, dataset: Dataset, name: str) -> Outside:

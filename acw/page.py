@@ -216,6 +216,24 @@ def _categories(evaluation: dict[str, Any], category: Mapping[str, str], scores:
         + f'<div class="scroll">{_dots(evaluation, names, ours)}</div>'
         + f'<h3>All scores of one category</h3><div class="controls">{choice}</div>'
         + markup.switched("category", tables)
+        + _sources(evaluation)
+    )
+
+
+def _sources(evaluation: dict[str, Any]) -> str:
+    """IG by where images come from, which may be what categories differ by; nothing where that is unknown."""
+    kinds = {"models": "Models", "references": "References, which no model could be"}
+    groups: dict[str, list[Row]] = {}
+    for kind, heading in kinds.items():
+        known = {name: entry.get("by_source", {}) for name, entry in evaluation[kind].items()}
+        rows = [{"": name} | {s: one.get("IG") for s, one in by_source.items()} for name, by_source in known.items()]
+        groups[heading] = rows
+    sources = list(dict.fromkeys(s for rows in groups.values() for row in rows for s in row if s))
+    if len(sources) < 2:
+        return ""
+    return (
+        "<h3>IG by source</h3><p>Categories of one source may differ from others by their source alone.</p>"
+        + markup.table(["", *sources], groups, notes=NOTES, marked={HEADLINE})
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from acw.banks import HYPERPARAMETERS, Bank, BankState, Head, checkpoint_path, stored
+from acw.banks import HYPERPARAMETERS, Bank, BankState, Head, above, checkpoint_path, stored
 from acw.batches import TrainingSet
 from acw.features import FeatureStore
 from acw.recipes import Recipe, derive
@@ -148,7 +148,7 @@ def _state_of(recipe: Recipe, rates: Sequence[float], epochs: int) -> State:
         return "diverged"
     if CUT in rates:
         return "stopped"
-    training = any(rate > recipe.min_learning_rate for rate in rates) and epochs < recipe.max_epochs
+    training = any(above(rate, recipe.min_learning_rate) for rate in rates) and epochs < recipe.max_epochs
     return "training" if training else "finished"
 
 
@@ -186,7 +186,7 @@ def _halve(
     for bank, state in states.items():
         if state is not None and stop:
             # One whose rate has fallen too low has ended by itself.
-            training = state.learning_rate > recipe.min_learning_rate
+            training = above(state.learning_rate, recipe.min_learning_rate)
             state.learning_rate[[head for head in stop if training[head]]] = CUT
             state.save(checkpoint_path(folder, bank))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from acw.banks import Bank, checkpoint_path, system_path
+from acw.banks import Bank, above, checkpoint_path, system_path
 from acw.recipes import Recipe
 from acw.storage import fetch
 
@@ -41,7 +41,7 @@ class Rule:
     def falls(self, rate: float) -> int:
         """How often a rate may fall until it ends the training."""
         falls = 0
-        while rate > self.min_rate:
+        while above(rate, self.min_rate):
             rate, falls = rate * self.factor, falls + 1
         return falls
 
@@ -105,7 +105,7 @@ class Standing:
         """Which heads train no more."""
         if self.epochs >= self.unit.rule.max_epochs:
             return [True] * len(self.unit.heads)
-        return [rate <= self.unit.rule.min_rate for rate in self.rates]
+        return [not above(rate, self.unit.rule.min_rate) for rate in self.rates]
 
     @property
     def done(self) -> int:

@@ -237,7 +237,7 @@ class Scoring:
             yield "gold_standard_upper", upsample(self.gold_standard.everybody(self.dataset, index), size)
         if self.log_mixture:
             row = weights["category_weights" if self.labelled else "global_weights"]
-            yield "log_mixture", normalise(torch.tensordot(torch.tensor(row).float(), full, 1))
+            yield "log_mixture", log_mixture(full, torch.tensor(row).float(), self.model.systems)
         for other in self.outside:
             if other.kind == "density":
                 yield other.name, torch.from_numpy(other.of(index).astype(np.float32))
@@ -254,6 +254,16 @@ class Scoring:
             for metric, value in _single(components, of_subject, log_mean).items():
                 total[metric] += value * int(mine.sum()) / len(x)
         return total
+
+
+def log_mixture(log_densities: Tensor, weights: Tensor, systems: int) -> Tensor:
+    """(H, W) the paper's combination: of each system the weighted sum of its log-densities, renormalised; then the mean
+    density of the systems. log_densities: (C, H, W), weights: (C,), of backbones, and of each its systems."""
+    weight_BS = weights.view(-1, systems)
+    share_S = weight_BS.sum(0)
+    logs_BSHW = log_densities.unflatten(0, weight_BS.shape)
+    logs_SHW = normalise(torch.einsum("bs,bshw->shw", weight_BS / share_S, logs_BSHW))
+    return torch.logsumexp(logs_SHW + share_S.log()[:, None, None], 0)
 
 
 def _single(components: Components, target: Target, log_mean: Tensor) -> dict[str, float]:

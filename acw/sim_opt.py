@@ -19,10 +19,11 @@ from scipy.ndimage import zoom
 from scipy.special import logsumexp
 from torch import Tensor
 
+from acw.data import Dataset
 from acw.metrics import gaussian_blur
 
 BLUR = 5.0  # px of the grid
-CAT2000_FIXATIONS = 448
+CAT2000_FIXATIONS, CAT2000_SIZE, CAT2000_CATEGORIES = 448, (1080, 1920), 20
 # Sets of fixations an epoch, as many for validation, and how many at a time.
 SAMPLES = 1000
 BATCH = 50
@@ -36,13 +37,22 @@ DECAY = 0.333333333
 TRAINING_SEED, VALIDATION_SEED = 43, 42
 
 
+def fixations_of(dataset: Dataset) -> int:
+    """An image's number of fixations for `best_map`: the benchmark's for CAT2000, whichever reader read it."""
+    sizes = {stimulus.size for stimulus in dataset.stimuli}
+    if sizes == {CAT2000_SIZE} and len(dataset.categories) == CAT2000_CATEGORIES:
+        return CAT2000_FIXATIONS
+    return round(len(dataset.x) / len(dataset.stimuli))
+
+
 def best_map(log_density: np.ndarray, blur_sigma: float, fixations: int) -> np.ndarray:
     """(H, W) float64 map, not negative, whose SIM is expected to be highest; from natural logs with logsumexp 0.
 
     blur_sigma: of the empirical map, px. fixations: an image's number of them.
     """
     factor = min(1.0, BLUR / blur_sigma)
-    small = zoom(log_density, factor, order=1, mode="nearest")
+    # Between a density of 0 and any other, interpolation of logs says NaN.
+    small = np.nan_to_num(zoom(log_density, factor, order=1, mode="nearest"), nan=-np.inf, neginf=-np.inf)
     # A cell has the mass of so many px, of which each step moves the same share; in small images it would take ages.
     area = max(log_density.size, SMALLEST_IMAGE) / small.size
     found = maximise(small - logsumexp(small), blur_sigma * factor, fixations, area)

@@ -78,6 +78,11 @@ def export(model: Model, folder: Path, out: Path) -> Report:
     Raises UserError for an image that cannot be read and for a disk too small, before any is predicted, and for a
     folder that cannot be written.
     """
+    if "imported" in model.provenance:
+        raise UserError(
+            "this model has no centre bias yet, so these were no densities of where people look; have it take one from "
+            "a data set: python jobs/pipeline.py deepgaze_iie --heads MODEL --category_weights true --dataset D"
+        )
     files = stimuli_of(folder)
     sizes = _sizes(files)
     categories = [path.parent.name if path.parent.name in model.categories else None for path in files.values()]

@@ -4,35 +4,46 @@
     python benchmarks/chaos.py --minutes 1 --seed 0 --images 6 --epochs 3 --every 15       # tiny
 
 Runs `jobs/pipeline.py demo` on small pictures of the built-in displays, on three nodes of one core each that are all
-on this machine: once undisturbed, then, for so many minutes, with a fault about `--every` seconds, drawn by the seed: a
-worker process is killed, a node is removed without grace and another one added, or the driver is killed and the job
-submitted again. A run that ends before the minutes do is compared and followed by another one. Prints what was injected
-and the comparison with the undisturbed run; exit status 1 if heads differ by more than 1e-6 or scores by more than
-1e-3, or if anything that was finished was done again. A run takes about three minutes on two quiet cores.
+on this machine, logging to an MLflow server: once undisturbed, then, for so many minutes, with a fault about `--every`
+seconds, drawn by the seed. A worker process is killed; a node is removed without grace and another one added; the
+driver is killed; the whole cluster is stopped, head and all, and another one started; or for OUTAGE_SECONDS all object
+stores are full, the MLflow server is away, or the run's disk is full (left out where no file system may be mounted).
+A job that has ended by that is submitted again. A run that ends before the minutes do is compared and followed by
+another one. Prints what was injected and the comparison with the undisturbed run; exit status 1 if heads differ by more
+than 1e-6 or scores by more than 1e-3, or if anything that was finished was done again. A run takes about three minutes
+on two quiet cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import pytest
 from job_runs import command, displays, heads, histories
-from three_nodes import ThreeNodes, end_all
+from servers import free_port, mlflow_server
+from three_nodes import ThreeNodes, end_all, fill, small_disk
 
 HEADS_TOLERANCE = 1e-6
 SCORES_TOLERANCE = 1e-3
+OUTAGE_SECONDS = 15.0
+DRIVER_SECONDS = 60.0  # for a driver to notice that its cluster is gone
+DISK = "1g"
 VERDICT = {True: "equal", False: "DIFFERENT"}
 # Ray's processes that work for all jobs.
 SERVICES = ("Agent", "ray::IDLE", "AutoscalingCoordinator", "PlacementGroupCleaner")
@@ -69,7 +80,10 @@ class Run:
 
     def finish(self) -> None:
         if self.job.wait():
-            raise SystemExit(f"the run ended with status {self.job.returncode}:\n{self.log.read_text()[-3000:]}")
+            self.failed()
+
+    def failed(self) -> NoReturn:
+        raise SystemExit(f"the run ended with status {self.job.returncode}:\n{self.log.read_text()[-3000:]}")
 
     @property
     def scores(self) -> dict[tuple[str, str], float]:
@@ -78,23 +92,98 @@ class Run:
         return {(name, m): one["mean"] for name, entry in models.items() for m, one in entry["overall"].items()}
 
 
+class Site:
+    """What the runs need besides a cluster: a disk, which may be full, and an MLflow server, which may be away."""
+
+    def __init__(self, place: Path, stack: contextlib.ExitStack) -> None:
+        self.place, self.port = place, free_port()
+        self._server = stack.enter_context(contextlib.ExitStack())
+        self.start_server()
+        try:
+            self.disk: Path | None = stack.enter_context(small_disk(place / "disk", DISK))
+        except pytest.skip.Exception as error:
+            self.disk = None
+            print(f"disk full is left out: {error}", flush=True)
+
+    def start_server(self) -> None:
+        self._server.enter_context(mlflow_server(self.place, self.port))
+
+    @contextlib.contextmanager
+    def no_server(self) -> Iterator[None]:
+        self._server.close()
+        try:
+            yield
+        finally:
+            self.start_server()
+
+    @contextlib.contextmanager
+    def full_disk(self) -> Iterator[None]:
+        assert self.disk
+        ballast = fill(self.disk)
+        try:
+            yield
+        finally:
+            ballast.unlink()
+
+
 class Faults:
     """Draws faults and injects them; counts them by name."""
 
-    def __init__(self, seed: int, every: float, start: float) -> None:
-        self._random, self._every, self._start = random.Random(seed), every, start
-        self._next = start + every
+    def __init__(self, seed: int, every: float, site: Site) -> None:
+        self._random, self._every, self._site = random.Random(seed), every, site
+        self._start = time.monotonic()
+        self._next = self._start + every
+        self._outage = contextlib.ExitStack()
+        self._over: float | None = None  # when the outage that there is ends
+        # Whether a job may have ended by an outage.
+        self.excused = False
         self.counts: Counter[str] = Counter()
+        self._kinds: list[Callable[[Run], str]] = [self._worker, self._node, self._driver, self._head]
+        self._kinds += [self._stores, self._server, *([self._disk] if site.disk else [])]
 
     def inject(self, run: Run) -> None:
         """One fault, if it is time for one."""
-        if time.monotonic() < self._next:
+        if self._over or time.monotonic() < self._next:
             return
         run.take_note()
-        kind = self._random.choice((self._worker, self._node, self._driver))
-        what = kind(run)
-        print(f"{time.monotonic() - self._start:6.0f} s  {what}", flush=True)
+        self.say(self._random.choice(self._kinds)(run))
         self._next = time.monotonic() + self._every * self._random.uniform(0.5, 1.5)
+
+    def end_outage(self, *, now: bool = False) -> None:
+        """If there is one and its time has come."""
+        if self._over and (now or time.monotonic() > self._over):
+            self._outage.close()
+            self._over = None
+            self.say("over")
+
+    def say(self, what: str) -> None:
+        print(f"{time.monotonic() - self._start:6.0f} s  {what}", flush=True)
+
+    def _begin(self, name: str, outage: contextlib.AbstractContextManager[Any]) -> str:
+        self._outage.enter_context(outage)
+        self._over = time.monotonic() + OUTAGE_SECONDS
+        self.excused = True
+        self.counts[name] += 1
+        return name
+
+    def _stores(self, run: Run) -> str:
+        return self._begin("object stores full", run.cluster.full_stores(self._site.place / "hog.log"))
+
+    def _server(self, run: Run) -> str:
+        return self._begin("MLflow server away", self._site.no_server())
+
+    def _disk(self, run: Run) -> str:
+        return self._begin("disk full", self._site.full_disk())
+
+    def _head(self, run: Run) -> str:
+        run.cluster.stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.job.wait(timeout=DRIVER_SECONDS)
+        run.kill()
+        run.cluster = ThreeNodes(self._site.place / "cluster.log")
+        run.submit()
+        self.counts["cluster stopped"] += 1
+        return "cluster stopped, job submitted to another one"
 
     def _worker(self, run: Run) -> str:
         found = run.cluster.commands("ray::")
@@ -152,30 +241,53 @@ def main() -> int:
 def chaos(place: Path, options: argparse.Namespace) -> int:
     dataset = displays(place / "set", ("Colour", "Faces", "Text"), options.images)
     fields = ["--heads_per_worker", "5", "--max_epochs", str(options.epochs), "--lr_patience", str(options.epochs)]
-    arguments = ["demo", *fields, *dataset]
-    with ThreeNodes(place / "cluster.log") as cluster:
+    good, runs, start = True, 0, time.monotonic()
+    with contextlib.ExitStack() as stack:
+        site = Site(place, stack)
+        arguments = ["demo", *fields, *dataset, "--tracking-uri", f"http://127.0.0.1:{site.port}"]
+        with ThreeNodes(place / "cluster.log") as cluster:
+            undisturbed = Run(arguments, place / "undisturbed", cluster)
+            undisturbed.finish()
+        print(f"undisturbed: {time.monotonic() - start:.0f} s", flush=True)
+        faults = Faults(options.seed, options.every, site)
         start = time.monotonic()
-        undisturbed = Run(arguments, place / "undisturbed", cluster)
-        undisturbed.finish()
-    print(f"undisturbed: {time.monotonic() - start:.0f} s", flush=True)
-    good, runs = True, 0
-    with ThreeNodes(place / "cluster.log") as cluster:
-        start = time.monotonic()
-        faults = Faults(options.seed, options.every, start)
         end = start + 60 * options.minutes
+        cluster = ThreeNodes(place / "cluster.log")
         while runs == 0 or time.monotonic() < end:
             runs += 1
-            run = Run(arguments, place / f"run{runs}", cluster)
-            while run.job.poll() is None:
-                time.sleep(0.5)
-                if time.monotonic() < end:
-                    faults.inject(run)
-            run.finish()
-            print(f"{time.monotonic() - start:6.0f} s  run {runs} finished", flush=True)
+            run = Run(arguments, (site.disk or place) / f"run{runs}", cluster)
+            try:
+                _endure(run, faults, end)
+            finally:
+                faults.end_outage(now=True)
+                run.kill()
+                cluster = run.cluster
+                if sys.exc_info()[0]:
+                    cluster.stop()
+            faults.say(f"run {runs} finished")
             good &= compare(run, undisturbed)
+            if site.disk:
+                shutil.rmtree(run.root)
+        cluster.stop()
     injected = ", ".join(f"{kind} {count} times" for kind, count in sorted(faults.counts.items()))
     print(f"{runs} runs in {time.monotonic() - start:.0f} s; {injected or 'no fault'}: {VERDICT[good]}")
     return 0 if good else 1
+
+
+def _endure(run: Run, faults: Faults, end: float) -> None:
+    """Injects faults until the end, and submits the job again whenever one has ended it, until it is finished."""
+    while (status := run.job.poll()) != 0:
+        if status is not None:
+            if not faults.excused:
+                run.failed()
+            faults.say(f"job ended with status {status}: {run.log.read_text().rstrip().splitlines()[-1]}")
+            faults.end_outage(now=True)
+            faults.excused = False
+            run.submit()
+        time.sleep(0.5)
+        faults.end_outage()
+        if time.monotonic() < end:
+            faults.inject(run)
 
 
 if __name__ == "__main__":

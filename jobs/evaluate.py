@@ -74,10 +74,13 @@ def evaluate(
         "dataset": dataset.summary() | {"scored": "all images", "images_scored": len(scores)},
         **summarise(dataset, scores, SEED),
         "model": location,
+        "outside": {other.name: {"kind": other.kind, "source": shown(other.location)} for other in outside},
+        "exact": exact,
+        "sim_opt_fixations": sim_opt or None,
         "cost": dataclasses.asdict(cost),
         "provenance": model.provenance,
     }
-    write_atomic(out.with_suffix(".per_image.csv"), per_image_csv(dataset, scores))
+    write_atomic(out.with_name(f"{out.name.removesuffix('.json')}.per_image.csv"), per_image_csv(dataset, scores))
     write_json(out, result)
     print(table(result))
 
@@ -87,9 +90,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", required=True, help="a run's folder, or an MLflow URI such as models:/acw@champion")
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--maps", action="append", default=[], metavar="[NAME=]DIR", help="another model's maps")
-    parser.add_argument("--kind", choices=("density", "saliency"), help="what --maps holds")
+    about = "what --maps holds; and --predictions, where the file does not say and values may mislead"
+    parser.add_argument("--kind", choices=("density", "saliency"), help=about)
     parser.add_argument("--predictions", action="append", default=[], metavar="[NAME=]FILE", help="pysaliency's HDF5")
-    parser.add_argument("--exact", action="store_true", help="scores by pysaliency itself: slow, equal to 1e-4")
+    parser.add_argument(
+        "--exact", action="store_true", help="scores by pysaliency itself, but for controls and saliency maps: slow"
+    )
     parser.add_argument(
         "--sim-opt", action="store_true", help="SIM of maps optimised for it, too: half a minute a full-HD image"
     )
@@ -106,16 +112,17 @@ def main(argv: Sequence[str]) -> None:
     dataset = read_dataset(options)
     from acw.outside import open_maps, open_predictions
     from acw.scoring import MODELS, REFERENCES
-    from acw.sim_opt import CAT2000_FIXATIONS
+    from acw.sim_opt import fixations_of
 
     outside = [open_maps(spec, options["kind"], dataset) for spec in options["maps"]]
-    outside += [open_predictions(spec, dataset) for spec in options["predictions"]]
+    outside += [open_predictions(spec, dataset, options["kind"]) for spec in options["predictions"]]
     names = [other.name for other in outside]
-    taken = [name for name in names if names.count(name) > 1 or name in (*MODELS, *REFERENCES)]
+    ours = (*MODELS, *REFERENCES)
+    taken = [name for name in names if names.count(name) > 1 or name in ours or name.startswith("backbone:")]
     if taken:
         raise UserError(f"--maps, --predictions: two models are called {taken[0]}; call yours otherwise: NAME=PATH")
-    fixations = round(len(dataset.x) / len(dataset.stimuli)) if dataset.reader != "cat2000" else CAT2000_FIXATIONS
-    evaluate(location, dataset, out, tuple(outside), options["exact"], fixations if options["sim_opt"] else 0)
+    fixations = fixations_of(dataset) if options["sim_opt"] else 0
+    evaluate(location, dataset, out, tuple(outside), options["exact"], fixations)
     print(shown(out), flush=True)
 
 

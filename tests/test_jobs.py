@@ -25,6 +25,7 @@ from acw.cli import parse
 from acw.cli import run as run_job
 from acw.metrics import METRICS
 from acw.recipes import RECIPES, Recipe, named_recipe
+from acw.storage import UserError
 
 BACKBONES = ("backbone:lite0", "backbone:lite1")
 UNLABELLED = {"center_bias", *BACKBONES, "uniform", "global_weights", "inferred_category"}
@@ -444,6 +445,42 @@ def test_jobs_out_of_order(call: Callable[..., tuple[int, str, str]], done: Run,
     assert_one_line(call("train", *arguments), r"manifest.json: no features there; run jobs/extract.py")
     (tmp_path / "root" / "features").symlink_to(done.job.root / "features")
     assert_one_line(call("aggregate", *arguments), "heads are not trained yet; run jobs/train.py")
+
+
+def test_a_models_heads_bring_its_input_and_layers_and_name_the_run(done: Run, tmp_path: Path) -> None:
+    source, copied = done.job.folder / "model", tmp_path / "model"
+    copied.mkdir()
+    for file in source.iterdir():
+        (copied / file.name).symlink_to(file)
+
+    def described(long_side: int, taps: str) -> dict[str, Any]:
+        model = json.loads((source / "model.json").read_text())
+        model["provenance"]["recipe"] |= {"long_side": long_side, "taps": taps}
+        recipe = Recipe("any", tuple(done.job.recipe.backbones), long_side=long_side, taps=taps)
+        for stored, backbone in zip(model["backbones"], recipe.backbone_values, strict=True):
+            stored |= {"long_side": backbone.long_side, "taps": list(backbone.taps)}
+        return model
+
+    def parsed(model: dict[str, Any]) -> Any:
+        (copied / "model.json").unlink()
+        (copied / "model.json").write_text(json.dumps(model))
+        return parse(["deepgaze_iie", *done.arguments[1:], "--heads", str(copied)], "")
+
+    own = parsed(described(0, "own"))
+    assert own.recipe.backbone_values[0].long_side == 400
+    finer = parsed(described(512, "earlier"))
+    assert finer.recipe.backbone_values[0].long_side == 512
+    assert len(finer.recipe.backbone_values[0].taps) == 4
+    odd = described(512, "own")
+    odd["backbones"][0]["long_side"] = 400
+    with pytest.raises(UserError, match="reads lite0 otherwise than this acw does"):
+        parsed(odd)
+    heads = copied / "heads.safetensors"
+    heads.unlink()
+    with pytest.raises(UserError, match=r"heads\.safetensors: is missing; copy the model anew"):
+        parsed(described(0, "own"))
+    heads.write_bytes(b"other heads")
+    assert parsed(described(0, "own")).folder != own.folder, "another model in the same place is another run"
 
 
 def test_evaluation_without_a_model_or_a_data_set(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

@@ -129,6 +129,17 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     assert [entry["ig"] for entry in resumed.history] == pytest.approx([entry["ig"] for entry in trained.history])
 
 
+def test_it_stops_at_its_lowest_rate_and_not_a_plateau_later() -> None:
+    recipe = dataclasses.replace(JOINT, joint_max_epochs=99, joint_learning_rate=1e-4, joint_min_learning_rate=1e-6)
+    state = SystemState.new(recipe, start(), 3)
+    ended = []
+    for _ in range(2):
+        ended.append(state.finished(recipe))
+        state.rate *= recipe.lr_factor
+    assert state.rate > recipe.joint_min_learning_rate, "by rounding"
+    assert [*ended, state.finished(recipe)] == [False, False, True]
+
+
 def test_what_the_recipe_fixes_stays(data: JointSet, tmp_path: Path) -> None:
     recipe = dataclasses.replace(JOINT, learn_sigma=False, category_weights=False, joint_max_epochs=1)
     state = run(recipe, data, tmp_path)

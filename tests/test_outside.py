@@ -169,6 +169,16 @@ def test_keys_may_lack_only_folders_that_all_share(dataset: Dataset, tmp_path: P
         open_predictions(write("short", names[:3]), dataset)
 
 
+def test_log_densities_that_do_not_sum_to_one_are_no_saliency_maps(dataset: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "log2.hdf5"
+    with h5py.File(path, "w") as file:
+        for index, stimulus in enumerate(dataset.stimuli):
+            file[stimulus.name] = log_density(stimulus.size, index) / np.log(2)
+    with pytest.raises(UserError, match=r"log2\.hdf5.*no natural logs that sum to 1"):
+        open_predictions(str(path), dataset)
+    assert open_predictions(str(path), dataset, "saliency").kind == "saliency"
+
+
 def test_every_stimulus_has_one_map_of_its_own(dataset: Dataset, tmp_path: Path) -> None:
     folder = folder_of(dataset, tmp_path, save_densities)
     for spec, message in ((f"{folder}/nowhere", "is no folder"), (f"={folder}", "before = is empty")):

@@ -18,7 +18,7 @@ from test_metrics import log_density, random_fixations, targets
 
 from acw import pysaliency_compat, sim_opt
 from acw.metrics import Components, ShuffledFixations, Target, score, score_saliency
-from acw.scoring import Scoring
+from acw.scoring import Scoring, log_mixture
 from acw.shuffled import SIDE, MeanPrediction, reduced, shuffled_aucs
 
 GAZE = Path(__file__).parents[2] / "shared" / "gaze"
@@ -168,6 +168,29 @@ def test_the_map_for_sim_is_pysaliencys(
         found = sim_opt.maximise(one, sigma, 60, area=300.0, samples=100)
         assert found.sum() == pytest.approx(1, abs=1e-5)
         assert np.abs(found - expected).sum() < difference
+
+
+@pytest.mark.parametrize("blur", [4.0, 10.0])
+def test_the_map_for_sim_of_a_density_with_zeros(blur: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sim_opt, "MOST_EPOCHS", 2)
+    monkeypatch.setattr(sim_opt, "FEWEST_EPOCHS", 2)
+    one = log_density("smooth", (72, 96), seed=3).double().numpy().copy()
+    one[:9] = one[:, :9] = -np.inf
+    found = sim_opt.best_map(one - np.logaddexp.reduce(one, None), blur, 20)
+    assert np.isfinite(found).all()
+    assert found.sum() > 0
+
+
+def test_the_papers_mixture_is_of_each_systems_log_densities() -> None:
+    """Two backbones, of each two systems: mixed within a system by their logs, systems by their densities."""
+    maps = torch.stack([log_density("smooth", (6, 9), seed=seed) for seed in range(4)])  # b0s0, b0s1, b1s0, b1s1
+    weights = torch.tensor([0.1, 0.3, 0.4, 0.2])
+    systems = []
+    for system, (a, b) in enumerate(((0.2, 0.8), (0.6, 0.4))):
+        mixed = (a * maps[system] + b * maps[2 + system]).exp()
+        systems.append(mixed / mixed.sum())
+    expected = (systems[0] + systems[1]) / 2
+    torch.testing.assert_close(log_mixture(maps, weights, 2).exp(), expected)
 
 
 def test_the_map_for_sim_has_a_better_one_than_the_density() -> None:

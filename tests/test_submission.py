@@ -110,6 +110,16 @@ def test_a_submission_is_what_the_model_predicts_and_pysaliency_reads(
         assert np.abs(other - expected).max() > 1e-3, "the category matters"
 
 
+def test_a_model_without_a_centre_bias_is_refused(cat2000: Path, run_folder: Path, tmp_path: Path) -> None:
+    import acw
+
+    model = acw.load(run_folder)
+    model.provenance |= {"imported": "deepgaze2e.pth", "dataset": None}
+    with pytest.raises(UserError, match="has no centre bias yet"):
+        submission.export(model, cat2000, tmp_path / "out.hdf5")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_a_flat_folder_has_the_names_of_its_images(cat2000: Path, tmp_path: Path) -> None:
     flat = cat2000 / "testSet/Stimuli/Art"
     assert list(submission.stimuli_of(flat)) == ["001.jpg", "002.jpg"]
