@@ -3,7 +3,7 @@
     acw import-deepgaze deepgaze2e.pth --out DIR
 
 One code path for what we train and what they trained: the recipe `deepgaze_iie` builds the same backbones, readouts and
-finalizer. The weights are even, as theirs. `acw.load` takes the folder, and so does a recipe's `--heads`, which adds the
+finalizer. The weights are even, as theirs. `acw.load` takes the folder; so does a recipe's `--heads`, which adds the
 centre bias that scores and submissions need. Linardos, Kuemmerer, Press, Bethge, ICCV 2021, and the published PyTorch
 code (`deepgaze_pytorch`).
 """
