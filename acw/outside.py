@@ -1,7 +1,7 @@
 """Other models' predictions on a data set's stimuli, to be scored beside ours.
 
 They come from a folder of maps (`open_maps`), from an HDF5 file as pysaliency writes it (`open_predictions`), or from
-one of pysaliency's models (`of_pysaliency`). Two kinds:
+one of pysaliency's models (`open_object`, `of_pysaliency`). Two kinds:
 
 density: natural log-densities, or densities; which of them, their values say. The image's size, as resizing would
     change what is scored. They are renormalised exactly. PNG and JPEG cannot hold a density exactly: there, grey
@@ -14,6 +14,8 @@ saliency: any finite values, of any size. They are resized as pysaliency's `Resi
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,6 +126,21 @@ def open_predictions(spec: str, dataset: Dataset, kind: Kind | None = None) -> O
                 f"(logsumexp {logsumexp(values):.3g}); write them so, or say --kind saliency if they are none"
             )
     return Outside(name or path.stem, kind or said, dataset.stimuli, source, str(path))
+
+
+def open_object(spec: str, dataset: Dataset) -> Outside:
+    """`MODULE:OBJECT` or `NAME=MODULE:OBJECT`: one of pysaliency's models in a module of the user's (`of_pysaliency`).
+
+    The module must be found by this process and by Ray's workers, on PYTHONPATH. Raises UserError where there is no
+    such module, object or model.
+    """
+    name, _, place = spec.rpartition("=")
+    module, _, attribute = place.partition(":")
+    try:
+        model = getattr(importlib.import_module(module), attribute)
+        return dataclasses.replace(of_pysaliency(model, dataset, name or attribute), location=place)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--object {spec}: {error}; give MODULE:OBJECT, a pysaliency model on PYTHONPATH") from None
 
 
 def of_pysaliency(model: Any, dataset: Dataset, name: str) -> Outside:

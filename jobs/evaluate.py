@@ -94,8 +94,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--kind", choices=("density", "saliency"), help=about)
     parser.add_argument("--predictions", action="append", default=[], metavar="[NAME=]FILE", help="pysaliency's HDF5")
     parser.add_argument(
-        "--exact", action="store_true", help="scores by pysaliency itself, but for controls and saliency maps: slow"
+        "--object",
+        action="append",
+        default=[],
+        metavar="[NAME=]MODULE:OBJECT",
+        help="pysaliency's model, on PYTHONPATH",
     )
+    about = "scores by pysaliency itself, but for controls and saliency maps: slow"
+    parser.add_argument("--exact", action="store_true", help=about)
     parser.add_argument(
         "--sim-opt", action="store_true", help="SIM of maps optimised for it, too: half a minute a full-HD image"
     )
@@ -110,17 +116,20 @@ def main(argv: Sequence[str]) -> None:
     mlflow = ":/" in options["model"] and not options["model"].startswith("s3://")
     location = options["model"] if mlflow else shown(local_path(options["model"], "--model"))
     dataset = read_dataset(options)
-    from acw.outside import open_maps, open_predictions
+    from acw.outside import open_maps, open_object, open_predictions
     from acw.scoring import MODELS, REFERENCES
     from acw.sim_opt import fixations_of
 
     outside = [open_maps(spec, options["kind"], dataset) for spec in options["maps"]]
     outside += [open_predictions(spec, dataset, options["kind"]) for spec in options["predictions"]]
+    outside += [open_object(spec, dataset) for spec in options["object"]]
     names = [other.name for other in outside]
     ours = (*MODELS, *REFERENCES)
     taken = [name for name in names if names.count(name) > 1 or name in ours or name.startswith("backbone:")]
     if taken:
-        raise UserError(f"--maps, --predictions: two models are called {taken[0]}; call yours otherwise: NAME=PATH")
+        raise UserError(
+            f"--maps, --predictions, --object: two models are called {taken[0]}; call yours otherwise: NAME=PATH"
+        )
     fixations = fixations_of(dataset) if options["sim_opt"] else 0
     evaluate(location, dataset, out, tuple(outside), options["exact"], fixations)
     print(shown(out), flush=True)

@@ -19,7 +19,7 @@ from scipy.special import logsumexp
 from acw import pysaliency_compat
 from acw.cli import Parser, add_dataset_options, read_dataset
 from acw.data import Dataset
-from acw.outside import of_pysaliency, open_maps, open_predictions
+from acw.outside import of_pysaliency, open_maps, open_object, open_predictions
 from acw.storage import UserError
 
 
@@ -146,6 +146,24 @@ def test_pysaliencys_models_and_their_exports_are_the_same(dataset: Dataset, tmp
         assert not model._cache, "a data set of maps does not fit into memory"
     with pytest.raises(ValueError, match="is a dict, but has to be"):
         of_pysaliency({}, dataset, "nothing")
+
+
+def test_a_model_in_a_module_of_the_users(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rivals.py").write_text("import pysaliency\nmodel = pysaliency.UniformModel()\nnone = {}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for spec, name in (("rivals:model", "model"), ("Rival 3=rivals:model", "Rival 3")):
+        rival = open_object(spec, dataset)
+        assert (rival.name, rival.kind, rival.location) == (name, "density", "rivals:model")
+        height, width = dataset.stimuli[1].size
+        np.testing.assert_allclose(rival.of(1), -np.log(height * width))
+    for spec, problem in (
+        ("rivals:other", "no attribute 'other'"),
+        ("no_such:model", "No module named 'no_such'"),
+        ("rivals:none", "has to be a pysaliency Model"),
+        ("rivals", "give MODULE:OBJECT"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            open_object(spec, dataset)
 
 
 def test_keys_may_lack_only_folders_that_all_share(dataset: Dataset, tmp_path: Path) -> None:
