@@ -93,13 +93,8 @@ def main(argv: Sequence[str]) -> None:
     about = "what --maps holds; and --predictions, where the file does not say and values may mislead"
     parser.add_argument("--kind", choices=("density", "saliency"), help=about)
     parser.add_argument("--predictions", action="append", default=[], metavar="[NAME=]FILE", help="pysaliency's HDF5")
-    parser.add_argument(
-        "--object",
-        action="append",
-        default=[],
-        metavar="[NAME=]MODULE:OBJECT",
-        help="pysaliency's model, on PYTHONPATH",
-    )
+    about = "pysaliency's model, on PYTHONPATH"
+    parser.add_argument("--object", action="append", default=[], metavar="[NAME=]MODULE:OBJECT", help=about)
     about = "scores by pysaliency itself, but for controls and saliency maps: slow"
     parser.add_argument("--exact", action="store_true", help=about)
     parser.add_argument(
@@ -127,9 +122,7 @@ def main(argv: Sequence[str]) -> None:
     ours = (*MODELS, *REFERENCES)
     taken = [name for name in names if names.count(name) > 1 or name in ours or name.startswith("backbone:")]
     if taken:
-        raise UserError(
-            f"--maps, --predictions, --object: two models are called {taken[0]}; call yours otherwise: NAME=PATH"
-        )
+        raise UserError(f"{taken[0]}: two models are called so; call yours otherwise: NAME=PATH, NAME=MODULE:OBJECT")
     fixations = fixations_of(dataset) if options["sim_opt"] else 0
     evaluate(location, dataset, out, tuple(outside), options["exact"], fixations)
     print(shown(out), flush=True)
