@@ -222,13 +222,14 @@ def _categories(evaluation: dict[str, Any], category: Mapping[str, str], scores:
 
 def _sources(evaluation: dict[str, Any]) -> str:
     """IG by where images come from, which may be what categories differ by; nothing where that is unknown."""
-    kinds = {"models": "Models", "references": "References, which no model could be"}
     groups: dict[str, list[Row]] = {}
-    for kind, heading in kinds.items():
-        known = {name: entry.get("by_source", {}) for name, entry in evaluation[kind].items()}
-        rows = [{"": name} | {s: one.get("IG") for s, one in by_source.items()} for name, by_source in known.items()]
-        groups[heading] = rows
-    sources = list(dict.fromkeys(s for rows in groups.values() for row in rows for s in row if s))
+    sources: dict[str, None] = {}
+    for kind, heading in (("models", "Models"), ("references", "References, which no model could be")):
+        groups[heading] = []
+        for name, entry in evaluation[kind].items():
+            gains: dict[str, Cell] = {source: one.get("IG") for source, one in entry.get("by_source", {}).items()}
+            groups[heading].append({"": name} | gains)
+            sources |= dict.fromkeys(gains)
     if len(sources) < 2:
         return ""
     return (

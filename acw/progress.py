@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -264,3 +264,18 @@ def mean(values: Iterable[float | None]) -> float | None:
 def _row(value: Any) -> list[float | None]:
     """A history's value per head; a system has one."""
     return value if isinstance(value, list) else [value]
+
+
+def search_line(figures: Mapping[str, Any]) -> str:
+    """How far a search is, as `tuning.Board.figures` has it, without the time left; for people."""
+    parts = [f"{figures['done']}/{figures['total']} configurations done"]
+    if best := figures["best"]:
+        parts[0] += f", best {best['ig']:.4f} bit"
+    if training := ", ".join(f"{one['configurations']} in epoch {one['epoch']}" for one in figures["training"]):
+        parts.append(f"training {training} of at most {figures['max_epochs']}")
+    return "; ".join(parts)
+
+
+def written(value: Any) -> str:
+    """A field's value as a person reads it."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value).lower()

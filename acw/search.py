@@ -11,7 +11,7 @@ import importlib.util
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,21 +264,6 @@ class Search:
             "outcomes": [dataclasses.asdict(one) for one in outcomes] if outcomes else None,
         }
         write_json(self._path(population.number), entry)
-
-
-def line(figures: Mapping[str, Any]) -> str:
-    """What `tuning.Board.figures` gives, without the time left, for people."""
-    parts = [f"{figures['done']}/{figures['total']} configurations done"]
-    if best := figures["best"]:
-        parts[0] += f", best {best['ig']:.4f} bit"
-    if training := ", ".join(f"{one['configurations']} in epoch {one['epoch']}" for one in figures["training"]):
-        parts.append(f"training {training} of at most {figures['max_epochs']}")
-    return "; ".join(parts)
-
-
-def written(value: Any) -> str:
-    """A field's value as a person reads it."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
 
 
 def _study(seed: int) -> optuna.Study:

@@ -25,12 +25,13 @@ from acw.progress import (
     mean,
     number,
     read,
+    search_line,
     summary,
     system_units,
     time_left,
+    written,
 )
 from acw.recipes import Recipe
-from acw.search import line, written
 from acw.storage import UserError, fetch, present, shown
 
 # A driver that cannot be asked is believed to live for so many of its signs of life.
@@ -296,7 +297,7 @@ def _search_text(figures: dict[str, Any]) -> Iterator[str]:
     if figures["features"]:
         yield f"{'features':16}{_stage_text(figures['features'] | {'name': 'features', 'state': figures['state']})}"
     if known := figures["configurations"]:
-        yield f"{'search':16}{line(known)}"
+        yield f"{'search':16}{search_line(known)}"
         if known["best"]:
             fields = ", ".join(f"{name} {written(value)}" for name, value in known["best"]["fields"].items())
             yield f"{'best so far':16}{fields or 'the recipe itself'}"

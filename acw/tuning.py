@@ -22,8 +22,9 @@ from acw.cluster import Allocation, allocate, place_of
 from acw.data import Dataset, Split
 from acw.features import FeatureStore
 from acw.population import KEPT, RUNGS, Outcome, Population, train_population
+from acw.progress import search_line, written
 from acw.recipes import Recipe, derive
-from acw.search import Search, Trialled, line, written
+from acw.search import Search, Trialled
 from acw.storage import UserError, ray_storage, shown
 
 # A trial whose node is lost starts again from its checkpoints, and loses an epoch at most.
@@ -122,7 +123,7 @@ def _trial(config: dict[str, Any], work: Work, allocation: Allocation) -> None:
             device,
             place,
         ):
-            tune.report(_report(outcomes) | {"place": place})
+            tune.report(_report(outcomes) | {"place": [place]})  # Tune takes dictionaries apart
     except UserError as error:
         # Raised, it would be tried again with the same end, as if a node had been lost.
         tune.report({"ig": ASTRAY, "epoch": 0, "complaint": str(error)})
@@ -157,7 +158,7 @@ def _proposals(found: Search, board: Board, ended: Callable[[], None]) -> Any:
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
             self.complaint = self.complaint or result.get("complaint", "")
             if "outcomes" in result:
-                board.epoch(self._population[trial_id], result["epoch"], result["ig"], result["place"])
+                board.epoch(self._population[trial_id], result["epoch"], result["ig"], *result["place"])
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             if error or not result or "outcomes" not in result:
@@ -250,12 +251,13 @@ class Board:
         self._shown = time.monotonic()
         figures = self.figures()
         log.event("search", **figures)
-        print(f"search: {line(figures)}; at most {figures['minutes_left']:.1f} min left", flush=True)
+        print(f"search: {search_line(figures)}; at most {figures['minutes_left']:.1f} min left", flush=True)
 
     def figures(self) -> dict[str, Any]:
         """Configurations done, which populations train, the best so far, time left; for JSON."""
         trialled = self.found.trialled
-        best = {"number": trialled[0].number, "ig": trialled[0].ig, "fields": trialled[0].fields} if trialled else None
+        known = [one for one in trialled if math.isfinite(one.ig)]
+        best = {"number": known[0].number, "ig": known[0].ig, "fields": known[0].fields} if known else None
         return {
             "done": sum(1 for one in trialled if one.number),
             "total": self.found.samples,
@@ -264,7 +266,7 @@ class Board:
                 for number, epoch in sorted(self._epochs.items())
             ],
             "max_epochs": self.recipe.max_epochs,
-            "best": best if best and math.isfinite(best["ig"]) else None,
+            "best": best,
             "minutes_left": round(self.minutes_left(), 1),
         }
 

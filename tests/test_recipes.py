@@ -127,7 +127,7 @@ def test_the_fingerprint_leaves_out_how_a_run_is_computed() -> None:
         "sigma": 17, "learn_sigma": False, "batch_size": 9, "learning_rate": 3e-3, "lr_factor": 0.2, "lr_patience": 3,
         "weight_decay": 0.01, "initial_scale": 0.5, "center_bias_bandwidth": 0.1,
         "min_learning_rate": 2e-5, "max_epochs": 31, "heads_per_worker": 5, "backbones": "lite0", "long_side": 226,
-        "heads": "/m",
+        "heads": "/m", "taps": "earlier",
         "upsampling": "nearest", "joint": True, "category_weights": False,
         "joint_learning_rate": 2e-4, "joint_patience": 4, "joint_min_learning_rate": 1e-7, "joint_max_epochs": 9,
         "weights": "lite0=random",
