@@ -253,7 +253,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 class _Softplus(torch.autograd.Function):
-    """PyTorch's own takes 6.5 ns a number on a CPU, for log1p is not vectorised, and 10 backward; this takes 3 and 1."""
+    """PyTorch's own takes 6.5 ns a number on a CPU, as log1p is not vectorised, and 10 backward; this takes 3 and 1."""
 
     @staticmethod
     def forward(ctx, x):
