@@ -5,8 +5,10 @@ Weights are fitted on out-of-fold predictions (EM), even, or learned with the he
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,9 @@ from acw.model import Model
 from acw.recipes import Recipe
 from acw.storage import UserError, fetch, local
 from acw.training import EVALUATION_BATCH
+
+# Of the driver, beyond which memory would be the limit.
+MOST_THREADS = 16
 
 
 def training_set(dataset: Dataset, split: Split, recipe: Recipe) -> TrainingSet:
@@ -113,7 +118,6 @@ class OutOfFold:
     baseline: np.ndarray
 
 
-@torch.no_grad()
 def out_of_fold(
     recipe: Recipe,
     dataset: Dataset,
@@ -127,24 +131,35 @@ def out_of_fold(
     heads: as `heads_by_fold` gives them; those of a model taken as it is trained on none of the images.
     """
     finalizer = recipe.finalizer
-    log_p: dict[int, np.ndarray] = {}
-    baseline: dict[int, float] = {}
-    for fold in range(recipe.folds):
-        for backbone, store in zip(recipe.backbones, stores, strict=True):
-            for group in group_by_shape([store], training.sizes, split.validation(fold), finalizer):
-                bias = torch.from_numpy(training.finalizer_bias[fold].of_size(finalizer.grid(training.sizes[group[0]])))
-                for start in range(0, len(group), EVALUATION_BATCH):
-                    some = group[start : start + EVALUATION_BATCH]
-                    densities = ensemble(heads[fold % len(heads)][backbone], store.load(some), bias, finalizer)
-                    for index, log_density in zip(some, densities, strict=True):
-                        column = _at_fixations(dataset, index, log_density, finalizer)[:, None]
-                        log_p[index] = np.hstack([log_p[index], column]) if index in log_p else column
-        for index in split.validation(fold):
-            bias = torch.from_numpy(training.baseline[fold].of_size(finalizer.grid(dataset.stimuli[index].size)))
-            baseline[index] = float(_at_fixations(dataset, index, bias, finalizer).mean())
-    images = np.array(sorted(log_p))
-    image = np.repeat(np.arange(len(images)), [len(log_p[index]) for index in images])
-    likelihoods = Likelihoods(np.concatenate([log_p[index] for index in images]), image, len(images))
+
+    @torch.no_grad()
+    def of_heads(fold: int, number: int) -> dict[int, np.ndarray]:
+        """Image -> log-densities at its fixations, by the fold's heads on a backbone."""
+        store, bank = stores[number], heads[fold % len(heads)][recipe.backbones[number]]
+        found = {}
+        for group in group_by_shape([store], training.sizes, split.validation(fold), finalizer):
+            bias = torch.from_numpy(training.finalizer_bias[fold].of_size(finalizer.grid(training.sizes[group[0]])))
+            for start in range(0, len(group), EVALUATION_BATCH):
+                some = group[start : start + EVALUATION_BATCH]
+                for index, log_density in zip(some, ensemble(bank, store.load(some), bias, finalizer), strict=True):
+                    found[index] = _at_fixations(dataset, index, log_density, finalizer)
+        return found
+
+    # Many small operations: threads with one core each are faster than all cores on each operation.
+    tasks = list(itertools.product(range(recipe.folds), range(len(stores))))
+    cores = torch.get_num_threads()
+    with ThreadPoolExecutor(min(cores, MOST_THREADS), "heads", torch.set_num_threads, (1,)) as pool:
+        said = dict(zip(tasks, pool.map(of_heads, *zip(*tasks, strict=True)), strict=True))
+    torch.set_num_threads(cores)  # of the process's matrix products, which one thread's setting is for, too
+    fold_of = {int(index): fold for fold in range(recipe.folds) for index in split.validation(fold)}
+    images = np.array(sorted(fold_of))
+    log_p = [np.stack([said[fold_of[i], number][i] for number in range(len(stores))], 1) for i in images.tolist()]
+    baseline = {}
+    for index, fold in fold_of.items():
+        bias = torch.from_numpy(training.baseline[fold].of_size(finalizer.grid(dataset.stimuli[index].size)))
+        baseline[index] = float(_at_fixations(dataset, index, bias, finalizer).mean())
+    image = np.repeat(np.arange(len(images)), [len(one) for one in log_p])
+    likelihoods = Likelihoods(np.concatenate(log_p), image, len(images))
     return OutOfFold(images, likelihoods, np.array([baseline[index] for index in images]))
 
 

@@ -136,7 +136,7 @@ def acw() -> Recipe:
 
     python jobs/pipeline.py acw --dataset FOLDER --backbones lite
 
-    What `gaze` and `cat2000` are; of the recipes that jobs/reproduce.py compares, the best: 1.518 bit on `gaze`.
+    What `gaze` and `cat2000` are; of the recipes that jobs/reproduce.py compares, the best: 1.519 bit on `gaze`.
     """
     return Recipe("acw", backbones=BACKBONE_SETS["paper"])
 
@@ -182,7 +182,7 @@ def deepgaze_iie() -> Recipe:
     python jobs/pipeline.py deepgaze_iie --dataset FOLDER [--backbones lite]
 
     `acw import-deepgaze` makes the same network of the authors' own heads. On `gaze` with small backbones 1.506 bit,
-    0.012 less than `acw`, for twice its hours: steps of 2 px instead of smooth cells of 8.
+    0.013 less than `acw`, for more than twice its hours: steps of 2 px instead of smooth cells of 8.
     """
     return dataclasses.replace(
         acw(), name="deepgaze_iie", upsampling="nearest", density_cell=2.0, category_weights=False
@@ -196,7 +196,7 @@ def acw_v1() -> Recipe:
     python jobs/pipeline.py acw_v1 --dataset FOLDER [--backbones lite]
 
     A readout of 8x15 cells for CAT2000's images, no smoothing, no category weights. On `gaze` with small backbones and
-    six joint epochs 1.252 bit; more overfit (docs/log.md).
+    four joint epochs 1.248 bit; more than six overfit (docs/log.md).
     """
     return dataclasses.replace(
         acw(),
@@ -218,7 +218,7 @@ def acw_v2() -> Recipe:
 
     python jobs/pipeline.py acw_v2 --dataset FOLDER [--backbones lite]
 
-    On `gaze`, as above: 1.276 bit.
+    On `gaze`, as above: 1.268 bit.
     """
     return dataclasses.replace(acw_v1(), name="acw_v2", category_weights=True)
 
@@ -229,7 +229,7 @@ def acw_v3() -> Recipe:
 
     python jobs/pipeline.py acw_v3 --dataset FOLDER [--backbones lite]
 
-    On `gaze`, as above: 1.392 bit.
+    On `gaze`, as above: 1.387 bit.
     """
     return dataclasses.replace(
         acw_v2(),

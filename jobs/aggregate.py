@@ -19,7 +19,7 @@ import torch
 
 from acw import log
 from acw.cli import Job, parse, run
-from acw.storage import csv_text, fetch, fingerprint, shown, write_atomic, write_json
+from acw.storage import csv_text, fetch, shown, write_atomic, write_json
 
 if TYPE_CHECKING:
     from acw.aggregation import Fusion, OutOfFold
@@ -79,7 +79,7 @@ def aggregate(job: Job) -> None:
     registration = run_log.log_run(uri, folder, recipe, banks, evaluation)
     print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
     # Last: it says that the run is finished.
-    write_json(folder / "registration.json", dataclasses.asdict(registration) | {"store": fingerprint(shown(uri))})
+    write_json(folder / "registration.json", dataclasses.asdict(registration) | {"store": shown(uri)})
 
 
 def _weights(job: Job, predictions: OutOfFold, systems: Sequence[SystemState]) -> Fusion:

@@ -20,15 +20,14 @@ from tune import HELP, parse_options, tune
 
 from acw.cli import Job, Parser, parse, run
 from acw.recipes import derive
-from acw.storage import fetch, fingerprint, shown
+from acw.storage import fetch, shown
 
 
 def _registered(job: Job) -> bool:
     """Whether this run's model is in the registry that was asked for."""
     from acw.tracking import tracking_uri
 
-    # As a hash, since a server's URI may hold a password.
-    store = fingerprint(shown(tracking_uri(job.root, job.tracking_uri)))
+    store = shown(tracking_uri(job.root, job.tracking_uri))
     path = fetch(job.folder / "registration.json")
     return path.exists() and json.loads(path.read_text()).get("store") == store
 

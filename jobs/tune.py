@@ -178,10 +178,7 @@ def _record(job: Job, options: Options) -> dict[str, Any]:
 
 
 def _log_entry(found: Search, uri: str) -> dict[str, Any]:
-    from acw.storage import fingerprint
-
-    # The store as a hash, since a server's URI may hold a password.
-    return {"store": fingerprint(shown(uri)), "configurations": len(found.trialled)}
+    return {"store": shown(uri), "configurations": len(found.trialled)}
 
 
 def _logged(found: Search, uri: str) -> bool:
