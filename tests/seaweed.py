@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from acw.features import open_shard
-
 PATIENCE = 90.0
 # SeaweedFS's gRPC ports lie so far above the others.
 GRPC = 10_000
@@ -43,6 +41,8 @@ def _free_ports(count: int) -> list[int]:
 
 def node(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """From here on, this process is on the node that has this cache."""
+    from acw.features import open_shard  # brings torch, for which conftest.py has not set the environment yet
+
     monkeypatch.setenv("ACW_CACHE", str(cache))
     open_shard.cache_clear()
 

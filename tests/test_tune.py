@@ -258,7 +258,8 @@ def test_a_recipe_that_diverges_is_worse_than_all(tmp_path: Path) -> None:
     origin = {"recipe": "gaze"}
     assert tuning.overlay(found, origin)["search"]["validation_IG_of_the_recipe"] is None
     recipe = dataclasses.replace(named_recipe("gaze"), backbones=("lite0",))
-    write_json(tmp_path / "search.json", found.summary() | {"folds": [0], "provenance": provenance(recipe)})
+    record = provenance(recipe) | {"dataset": {"name": "tiny"}}
+    write_json(tmp_path / "search.json", found.summary() | {"folds": [0], "provenance": record})
     search_page.write(tmp_path)
     assert "the recipe itself has no finite loss" in (tmp_path / "report.html").read_text()
     tuning.table(found.trialled)
