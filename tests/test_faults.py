@@ -41,13 +41,15 @@ def features_of(done: Run, root: Path) -> Path:
     return folder
 
 
-def kill_driver(script: str, arguments: Sequence[str], log: Path, when: Callable[[], bool]) -> None:
-    """Starts a job and kills its driver as soon as a condition holds; its other processes have to end by themselves."""
+def kill_driver(
+    script: str, arguments: Sequence[str], log: Path, when: Callable[[], bool], by: signal.Signals = signal.SIGKILL
+) -> None:
+    """Starts a job and ends its driver as soon as a condition holds; its other processes have to end by themselves."""
     with running(command(script, *arguments), log) as job:
         wait_for(lambda: when() or job.poll() is not None, "for the moment to kill the driver")
         assert job.poll() is None, log.read_text()
-        job.kill()
-        job.wait()
+        job.send_signal(by)
+        assert job.wait(timeout=PATIENCE) != 0, log.read_text()
         # Ray's two idle agents go a minute after their raylet; `running` ends them by their pids.
         agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
         wait_for(lambda: all(line.startswith(agents) for line in processes(job.pid).values()), "for Ray to end")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -385,7 +386,8 @@ def test_status_tells_of_a_search(searched: Searched, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.faults
-def test_a_search_goes_on_after_its_driver_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+def test_a_search_goes_on_after_its_driver_was_killed(tmp_path: Path, by: signal.Signals) -> None:
     """In the second of two populations: neither the first nor any epoch of the second is done again."""
     arguments = [*RECIPE, "--heads_per_worker", "4", "--workers", "1", "--lr_patience", "40", "--max_epochs", "12"]
     arguments += [*displays(tmp_path / "tiny", ("Colour", "Faces"), 8), "--root", str(tmp_path / "root")]
@@ -397,11 +399,12 @@ def test_a_search_goes_on_after_its_driver_was_killed(tmp_path: Path) -> None:
     def second() -> dict[str, list[dict]]:
         return next((histories(folder) for folder in tmp_path.glob("root/tune/*/populations/001")), {})
 
-    kill_driver("pipeline", arguments, tmp_path / "log", lambda: bool(second()))
+    kill_driver("pipeline", arguments, tmp_path / "log", lambda: bool(second()), by)
     known, trained = populations(), second()
     assert known["000"]["outcomes"]
     assert known["001"]["outcomes"] is None
     (folder,) = tmp_path.glob("root/tune/*")
+    assert not (folder / "overlay.json").exists(), "what is half found is no result"
     left = status(folder, time.time())
     assert (left["state"], left["configurations"]["done"]) == ("interrupted", 3)
     assert "--resume" in text(left)
