@@ -9,12 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +28,6 @@ from acw.recipes import Recipe
 from acw.resources import peak_rss
 from acw.storage import UserError, fetch
 
-Part = TypeVar("Part")
-Result = TypeVar("Result")
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
 # A validation IG counts as better only beyond this many bits, as in PyTorch's plateau scheduler (absolute threshold).
@@ -74,43 +69,22 @@ def train_epochs(
     path = checkpoint_path(folder, bank)
     state = BankState.load(path) if fetch(path).exists() else BankState.new(recipe, bank, sum(store.channels))
     batches = Batches(training_set, store, recipe.finalizer, device)
-    # Threads share out the heads and not the rows of matrices: most of a step is many small operations.
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    with ThreadPoolExecutor(threads, "heads", torch.set_num_threads, (1,)) as pool:
-        yield from _epochs(recipe, bank, state, batches, path, place or {}, Team(threads, pool))
-
-
-@dataclass(frozen=True)
-class Team:
-    """Threads of one core each, and how many; one works without another thread."""
-
-    threads: int
-    pool: ThreadPoolExecutor
-
-    def map(self, work: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:
-        return list((self.pool.map if self.threads > 1 else map)(work, parts))
-
-
-def _epochs(
-    recipe: Recipe, bank: Bank, state: BankState, batches: Batches, path: Path, place: Mapping[str, Any], team: Team
-) -> Iterator[BankState]:
-    device = batches.device
     while len(active := state.active(recipe)):
         start = time.monotonic()
         # The heads that still train, as a smaller bank: a stopped head costs nothing.
         members = [bank.members[head] for head in active]
         adam = BankAdam(state, active, members, device)
         strides, errors = coarsest(adam.parameters(), members, batches, fresh=not state.history)
-        loss, images = _train_epoch(recipe, adam, members, len(state.history), batches, strides, team)
+        loss, images = _train_epoch(recipe, adam, members, len(state.history), batches, strides)
         adam.write_back(state)
-        ig, validated = _validate(adam.parameters(), members, batches, team)
+        ig, validated = _validate(adam.parameters(), members, batches)
         seconds = time.monotonic() - start
         notes = {
             "seconds": round(seconds, 3),
             "time": round(time.time(), 3),
             "head_images_per_second": round((images + validated) / seconds, 1),
             "peak_rss": peak_rss(),
-            **place,
+            **(place or {}),
         }
         _record(recipe, bank, state, active, {"loss": loss, "ig": ig, "stride": strides, "loss_error": errors}, notes)
         state.save(path)
@@ -118,13 +92,7 @@ def _epochs(
 
 
 def _train_epoch(
-    recipe: Recipe,
-    adam: BankAdam,
-    members: Sequence[Head],
-    epoch: int,
-    batches: Batches,
-    strides: Tensor,
-    team: Team,
+    recipe: Recipe, adam: BankAdam, members: Sequence[Head], epoch: int, batches: Batches, strides: Tensor
 ) -> tuple[Tensor, int]:
     """One pass over the training images; steps Adam, returns each head's mean loss and how many (head, image) pairs."""
     device = batches.device
@@ -136,24 +104,17 @@ def _train_epoch(
     steps = [(on, images) for on, images in steps if len(on)]
     parts = [batches.groups(images) for _, images in steps]
     reader = batches.ahead(group for groups in parts for group in groups)
-
-    def gradient(on: Tensor, read: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
-        """Some heads, their parameters with gradients (K, P), and losses (K,)."""
+    for (on, images), groups in zip(steps, parts, strict=True):
         flat_KP = adam.flat[on.to(device)].requires_grad_(True)
         parameters = bank_of_heads.unflatten(flat_KP, adam.like)
         loss_K = torch.zeros(len(on), device=device)
-        for batch in read:
-            nll_KB = -log_likelihood(parameters, folds[on], batch, batches, strides[on])
-            loss_K = loss_K + nll_KB.sum(1) / sum(len(one.indices) for one in read)
+        for _ in groups:
+            nll_KB = -log_likelihood(parameters, folds[on], next(reader), batches, strides[on])
+            loss_K = loss_K + nll_KB.sum(1) / len(images)
         # A sum over heads: no head's gradient reaches another's parameters.
         loss_K.sum().backward()
-        return on, flat_KP, loss_K.detach()
-
-    for (on, images), groups in zip(steps, parts, strict=True):
-        read = [next(reader) for _ in groups]
-        for mine, flat_KP, loss_K in team.map(partial(gradient, read=read), on.split(-(-len(on) // team.threads))):
-            adam.step(mine, flat_KP)
-            total[mine.to(device)] += loss_K * len(images)
+        adam.step(on, flat_KP)
+        total[on.to(device)] += loss_K.detach() * len(images)
         count[on] += len(images)
     return total.cpu() / count, int(count.sum())
 
@@ -320,12 +281,11 @@ class BankAdam:
         state.steps[self.active] = self.steps
 
 
-def _validate(parameters: Parameters, members: Sequence[Head], batches: Batches, team: Team) -> tuple[Tensor, int]:
+@torch.no_grad()
+def _validate(parameters: Parameters, members: Sequence[Head], batches: Batches) -> tuple[Tensor, int]:
     """(K,) float64 each head's IG over its fold's KDE, in bits per fixation, on its fold's validation images; pairs."""
-    result = torch.zeros(len(members), dtype=torch.float64)
-
-    @torch.no_grad()
-    def validate(fold: int) -> int:
+    result, pairs = torch.zeros(len(members), dtype=torch.float64), 0
+    for fold in sorted({head.fold for head in members}):
         mine = [k for k, head in enumerate(members) if head.fold == fold]
         of_fold, folds = bank_of_heads.select(parameters, mine), torch.full((len(mine),), fold)
         images = np.flatnonzero(batches.training_set.fold == fold)
@@ -339,10 +299,8 @@ def _validate(parameters: Parameters, members: Sequence[Head], batches: Batches,
             gain_KB = log_likelihood(of_fold, folds, batch, batches) - _baseline(batches, batch, fold)
             total += gain_KB.double().sum(1).cpu()
         result[mine] = total / len(images) / math.log(2)
-        return len(mine) * len(images)
-
-    pairs = team.map(validate, sorted({head.fold for head in members}))
-    return result, sum(pairs)
+        pairs += len(mine) * len(images)
+    return result, pairs
 
 
 def _baseline(batches: Batches, batch: Batch, fold: int) -> Tensor:

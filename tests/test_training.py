@@ -326,19 +326,6 @@ def in_mid_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
     monkeypatch.setattr(BankAdam, "step", step)
 
 
-def test_threads_that_share_out_the_heads_change_none(
-    tmp_path: Path, training_set: TrainingSet, store: FeatureStore, trained: BankState
-) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        shared_out = train(tmp_path, training_set, store)
-    finally:
-        torch.set_num_threads(before)
-    for name, value in tensors_of(shared_out).items():
-        torch.testing.assert_close(value, tensors_of(trained)[name], rtol=0, atol=1e-5, msg=name)
-
-
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 @pytest.mark.parametrize("interrupt", [before_the_rename, after_the_rename, in_mid_epoch])
 def test_an_interrupted_bank_ends_as_an_uninterrupted_one(
