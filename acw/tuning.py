@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import time
@@ -59,6 +60,8 @@ def search(work: Work, found: Search, ended: Callable[[], None]) -> None:
         return
     from ray import tune
 
+    # Tune looks in vain for the results that it has not been let write, and says so for each trial.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     recipe = work.recipe
     allocation = allocate(waiting, recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
     board = Board(found, recipe, allocation)
@@ -158,7 +161,8 @@ def _proposals(found: Search, board: Board, ended: Callable[[], None]) -> Any:
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
             self.complaint = self.complaint or result.get("complaint", "")
             if "outcomes" in result:
-                board.epoch(self._population[trial_id], result["epoch"], result["ig"], *result["place"])
+                alive = sum(one["state"] == "training" for one in result["outcomes"])
+                board.epoch(self._population[trial_id], result["epoch"], alive, result["ig"], *result["place"])
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             if error or not result or "outcomes" not in result:
@@ -221,6 +225,7 @@ class Board:
         self._start = self._shown = time.monotonic()
         self._epochs: dict[int, int] = {}
         self._first: dict[int, int] = {}
+        self._alive: dict[int, int] = {}
         self._places: dict[int, Mapping[str, Any]] = {}
         print(
             f"searching {found.space.name}: {found.samples} configurations, up to {found.size} in a bank, "
@@ -228,15 +233,15 @@ class Board:
             flush=True,
         )
 
-    def epoch(self, population: Population, epoch: int, ig: float, place: Mapping[str, Any]) -> None:
-        """A population has trained so far, with that best IG in bits, at that place (`cluster.place_of`)."""
+    def epoch(self, population: Population, epoch: int, alive: int, ig: float, place: Mapping[str, Any]) -> None:
+        """A population has trained so far, of which so many go on, with that best IG in bits, at that place."""
         number = population.number
         if self._places.get(number) != place:
             self._places[number] = place
             log.event("population begun", population=number, configurations=len(population.own), **place)
             print(f"search: population {number} on node {place['node']}, device {place['device']}", flush=True)
         self._first.setdefault(number, epoch - 1)
-        self._epochs[number] = epoch
+        self._epochs[number], self._alive[number] = epoch, alive
         tags = {"run": self.found.folder.name, "bank": f"population {number}", "backbone": ""}
         log.measure(tags, {"acw_validation_ig": ig})
         if time.monotonic() - self._shown > PROGRESS_SECONDS:
@@ -262,7 +267,7 @@ class Board:
             "done": sum(1 for one in trialled if one.number),
             "total": self.found.samples,
             "training": [
-                {"configurations": len(self.found.proposed[number].own), "epoch": epoch}
+                {"configurations": self._alive[number], "epoch": epoch}
                 for number, epoch in sorted(self._epochs.items())
             ],
             "max_epochs": self.recipe.max_epochs,

@@ -376,7 +376,7 @@ def test_status_tells_of_a_search(searched: Searched, tmp_path: Path, monkeypatc
         assert status(tmp_path, time.time())["minutes_left"] is None
         found.finish(population, [_ended(0.5, "finished") for _ in population.own])
         board.finished(population)
-        board.epoch(found.propose(), 2, 0.3, {"node": "10.0.0.1/abcd", "gpus": [], "device": "cpu"})
+        board.epoch(found.propose(), 2, 4, 0.3, {"node": "10.0.0.1/abcd", "gpus": [], "device": "cpu"})
         seen = status(tmp_path, time.time())
     assert seen["state"] == "running"
     assert seen["minutes_left"] > 0
