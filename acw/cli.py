@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from acw import credentials
-from acw.backbones import Backbone
 from acw.data import Dataset, Split, load_dataset, split
 from acw.recipes import RECIPES, Recipe, derive, named_recipe
-from acw.storage import UserError, fetch, fingerprint, local, present, remove, sha256_file, shown, write_atomic
+from acw.storage import UserError, fetch, fingerprint, local, present, remove, sha256_file, shown, version, write_atomic
 
 if TYPE_CHECKING:
     from acw.features import FeatureStore
@@ -35,7 +34,7 @@ def _heads_of(model: Path) -> Path:
 
 
 @functools.lru_cache(maxsize=1)
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, version: str) -> str:
     return sha256_file(path)
 
 
@@ -53,7 +52,10 @@ class Job:
     @property
     def folder(self) -> Path:
         """The run's folder, named after what decides its result: the same command again finds what it left."""
-        heads = [_sha256(fetch(_heads_of(local(self.recipe.heads))))] if self.recipe.heads else []
+        heads = []
+        if self.recipe.heads:
+            path = fetch(_heads_of(local(self.recipe.heads)))
+            heads = [_sha256(path, version(path))]
         identity = fingerprint([self.recipe.fingerprint, self.dataset.fingerprint, self.dataset.blur_sigma, *heads])
         return self.root / f"{self.recipe.name}-{self.dataset.name}-{identity}"
 
@@ -122,7 +124,7 @@ def _with_heads(recipe: Recipe) -> Recipe:
         return recipe
     folder = local_path(recipe.heads, "--heads")
     folder = folder / "model" if present(folder / "model" / "model.json") else folder
-    from acw.model import describe
+    from acw.model import describe, stored_backbone
 
     model = describe(folder)
     if not present(_heads_of(folder)):
@@ -142,7 +144,7 @@ def _with_heads(recipe: Recipe) -> Recipe:
     }
     result = derive(recipe, own)
     for here, stored in zip(result.backbone_values, model["backbones"], strict=True):
-        if here.fingerprint_fields() != Backbone(**stored).fingerprint_fields():
+        if here.fingerprint_fields() != stored_backbone(folder, stored).fingerprint_fields():
             raise UserError(
                 f"--heads {folder}: reads {here.name} otherwise than this acw does; use the acw that wrote the model"
             )

@@ -330,10 +330,7 @@ class Model:
 
     @classmethod
     def _read(cls, folder: Path, description: dict[str, Any], device: torch.device) -> Model:
-        backbones = []
-        for fields in description["backbones"]:
-            fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name != "source"}
-            backbones.append(Backbone(**fields | {"weights": str(folder / fields["weights"])}))
+        backbones = [stored_backbone(folder, fields) for fields in description["backbones"]]
         stacked = load_file(fetch(folder / "heads.safetensors"), device=str(device))
         heads: dict[str, Parameters] = defaultdict(dict)
         for key, value in stacked.items():
@@ -356,6 +353,13 @@ class Model:
             description["systems"],
             device,
         )
+
+
+def stored_backbone(folder: Path, fields: dict[str, Any]) -> Backbone:
+    """One of the backbones that a model.json describes, with its weights in the model's folder."""
+    known = {name: value for name, value in fields.items() if name != "source"}
+    own: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
+    return Backbone(**own | {"weights": str(folder / fields["weights"])})
 
 
 def describe(folder: Path) -> dict[str, Any]:

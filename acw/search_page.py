@@ -58,11 +58,12 @@ def _fields(entry: Entry) -> str:
 def _lead(found: dict[str, Any], entries: Sequence[Entry]) -> str:
     best, own = entries[0], _own(entries)
     gain = _ig(best) - _ig(own)
-    over = (figure(gain, signed=True), f"bits over the recipe itself, which has {figure(own['ig'])}")
     folds = ", ".join(map(str, found["folds"]))
     cards = [
         (figure(best["ig"]), f"bits per fixation, the best validation IG: {_fields(best)}"),
-        over if math.isfinite(gain) else ("-", "the recipe itself has no finite loss"),
+        (figure(gain, signed=True), f"bits over the recipe itself, which has {figure(own['ig'])}")
+        if math.isfinite(gain)
+        else ("-", "the recipe itself has no finite loss"),
         (str(len(entries) - 1), f"configurations, of which {_trained(entries)} were trained to their end"),
     ]
     shown = "".join(f'<div class="card"><b>{value}</b><small>{escape(text)}</small></div>' for value, text in cards)

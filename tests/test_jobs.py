@@ -467,6 +467,7 @@ def test_a_models_heads_bring_its_input_and_layers_and_name_the_run(done: Run, t
         return parse(["deepgaze_iie", *done.arguments[1:], "--heads", str(copied)], "")
 
     own = parsed(described(0, "own"))
+    before = own.folder
     assert own.recipe.backbone_values[0].long_side == 400
     finer = parsed(described(512, "earlier"))
     assert finer.recipe.backbone_values[0].long_side == 512
@@ -480,7 +481,7 @@ def test_a_models_heads_bring_its_input_and_layers_and_name_the_run(done: Run, t
     with pytest.raises(UserError, match=r"heads\.safetensors: is missing; copy the model anew"):
         parsed(described(0, "own"))
     heads.write_bytes(b"other heads")
-    assert parsed(described(0, "own")).folder != own.folder, "another model in the same place is another run"
+    assert parsed(described(0, "own")).folder != before, "another model in the same place is another run"
 
 
 def test_evaluation_without_a_model_or_a_data_set(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

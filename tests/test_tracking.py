@@ -218,7 +218,7 @@ def test_champion_moves_only_for_a_certain_gain(
     assert aliases == {"champion": better.version, "challenger": better.version + 1}
 
 
-@pytest.mark.parametrize("killed_in", ["_log_model", "_promote", "_decided"])
+@pytest.mark.parametrize("killed_in", ["log_model", "promote", "decided"])
 def test_killed_attempt_leaves_one_run_and_one_version(
     store: str,
     first: registry.Registration,
@@ -227,7 +227,7 @@ def test_killed_attempt_leaves_one_run_and_one_version(
     monkeypatch: pytest.MonkeyPatch,
     killed_in: str,
 ) -> None:
-    run = write_run(tmp_path / f"it's killed{killed_in}", model, BASE_IG - 1)
+    run = write_run(tmp_path / f"it's killed_{killed_in}", model, BASE_IG - 1)
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -236,7 +236,7 @@ def test_killed_attempt_leaves_one_run_and_one_version(
     versions = len(client.search_model_versions("name = 'acw'"))
     runs = len(client.search_runs([experiment]))
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, killed_in, die)
+        patch.setattr(registry, killed_in, die)
         with pytest.raises(KeyboardInterrupt):
             log_run(store, run, RECIPE, banks(), EVALUATION)
     registration = log_run(store, run, RECIPE, banks(), EVALUATION)

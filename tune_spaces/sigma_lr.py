@@ -7,7 +7,7 @@ of it stop after 3 epochs. On `gaze` (959 photographs, four small backbones, pop
 minutes on 2 cores beside other work.
 
 Found there: nothing better than 16 px, learned, at 2e-3, which stay the defaults (docs/log.md, 2026-11-26). 14 px at
-2.6e-3 and 18 px at 2.0e-3 are within 0.002 bit; 10 and 22 px, kept fixed, lose 0.008 and 0.013; beyond 40 px it is 0.1 to
+2.6e-3 and 18 px at 2.0e-3 are within 0.002 bit; 10 and 22 px, kept fixed, lose 0.008 and 0.013; over 40 px it is 0.1 to
 0.35. The width matters nine times as much as the rate. What stops after 3 epochs favours fast rates: those below 7e-4
 were not given the time to catch up.
 """
