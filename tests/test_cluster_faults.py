@@ -114,7 +114,12 @@ def test_a_cluster_that_is_too_small_is_worked_with_and_grown_into(folder: Path,
         running(training(folder, "workers=2"), log, cluster.environment) as job,
     ):
         wait_for(lambda: histories(folder), "for an epoch")
+        # Held until there is room, as a quick machine would be done by then.
+        (worker,) = cluster.workers("RayTrainWorker")
+        os.kill(worker, signal.SIGSTOP)
         cluster.add()
+        wait_for(lambda: "regroups" in log.read_text(), "for the new node to be seen")
+        os.kill(worker, signal.SIGCONT)
         assert job.wait(timeout=2 * PATIENCE) == 0, log.read_text()
     said = log.read_text()
     assert "asked for 2 workers, the cluster has room for 1" in said
