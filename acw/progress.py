@@ -279,3 +279,8 @@ def search_line(figures: Mapping[str, Any]) -> str:
 def written(value: Any) -> str:
     """A field's value as a person reads it."""
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
+
+
+def written_fields(fields: Mapping[str, Any]) -> str:
+    """A configuration's fields as a person reads them."""
+    return ", ".join(f"{name} {written(value)}" for name, value in fields.items()) or "the recipe itself"

@@ -14,6 +14,7 @@ import numpy as np
 from acw import charts, markup
 from acw.charts import INK, PALETTE, Axis, Marks, Polyline
 from acw.markup import Row, Written, figure
+from acw.progress import written, written_fields
 from acw.storage import fetch, write_atomic
 
 FILE = "report.html"
@@ -47,20 +48,12 @@ def _name(entry: Entry) -> str:
     return str(entry["number"]) if entry["number"] else "recipe"
 
 
-def _value(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
-
-
-def _fields(entry: Entry) -> str:
-    return ", ".join(f"{name} {_value(value)}" for name, value in entry["fields"].items()) or "the recipe itself"
-
-
 def _lead(found: dict[str, Any], entries: Sequence[Entry]) -> str:
     best, own = entries[0], _own(entries)
     gain = _ig(best) - _ig(own)
     folds = ", ".join(map(str, found["folds"]))
     cards = [
-        (figure(best["ig"]), f"bits per fixation, the best validation IG: {_fields(best)}"),
+        (figure(best["ig"]), f"bits per fixation, the best validation IG: {written_fields(best['fields'])}"),
         (figure(gain, signed=True), f"bits over the recipe itself, which has {figure(own['ig'])}")
         if math.isfinite(gain)
         else ("-", "the recipe itself has no finite loss"),
@@ -134,7 +127,7 @@ def _parallel(found: dict[str, Any], entries: Sequence[Entry]) -> str:
         places = [axis.place(value) for axis, value in zip(axes, [*values, max(_ig(one), low)], strict=True)]
         on_axes = [place for place in places if place is not None]
         if len(on_axes) == len(axes):
-            text = f"{_name(one)}: IG {_ig(one):.4f}, {_fields(one)}"
+            text = f"{_name(one)}: IG {_ig(one):.4f}, {written_fields(one['fields'])}"
             rows.append(Polyline(on_axes, text, *_look(one, rank, len(entries))))
     return (
         "<h3>All configurations</h3><p>A line each: darker is better; the best in "
@@ -210,6 +203,6 @@ def _origin(found: dict[str, Any]) -> str:
 
 def _range(attributes: dict[str, Any]) -> str:
     if "choices" in attributes:
-        return ", ".join(_value(choice) for choice in attributes["choices"])
+        return ", ".join(written(choice) for choice in attributes["choices"])
     scale = ", evenly on a logarithmic scale" if attributes["log"] else ""
     return f"{attributes['low']:g} to {attributes['high']:g}{scale}"

@@ -29,7 +29,7 @@ from acw.progress import (
     summary,
     system_units,
     time_left,
-    written,
+    written_fields,
 )
 from acw.recipes import Recipe
 from acw.storage import UserError, fetch, present, shown
@@ -299,8 +299,7 @@ def _search_text(figures: dict[str, Any]) -> Iterator[str]:
     if known := figures["configurations"]:
         yield f"{'search':16}{search_line(known)}"
         if known["best"]:
-            fields = ", ".join(f"{name} {written(value)}" for name, value in known["best"]["fields"].items())
-            yield f"{'best so far':16}{fields or 'the recipe itself'}"
+            yield f"{'best so far':16}{written_fields(known['best']['fields'])}"
     if figures["state"] in ("interrupted", "failed"):
         yield "nothing is running: the same command, with --resume for jobs/tune.py, goes on where it stopped"
     elif figures["ends"] is not None:
