@@ -20,6 +20,7 @@ from acw.crew import News, complete, new_board
 from acw.features import FeatureStore
 from acw.heads import Parameters
 from acw.joint import JointSet, SystemState, train_system, unfinished_systems
+from acw.process import compute_with
 from acw.progress import Unit, bank_units, epoch_fields, read, system_units
 from acw.recipes import Recipe
 from acw.resources import Cost, peak_rss
@@ -109,7 +110,7 @@ def train_jointly(recipe: Recipe, data: JointSet, heads: Sequence[dict[str, Para
     # A task that dies with its node starts again, from its checkpoint.
     @ray.remote(num_cpus=allocation.cpus, num_gpus=allocation.gpus, max_retries=MAX_RETRIES)
     def one(data: JointSet, heads: dict[str, Parameters], fold: int) -> tuple[int, int, int]:
-        torch.set_num_threads(allocation.cpus)
+        compute_with(allocation.cpus)
         device = torch.device("cuda" if torch.cuda.is_available() and allocation.gpus else "cpu")
         place = place_of(allocation, device)
         unit, epochs = systems[fold], 0
@@ -163,7 +164,7 @@ def run_worker(config: dict) -> None:
             log.event("bank begun", bank=bank.name, heads=unit.heads, **place)
             ray.get(work.board.begin.remote(bank.name, place))
             store = work.stores[bank.backbone]
-            torch.set_num_threads(work.threads[bank])
+            compute_with(work.threads[bank])
             for state in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device, place):
                 log.event("epoch", **epoch_fields(unit, state.history[-1]))
                 if ray.get(work.board.over.remote()):

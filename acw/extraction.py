@@ -38,6 +38,7 @@ from acw.features import (
     write_shard,
 )
 from acw.pace import Begun, Pace, Variant
+from acw.process import compute_with, give_back_memory
 from acw.resources import Cost, peak_rss
 from acw.storage import UserError, fetch, remove, write_json
 
@@ -129,7 +130,7 @@ def _extract_shards(
 
     @ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3, max_calls=0)
     def write(stimuli: Sequence[Stimulus], backbone: Backbone, shards: Sequence[int]) -> tuple[str, int, int, int]:
-        torch.set_num_threads(1)
+        compute_with(1)
         missing = [shard for shard in shards if not verify(folders[backbone.name], shard)]
         if missing:
             # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
@@ -139,6 +140,7 @@ def _extract_shards(
                 raise UserError(f"{backbone.name}: the weights on this node differ from those on the head node")
             decoders = max(1, int(gpus * _cores_per_gpu())) if cuda else 1
             write_shards(model, backbone, stimuli, missing, folders[backbone.name], pace, decoders)
+            give_back_memory()
         return backbone.name, len(shards), sum(len(_indices(stimuli, shard)) for shard in missing), peak_rss()
 
     # Smaller tasks towards the end would be better still, but two a worker waste little.

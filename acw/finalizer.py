@@ -216,6 +216,7 @@ def upsample(log_density: Tensor, size: Grid) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # since what predicts first may train later, which takes no tensor of inference's
 def spline_matrix(source: int, target: int, device: torch.device | str = "cpu") -> Tensor:
     """(target, source) float32: values at `target` cells' centres of the cubic spline through `source` ones.
 
@@ -229,6 +230,7 @@ def spline_matrix(source: int, target: int, device: torch.device | str = "cpu") 
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def step_matrix(source: int, target: int, mode: str, device: torch.device | str = "cpu") -> Tensor:
     """(target, source) float32: `_resizing`, kept."""
     return _resizing(source, target, mode, device).float()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from acw.finalizer import nearest_index
+from acw.finalizer import step_matrix
 
 # Output channels of the readout's 1x1 convolutions. All but the last have a bias and a softplus.
 WIDTHS = (8, 16, 1, 128, 16, 1)
@@ -119,20 +119,59 @@ def readout(parameters: Mapping[str, Tensor], features: Features) -> Tensor:
     """
     heads, images = len(parameters["log_sigma"]), len(features.mean)
     weight_KOC, bias_KO = _folded(parameters, 0)
-    scale_B = torch.rsqrt(features.variance + LAYER_NORM_EPS)
-    sum_BhwO: Tensor | float = 0.0
-    parts = weight_KOC.split([tap.shape[-1] for tap in features.taps], dim=2)
-    for tap, part_KOC in zip(features.taps, parts, strict=True):
-        sum_BhwO = sum_BhwO + _resize_nearest(F.linear(tap, part_KOC.flatten(0, 1)), features.readout)
-    assert isinstance(sum_BhwO, Tensor)
+    # R: the channels of all heads. Cells come last, as no later layer mixes heads or images.
+    at_sizes: dict[tuple[int, int], Tensor] = {}
+    parts = weight_KOC.flatten(0, 1).split([tap.shape[-1] for tap in features.taps], dim=1)
+    for tap_BhwC, part_RC in zip(features.taps, parts, strict=True):
+        size = (tap_BhwC.shape[1], tap_BhwC.shape[2])
+        product_BRN = torch.bmm(part_RC.expand(images, -1, -1), tap_BhwC.flatten(1, 2).mT)
+        at_sizes[size] = at_sizes[size] + product_BRN if size in at_sizes else product_BRN
+    sum_BRN = sum(_resize_nearest(each.unflatten(2, size), features.readout) for size, each in at_sizes.items())
+    assert isinstance(sum_BRN, Tensor)
     # (x - mean) * scale, moved behind the convolution.
-    centred = sum_BhwO - features.mean[:, None, None, None] * weight_KOC.sum(2).flatten()
-    first_BNKO = (centred * scale_B[:, None, None, None]).view(images, -1, heads, WIDTHS[0])
-    x_KBNO = _softplus(first_BNKO.permute(2, 0, 1, 3) + bias_KO[:, None, None, :])
+    scale_B1 = torch.rsqrt(features.variance + LAYER_NORM_EPS)[:, None]
+    shift_BR = bias_KO.flatten() - scale_B1 * features.mean[:, None] * weight_KOC.sum(2).flatten()
+    x_BRN = _softplus(sum_BRN * scale_B1[..., None] + shift_BR[..., None])
+    x_UCN = x_BRN.view(images * heads, WIDTHS[0], -1)
     for layer in NORMALISED[1:WIDE]:
-        weight_KOC, bias_KO = _folded(parameters, layer)
-        x_KBNO = _softplus(_convolve(_normalise(x_KBNO), weight_KOC) + bias_KO[:, None, None, :])
-    return _outer_layers(parameters, _normalise(x_KBNO)[..., 0]).view(heads, images, *features.readout)
+        x_UCN = _Layer.apply(x_UCN, *_folded(parameters, layer))
+    x_KBN = x_UCN.view(images, heads, -1).transpose(0, 1).contiguous()
+    return _outer_layers(parameters, _normalise(x_KBN)).view(heads, images, *features.readout)
+
+
+class _Layer(torch.autograd.Function):
+    """Softplus of a convolution of the layer norm of x (U, C, N), U units of an image and a head, images first.
+
+    weight (K, O, C) and bias (K, O) are `_folded`. The norm folds into the convolution here, too: its own passes over
+    all numbers, forward and backward, took longer than the convolution.
+    """
+
+    @staticmethod
+    def forward(ctx, x_UCN, weight_KOC, bias_KO):
+        images, (channels, cells) = len(x_UCN) // len(weight_KOC), x_UCN.shape[1:]
+        x_UCN = x_UCN - x_UCN.mean((1, 2), keepdim=True)
+        variance_U = torch.linalg.vector_norm(x_UCN, dim=(1, 2)).square() / (channels * cells)
+        scale_U11 = torch.rsqrt(variance_U + LAYER_NORM_EPS)[:, None, None]
+        weight_UOC = weight_KOC.repeat(images, 1, 1) * scale_U11
+        z_UON = torch.baddbmm(bias_KO.repeat(images, 1)[..., None], weight_UOC, x_UCN)
+        result, slope = _softplus_and_slope(z_UON)
+        ctx.save_for_backward(x_UCN, weight_UOC, scale_U11, slope)
+        ctx.heads = len(weight_KOC)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x_UCN, weight_UOC, scale_U11, slope = ctx.saved_tensors
+        gradient = gradient * slope
+        product_UOC = torch.bmm(gradient, x_UCN.mT)
+        to_weight, to_bias = (
+            each.unflatten(0, (-1, ctx.heads)).sum(0) for each in (product_UOC * scale_U11, gradient.sum(2))
+        )
+        # Through the layer norm: without its mean, and without its part along x.
+        to_x = torch.bmm(weight_UOC.mT, gradient)
+        along_U11 = (product_UOC * weight_UOC).sum((1, 2), keepdim=True) / x_UCN[0].numel() * scale_U11.square()
+        return to_x.sub_(to_x.mean((1, 2), keepdim=True)).sub_(x_UCN * along_U11), to_weight, to_bias
 
 
 def _folded(parameters: Mapping[str, Tensor], layer: int) -> tuple[Tensor, Tensor]:
@@ -163,7 +202,7 @@ def _outer_layers(parameters: Mapping[str, Tensor], x_KBN: Tensor) -> Tensor:
         knots_KM = low_K[:, None] + step_K[:, None] * torch.arange(-2, intervals + 3, device=low_K.device)
     if knots_KM.shape[1] * (WIDTHS[WIDE] + x_KBN.shape[1] * WIDTHS[WIDE + 1]) >= cells * WIDTHS[WIDE]:
         wide_KBNC = _softplus(x_KBN[..., None] * inner_KC[:, None, None] + inner_bias_KC[:, None, None])
-        y_KBNO = _softplus(_convolve(_normalise(wide_KBNC), outer_KOC) + outer_bias_KO[:, None, None])
+        y_KBNO = _softplus(_normalise(wide_KBNC) @ outer_KOC.mT[:, None] + outer_bias_KO[:, None, None])
         return (y_KBNO * last_KO[:, None, None]).sum(3)
     wide_KMC = _softplus(torch.addcmul(inner_bias_KC[:, None], knots_KM[..., None], inner_KC[:, None]))
     # The layer norm does not see a shift, and moments about a value in the middle are exact in float32.
@@ -252,16 +291,23 @@ def _softplus(x: Tensor) -> Tensor:
     return F.softplus(x) if x.is_cuda else _Softplus.apply(x)
 
 
-class _Softplus(torch.autograd.Function):
+def _softplus_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
     """PyTorch's own takes 6.5 ns a number on a CPU, as log1p is not vectorised, and 10 backward; this takes 3 and 1."""
+    if x.is_cuda:
+        return F.softplus(x), x.sigmoid()
+    # Where exp would overflow, the result is x itself.
+    exponential = x.clamp_max(80).exp_()
+    above_one = exponential + 1
+    slope = exponential.div_(above_one)
+    return torch.maximum(above_one.log_(), x, out=above_one), slope
 
+
+class _Softplus(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        # Where exp would overflow, the result is x itself.
-        exponential = x.clamp_max(80).exp_()
-        above_one = exponential + 1
-        ctx.save_for_backward(exponential.div_(above_one))
-        return torch.maximum(above_one.log_(), x)
+        result, slope = _softplus_and_slope(x)
+        ctx.save_for_backward(slope)
+        return result
 
     @staticmethod
     @once_differentiable
@@ -269,20 +315,14 @@ class _Softplus(torch.autograd.Function):
         return gradient * ctx.saved_tensors[0]
 
 
-def _normalise(x_KBNC: Tensor) -> Tensor:
-    return F.layer_norm(x_KBNC, x_KBNC.shape[2:], eps=LAYER_NORM_EPS)
+def _normalise(x_KBNx: Tensor) -> Tensor:
+    """The layer norm over cells and, where there are any, channels (K, B, N, C)."""
+    return F.layer_norm(x_KBNx, x_KBNx.shape[2:], eps=LAYER_NORM_EPS)
 
 
-def _convolve(x_KBNC: Tensor, weight_KOC: Tensor) -> Tensor:
-    heads, images, cells, channels = x_KBNC.shape
-    if channels == 1:  # an outer product: a matrix product with an inner dimension of one is slower
-        return x_KBNC * weight_KOC[:, None, None, :, 0]
-    return torch.bmm(x_KBNC.reshape(heads, images * cells, channels), weight_KOC.mT).view(heads, images, cells, -1)
-
-
-def _resize_nearest(x_BhwC: Tensor, size: tuple[int, int]) -> Tensor:
-    if x_BhwC.shape[1:3] == size:
-        return x_BhwC
-    rows = nearest_index(x_BhwC.shape[1], size[0], x_BhwC.device)
-    columns = nearest_index(x_BhwC.shape[2], size[1], x_BhwC.device)
-    return x_BhwC.index_select(1, rows).index_select(2, columns)
+def _resize_nearest(x_BRhw: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, R, cells): as matrix products, whose gradient has a fixed order on every device."""
+    if x_BRhw.shape[2:] != size:
+        rows, columns = (step_matrix(x_BRhw.shape[2 + axis], size[axis], "nearest", x_BRhw.device) for axis in (0, 1))
+        x_BRhw = rows.to(x_BRhw.dtype) @ (x_BRhw @ columns.T.to(x_BRhw.dtype))
+    return x_BRhw.flatten(2)

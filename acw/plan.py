@@ -36,6 +36,7 @@ from acw.heads import new_heads
 from acw.joint import JointSet, train_system
 from acw.model import Model
 from acw.pace import Pace
+from acw.process import compute_with
 from acw.recipes import Recipe
 from acw.resources import peak_rss
 from acw.scoring import Scoring, StoredDensities
@@ -149,7 +150,7 @@ def make(job: Job) -> Plan:
 
     Raises UserError for what the run itself would stop at: weights that cannot be had, damaged images.
     """
-    torch.set_num_threads(1)
+    compute_with(1)
     recipe, dataset = job.recipe, job.dataset
     chosen = np.unique(np.linspace(0, len(dataset.stimuli) - 1, MOST_IMAGES).astype(int))
     sample = _repeated(dataset, chosen, recipe.folds * recipe.batch_size)

@@ -24,6 +24,7 @@ from acw.gold_standard import GoldStandard
 from acw.metrics import ALL_METRICS, METRICS, Components, ShuffledFixations, Target, score_mixtures, score_saliency
 from acw.model import Model
 from acw.outside import Outside
+from acw.process import compute_with
 from acw.resources import Cost, peak_rss
 from acw.shuffled import MeanPrediction, reduced, shuffled_auc, shuffled_aucs
 from acw.sim_opt import best_map
@@ -343,7 +344,7 @@ def _in_order(tasks: Sequence[Callable[[], Any]]) -> Iterator[tuple[Any, list[An
 def _survey(shared: list[Any], indices: Sequence[int]) -> tuple[tuple[dict[str, Tensor], int], dict[int, Said]]:
     """The sums of the reduced densities of those images that are `among` the negatives', peak memory, and what the
     components say of all of them."""
-    torch.set_num_threads(1)
+    compute_with(1)
     scoring = _received(*shared)
     with torch.inference_mode():
         said = {index: scoring.said(index) for index in indices}
@@ -352,7 +353,7 @@ def _survey(shared: list[Any], indices: Sequence[int]) -> tuple[tuple[dict[str, 
 
 
 def _score(shared: list[Any], said: Mapping[int, Said], index: int) -> tuple[Scores, int]:
-    torch.set_num_threads(1)
+    compute_with(1)
     scoring, means = map(_received, shared)
     with torch.inference_mode():
         return scoring.image(index, means, said), peak_rss()

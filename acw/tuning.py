@@ -23,6 +23,7 @@ from acw.cluster import Allocation, allocate, place_of
 from acw.data import Dataset, Split
 from acw.features import FeatureStore
 from acw.population import KEPT, RUNGS, Outcome, Population, train_population
+from acw.process import compute_with
 from acw.progress import search_line, written
 from acw.recipes import Recipe, derive
 from acw.search import Search, Trialled
@@ -110,7 +111,7 @@ def _trial(config: dict[str, Any], work: Work, allocation: Allocation) -> None:
         finalizer_bias(recipe, work.dataset, work.split.training(fold), work.training_set.baseline[fold])
         for fold in range(recipe.folds)
     ]
-    torch.set_num_threads(allocation.cpus)
+    compute_with(allocation.cpus)
     device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
     place = place_of(allocation, device)
     log.to_stderr(work.folder.name)

@@ -17,6 +17,7 @@ from acw.features import FeatureStore
 from acw.fusion import mix
 from acw.metrics import Ranking
 from acw.model import Model
+from acw.process import compute_with
 
 IMAGES_PER_TASK = 16
 PROGRESS_SECONDS = 10.0
@@ -34,7 +35,7 @@ def validation_scores(
 
     @ray.remote(num_cpus=1, max_retries=3)
     def some(model: Model, images: list[int]) -> dict[int, dict[str, float]]:
-        torch.set_num_threads(1)
+        compute_with(1)
         with torch.inference_mode():
             return {index: _scores(dataset, index, model, stores) for index in images}
 
