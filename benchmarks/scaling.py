@@ -26,6 +26,7 @@ from acw.banks import plan_banks
 from acw.batches import TrainingSet
 from acw.center_bias import fixed_gaussian
 from acw.features import SHARD_IMAGES, FeatureStore, describe, shard_path
+from acw.process import compute_with
 from acw.recipes import derive, named_recipe
 from acw.training import train_epochs
 
@@ -47,7 +48,7 @@ def write_store(folder: Path, images: int) -> None:
 
 def train(folder: Path, images: int) -> None:
     """What the process of its own does: prints the second epoch's seconds and the peak memory as JSON."""
-    torch.set_num_threads(1)
+    compute_with(1)
     generator = np.random.default_rng(0)
     recipe = derive(named_recipe("cat2000"), {"backbones": "resnext50_32x4d", "max_epochs": 2})
     fixations = images * FIXATIONS
