@@ -35,7 +35,6 @@ def run(description: str, benchmark: Callable[[argparse.Namespace], Figures], **
     """A benchmark's command line: `--threads N`, `--json FILE` and the given options (name=default of its type)."""
     import torch
 
-    from acw.process import compute_with
     from acw.provenance import commit
 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,7 +43,7 @@ def run(description: str, benchmark: Callable[[argparse.Namespace], Figures], **
     for name, default in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     arguments = parser.parse_args()
-    compute_with(arguments.threads)
+    torch.set_num_threads(arguments.threads)
     machine = {
         "cpu": _cpu(),
         "cores": os.cpu_count(),

@@ -27,6 +27,7 @@ from acw.backbones import BACKBONES
 from acw.banks import Bank, BankState, Head
 from acw.finalizer import Finalizer
 from acw.heads import Features, Parameters
+from acw.process import compute_with
 from acw.recipes import named_recipe
 from acw.training import COARSE_CELLS, BankAdam
 
@@ -135,6 +136,7 @@ def naive_seconds(readout: tuple[int, int]) -> tuple[float, float]:
 
 
 def benchmark(arguments: argparse.Namespace) -> harness.Figures:
+    compute_with(arguments.threads)  # as a worker does
     height, _, width = arguments.readout.partition("x")
     readout = int(height), int(width)
     on = SEEDS * (FOLDS - 1)
