@@ -1,6 +1,6 @@
 """A sweep of 32 configurations as a user meets it, through Ray Tune: one population in one bank against 32 trials.
 
-    python benchmarks/sweep.py                          # the built-in displays, one worker, some 5 minutes
+    python benchmarks/sweep.py                          # the built-in displays, one worker, 2 minutes
     python benchmarks/sweep.py --backbone lite2_fine    # a finer readout
     python benchmarks/sweep.py --long-side 226          # the paper's coarse one
 
