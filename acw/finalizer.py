@@ -76,14 +76,14 @@ class Finalizer:
     def matrix(self, source: int, grid: Grid, axis: int, device: torch.device | str = "cpu") -> Tensor:
         """(grid[axis], source) float32: the upsampling of a readout of `source` cells along one axis."""
         if self.upsampling != "bicubic":
-            return _resizing(source, grid[axis], self.upsampling, device)
+            return resizing(source, grid[axis], self.upsampling, device)
         result = torch.eye(source, device=device)
         for step in self.steps:
             scale = STEPS_IMAGE[1] / STEPS_IMAGE[axis] * grid[axis] / max(grid)
             cells = max(1, math.floor(step[axis] * scale + 0.5))
             if cells < grid[axis]:
-                result = _resizing(len(result), cells, "bicubic", device) @ result
-        return _resizing(len(result), grid[axis], "bicubic", device) @ result
+                result = resizing(len(result), cells, "bicubic", device) @ result
+        return resizing(len(result), grid[axis], "bicubic", device) @ result
 
     def sampling(self, source: int, target: int, device: torch.device | str = "cpu") -> Tensor:
         """(target, source) float32: along one axis, log-density at `target` cells' centres from `source` cells."""
@@ -232,11 +232,11 @@ def spline_matrix(source: int, target: int, device: torch.device | str = "cpu") 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def step_matrix(source: int, target: int, mode: str, device: torch.device | str = "cpu") -> Tensor:
-    """(target, source) float32: `_resizing`, kept."""
-    return _resizing(source, target, mode, device).float()
+    """(target, source) float32: `resizing`, kept."""
+    return resizing(source, target, mode, device).float()
 
 
-def _resizing(source: int, target: int, mode: str, device: torch.device | str = "cpu") -> Tensor:
+def resizing(source: int, target: int, mode: str, device: torch.device | str = "cpu") -> Tensor:
     """(target, source): PyTorch's `interpolate(mode=mode)` of images, corners not aligned, along one axis."""
     identity = torch.eye(source, device=device)
     if mode == "nearest":

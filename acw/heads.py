@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from acw.finalizer import step_matrix
+from acw.finalizer import resizing
 
 # Output channels of the readout's 1x1 convolutions. All but the last have a bias and a softplus.
 WIDTHS = (8, 16, 1, 128, 16, 1)
@@ -129,9 +129,9 @@ def readout(parameters: Mapping[str, Tensor], features: Features) -> Tensor:
     sum_BRN = sum(_resize_nearest(each.unflatten(2, size), features.readout) for size, each in at_sizes.items())
     assert isinstance(sum_BRN, Tensor)
     # (x - mean) * scale, moved behind the convolution.
-    scale_B1 = torch.rsqrt(features.variance + LAYER_NORM_EPS)[:, None]
-    shift_BR = bias_KO.flatten() - scale_B1 * features.mean[:, None] * weight_KOC.sum(2).flatten()
-    x_BRN = _softplus(sum_BRN * scale_B1[..., None] + shift_BR[..., None])
+    scale_B11 = torch.rsqrt(features.variance + LAYER_NORM_EPS)[:, None, None]
+    shift_BR1 = bias_KO.view(-1, 1) - scale_B11 * features.mean[:, None, None] * weight_KOC.sum(2).view(-1, 1)
+    x_BRN = _Softplus.apply(sum_BRN * scale_B11 + shift_BR1)
     x_UCN = x_BRN.view(images * heads, WIDTHS[0], -1)
     for layer in NORMALISED[1:WIDE]:
         x_UCN = _Layer.apply(x_UCN, *_folded(parameters, layer))
@@ -220,10 +220,10 @@ def _outer_layers(parameters: Mapping[str, Tensor], x_KBN: Tensor) -> Tensor:
         intervals = min(max(math.ceil(float(wanted_K.amax())), 1), cells)
         knots_KM = low_K[:, None] + step_K[:, None] * torch.arange(-2, intervals + 3, device=low_K.device)
     if knots_KM.shape[1] * (WIDTHS[WIDE] + x_KBN.shape[1] * WIDTHS[WIDE + 1]) >= cells * WIDTHS[WIDE]:
-        wide_KBNC = _softplus(x_KBN[..., None] * inner_KC[:, None, None] + inner_bias_KC[:, None, None])
-        y_KBNO = _softplus(_normalise(wide_KBNC) @ outer_KOC.mT[:, None] + outer_bias_KO[:, None, None])
+        wide_KBNC = _Softplus.apply(x_KBN[..., None] * inner_KC[:, None, None] + inner_bias_KC[:, None, None])
+        y_KBNO = _Softplus.apply(_normalise(wide_KBNC) @ outer_KOC.mT[:, None] + outer_bias_KO[:, None, None])
         return (y_KBNO * last_KO[:, None, None]).sum(3)
-    wide_KMC = _softplus(torch.addcmul(inner_bias_KC[:, None], knots_KM[..., None], inner_KC[:, None]))
+    wide_KMC = _Softplus.apply(torch.addcmul(inner_bias_KC[:, None], knots_KM[..., None], inner_KC[:, None]))
     # The layer norm does not see a shift, and moments about a value in the middle are exact in float32.
     middle_K = (wanted_K / 2).long().clamp_max(intervals)
     wide_KMC = wide_KMC - wide_KMC.detach().mean(2).gather(1, middle_K[:, None] + 2)[:, :, None]
@@ -233,7 +233,7 @@ def _outer_layers(parameters: Mapping[str, Tensor], x_KBN: Tensor) -> Tensor:
     scale_KB = torch.rsqrt((square_KB - mean_KB.square()).clamp_min(0) + LAYER_NORM_EPS)
     product_KMO = torch.bmm(wide_KMC, outer_KOC.mT)
     centred_KBMO = product_KMO[:, None] - mean_KB[..., None, None] * outer_KOC.sum(2)[:, None, None]
-    y_KBMO = _softplus(centred_KBMO * scale_KB[..., None, None] + outer_bias_KO[:, None, None])
+    y_KBMO = _Softplus.apply(centred_KBMO * scale_KB[..., None, None] + outer_bias_KO[:, None, None])
     return at_cells.of_images(torch.matmul(y_KBMO, last_KO[:, None, :, None])[..., 0])
 
 
@@ -306,10 +306,6 @@ def _lagrange_basis(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.linalg.inv(torch.linalg.vander(nodes)).T.to(device, dtype)
 
 
-def _softplus(x: Tensor) -> Tensor:
-    return F.softplus(x) if x.is_cuda else _Softplus.apply(x)
-
-
 def _softplus_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
     """PyTorch's own takes 6.5 ns a number on a CPU, as log1p is not vectorised, and 10 backward; this takes 3 and 1."""
     if x.is_cuda:
@@ -342,6 +338,8 @@ def _normalise(x_KBNx: Tensor) -> Tensor:
 def _resize_nearest(x_BRhw: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, R, cells): as matrix products, whose gradient has a fixed order on every device."""
     if x_BRhw.shape[2:] != size:
-        rows, columns = (step_matrix(x_BRhw.shape[2 + axis], size[axis], "nearest", x_BRhw.device) for axis in (0, 1))
-        x_BRhw = rows.to(x_BRhw.dtype) @ (x_BRhw @ columns.T.to(x_BRhw.dtype))
+        rows, columns = (
+            resizing(x_BRhw.shape[2 + axis], size[axis], "nearest", x_BRhw.device).to(x_BRhw.dtype) for axis in (0, 1)
+        )
+        x_BRhw = rows @ (x_BRhw @ columns.T)
     return x_BRhw.flatten(2)
