@@ -30,7 +30,8 @@ def ensemble(
     priority_KBhw = readout(parameters, features)
     heads = len(priority_KBhw)
     # As `finalizer.finalize`, but what all images share is computed once, and the maps of few heads and images at once.
-    vertical_KHh, horizontal_KWw = smoothing(parameters, priority_KBhw, bias_HW, finalizer)
+    grid = (bias_HW.shape[0], bias_HW.shape[1])
+    vertical_KHh, horizontal_KWw = smoothing(parameters, priority_KBhw, grid, finalizer)
     bias_weight_K = parameters["center_bias_weight"][:, None, None, None]
     uniform_K = bias_HW.new_full((heads,), 1 / heads)
     maps_at_once = CELLS_AT_ONCE[bias_HW.device.type] // bias_HW.numel()

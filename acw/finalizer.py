@@ -135,7 +135,8 @@ def finalize(
     The priority map is upsampled and smoothed by the head's Gaussian; the centre bias's log-density is added with the
     head's weight.
     """
-    vertical_KHh, horizontal_KWw = smoothing(parameters, priority_KBhw, center_bias_KHW, finalizer)
+    grid = (center_bias_KHW.shape[1], center_bias_KHW.shape[2])
+    vertical_KHh, horizontal_KWw = smoothing(parameters, priority_KBhw, grid, finalizer)
     smooth_KBHW = vertical_KHh[:, None] @ (priority_KBhw @ horizontal_KWw.mT[:, None])
     return torch.addcmul(smooth_KBHW, parameters["center_bias_weight"][:, None, None, None], center_bias_KHW[:, None])
 
@@ -143,28 +144,28 @@ def finalize(
 def log_likelihood(
     parameters: Mapping[str, Tensor],
     priority_KBhw: Tensor,
-    center_bias_KHW: Tensor,
+    bias_KB: Tensor,
     coarse_bias_KHW: Tensor,
     target_BHW: Tensor,
     finalizer: Finalizer,
 ) -> Tensor:
     """(K, B) float32: mean natural-log density per cell of the density grid, over each image's fixations.
 
-    target_BHW are the fixations on the density grid, as weights that sum to 1. With s the unnormalised log-density, it
-    is <T, s> - logsumexp(s), and no map of s on that grid is made: the first part is exact on the readout's own grid,
-    where T comes by the transposed finalizer, and the normaliser is a sum over the cells of another grid, that of
-    coarse_bias_KHW (the same centre bias, sampled there), which for so smooth a function differs little
-    (`training.coarsest` measures how much).
+    target_BHW are the fixations T on the density grid, as weights that sum to 1; bias_KB <T, b> of each head's centre
+    bias b on that grid. With s the unnormalised log-density, it is <T, s> - logsumexp(s), and no map of s on that grid
+    is made: the first part is exact on the readout's own grid, where T comes by the transposed finalizer, and the
+    normaliser is a sum over the cells of another grid, that of coarse_bias_KHW (b, sampled there), which for so smooth
+    a function differs little (`training.coarsest` measures how much).
     """
-    height, width = center_bias_KHW.shape[1:]
+    height, width = target_BHW.shape[1:]
     heads, images = priority_KBhw.shape[:2]
-    vertical_KHh, horizontal_KWw = smoothing(parameters, priority_KBhw, center_bias_KHW, finalizer)
+    vertical_KHh, horizontal_KWw = smoothing(parameters, priority_KBhw, (height, width), finalizer)
     bias_weight_K = parameters["center_bias_weight"]
     # One matrix product an image for all heads, and one a head for all images.
     half_BKhW = (vertical_KHh.mT.reshape(-1, height) @ target_BHW).view(images, heads, -1, width)
     target_KBhw = half_BKhW.transpose(0, 1).reshape(heads, -1, width) @ horizontal_KWw
     at_fixations = (target_KBhw.view_as(priority_KBhw) * priority_KBhw).sum((2, 3))
-    at_fixations = at_fixations + bias_weight_K[:, None] * (center_bias_KHW.flatten(1) @ target_BHW.flatten(1).T)
+    at_fixations = at_fixations + bias_weight_K[:, None] * bias_KB
     coarse = coarse_bias_KHW.shape[1:]
     if coarse != (height, width):
         vertical_KHh = finalizer.sampling(height, coarse[0], vertical_KHh.device) @ vertical_KHh
@@ -175,10 +176,10 @@ def log_likelihood(
 
 
 def smoothing(
-    parameters: Mapping[str, Tensor], priority_KBhw: Tensor, center_bias: Tensor, finalizer: Finalizer
+    parameters: Mapping[str, Tensor], priority_KBhw: Tensor, grid: Grid, finalizer: Finalizer
 ) -> tuple[Tensor, Tensor]:
-    """(K, H, h) and (K, W, w): upsampling from the readout's cells to the grid of the centre bias (..., H, W), and the
-    heads' Gaussians, cut at ceil(3 sigma), edges replicated (the original)."""
+    """(K, H, h) and (K, W, w): upsampling from the readout's cells to the density's grid (H, W), and the heads'
+    Gaussians, cut at ceil(3 sigma), edges replicated (the original)."""
     sigma_K = parameters["log_sigma"].exp() / finalizer.cell
     radius_K = torch.ceil(3 * sigma_K.detach().nan_to_num()).clamp_max(LONGEST_RADIUS)
     radius = int(radius_K.max())
@@ -187,7 +188,6 @@ def smoothing(
     # A head's kernel ends at its own radius, whatever the widest of its bank is.
     kernel_KR = kernel_KR * (offset.abs() <= radius_K[:, None])
     kernel_KR = kernel_KR / kernel_KR.sum(1, keepdim=True)
-    grid = (center_bias.shape[-2], center_bias.shape[-1])
 
     def along(axis: int) -> Tensor:
         padded = torch.arange(-radius, grid[axis] + radius, device=sigma_K.device).clamp(0, grid[axis] - 1)

@@ -7,6 +7,7 @@ the fixations and one normaliser an image, so no full-resolution map is made (`f
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,7 +106,7 @@ def _train_epoch(
     parts = [batches.groups(images) for _, images in steps]
     reader = batches.ahead(group for groups in parts for group in groups)
     for (on, images), groups in zip(steps, parts, strict=True):
-        flat_KP = adam.flat[on.to(device)].requires_grad_(True)
+        flat_KP = adam.flat.index_select(0, on.to(device)).requires_grad_(True)
         parameters = bank_of_heads.unflatten(flat_KP, adam.like)
         loss_K = torch.zeros(len(on), device=device)
         for _ in groups:
@@ -141,6 +142,7 @@ def likelihood_of(
     """`log_likelihood` of the heads' priority maps (K, B, h, w)."""
     device = batches.device
     strides = torch.as_tensor(strides, dtype=torch.float32).expand(len(folds))
+    bias_KB = at_fixations(batches, "finalizer_bias", batch)[folds.to(device)]
     own = {name: parameters[name] for name in ("log_sigma", "center_bias_weight")}
     parts, order = [], []
     for stride in sorted(set(strides.tolist())):
@@ -150,10 +152,9 @@ def likelihood_of(
             if len(mine) == len(folds)
             else (bank_of_heads.select(own, mine), priority.index_select(0, mine.to(device)))
         )
-        fold = folds[mine].to(device)
-        fine = batches.bias("finalizer_bias", batch.grid)[fold]
-        coarse = batches.bias("finalizer_bias", batch.grid, stride)[fold]
-        parts.append(finalizer.log_likelihood(*some, fine, coarse, batch.target_BHW, batches.finalizer))
+        coarse_KHW = batches.bias("finalizer_bias", batch.grid, stride)[folds[mine].to(device)]
+        bias = bias_KB[mine.to(device)], coarse_KHW
+        parts.append(finalizer.log_likelihood(*some, *bias, batch.target_BHW, batches.finalizer))
         order.append(mine)
     per_cell_KB = parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(order).argsort().to(device)]
     return per_cell_KB - batch.log_area_B
@@ -240,6 +241,7 @@ class BankAdam:
         fixed = torch.tensor([not head.learn_sigma for head in members])
         bank_of_heads.unflatten(self._learns, self.like)["log_sigma"][fixed.to(device)] = 0
         self._all_learn = not bool(fixed.any())
+        self._any_decay = bool(self._decay.any())
 
     def parameters(self) -> Parameters:
         return bank_of_heads.unflatten(self.flat, self.like)
@@ -250,24 +252,28 @@ class BankAdam:
         device = self.flat.device
         gradient = flat_KP.grad
         assert gradient is not None
-        rows = on.to(device)
         if not self._all_learn:
-            gradient = gradient * self._learns[rows]
+            gradient = gradient * self._learns[on.to(device)]
         self.steps[on] += 1
         beta1, beta2 = ADAM_BETAS
         correction1, correction2 = 1 - beta1 ** self.steps[on].double(), 1 - beta2 ** self.steps[on].double()
-        first = self.first[rows].lerp_(gradient, 1 - beta1)
-        second = self.second[rows].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        self.first[rows], self.second[rows] = first, second
         # m / c1 / (sqrt(v / c2) + eps), with the corrections moved onto what is one number a head.
         root2 = correction2.sqrt()
-        size = (self.rate[on] * root2 / correction1).float().to(device)[:, None]
-        denominator = second.sqrt_().add_((ADAM_EPS * root2).float().to(device)[:, None])
-        new = flat_KP.detach() - size * first.div_(denominator)
-        decay = (self.rate[on] * self._decay[on]).float().to(device)
-        if bool(self._decay.any()):
-            new -= decay[:, None] * self._decays * flat_KP.detach()
-        self.flat[rows] = new
+        size_K1 = (self.rate[on] * root2 / correction1).float().to(device)[:, None]
+        epsilon_K1 = (ADAM_EPS * root2).float().to(device)[:, None]
+        decay_K1 = (self.rate[on] * self._decay[on]).float().to(device)[:, None]
+        # In place, on heads that lie side by side: a batch leaves out those of one fold, and copies of the others' rows
+        # took longer than Adam.
+        ends = [0, *(torch.nonzero(on.diff() > 1)[:, 0] + 1).tolist(), len(on)]
+        for start, end in itertools.pairwise(ends):
+            rows, mine = slice(int(on[start]), int(on[end - 1]) + 1), slice(start, end)
+            first = self.first[rows].lerp_(gradient[mine], 1 - beta1)
+            second = self.second[rows].mul_(beta2).addcmul_(gradient[mine], gradient[mine], value=1 - beta2)
+            change = second.sqrt().add_(epsilon_K1[mine])
+            torch.div(first, change, out=change)
+            if self._any_decay:
+                self.flat[rows].sub_(decay_K1[mine] * self._decays * self.flat[rows])
+            self.flat[rows].sub_(change.mul_(size_K1[mine]))
 
     def write_back(self, state: BankState) -> None:
         """Puts the active heads' parameters and moments into the whole bank's state."""
@@ -296,17 +302,17 @@ def _validate(parameters: Parameters, members: Sequence[Head], batches: Batches)
             for group in groups
             for start in range(0, len(group), EVALUATION_BATCH)
         ):
-            gain_KB = log_likelihood(of_fold, folds, batch, batches) - _baseline(batches, batch, fold)
+            baseline_B = at_fixations(batches, "baseline", batch)[fold] - batch.log_area_B
+            gain_KB = log_likelihood(of_fold, folds, batch, batches) - baseline_B
             total += gain_KB.double().sum(1).cpu()
         result[mine] = total / len(images) / math.log(2)
         pairs += len(mine) * len(images)
     return result, pairs
 
 
-def _baseline(batches: Batches, batch: Batch, fold: int) -> Tensor:
-    """(B,) the fold's KDE at each image's fixations, nats per fixation; its map is normalised over the grid."""
-    at_fixations = (batch.target_BHW * batches.bias("baseline", batch.grid)[fold]).sum((1, 2))
-    return at_fixations - batch.log_area_B
+def at_fixations(batches: Batches, kind: str, batch: Batch) -> Tensor:
+    """(folds, B) float32: what `Batches.bias` has at each image's fixations, mean natural-log density per cell."""
+    return batches.bias(kind, batch.grid).flatten(1) @ batch.target_BHW.flatten(1).T
 
 
 def _record(

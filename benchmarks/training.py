@@ -60,11 +60,13 @@ class Step:
         self.adam = BankAdam(state, torch.arange(count), bank.members, torch.device("cpu"))
         target = torch.rand(BATCH, *GRID, generator=generator)
         self.target = target / target.sum((1, 2), keepdim=True)
-        self.bias = finalizer.normalise(torch.zeros(on, *GRID))
-        self.coarse = torch.zeros(on, *(math.ceil(length / stride) for length in GRID)) + float(self.bias[0, 0, 0])
+        # A uniform centre bias.
+        log_density = -math.log(math.prod(GRID))
+        self.bias = torch.full((on, BATCH), log_density)
+        self.coarse = torch.full((on, *(math.ceil(length / stride) for length in GRID)), log_density)
 
     def __call__(self) -> None:
-        flat = self.adam.flat[self.on].requires_grad_(True)
+        flat = self.adam.flat.index_select(0, self.on).requires_grad_(True)
         parameters = heads.unflatten(flat, self.adam.like)
         features = Features(
             [tap.float() for tap in self.stored], torch.full((BATCH,), 0.5), torch.full((BATCH,), 1 / 12), self.readout
