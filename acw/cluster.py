@@ -19,8 +19,16 @@ PATIENCE_SECONDS = 20 * 60.0
 WAITING_SECONDS = 60.0
 
 
-# Addresses and sizes.
-SHARED = ("ACW_CACHE_GB", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION")
+# Of the driver's environment, what workers on other nodes are to find in theirs: addresses and sizes.
+SHARED = (
+    "ACW_CACHE_GB",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_PROFILE",
+    "AWS_REGION",
+    "MALLOC_ARENA_MAX",
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,9 @@ def connect() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # The first error ends a job. What other workers say of the same damaged file would bury its one line.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    # Ray's threads would leave glibc with an arena each, and every thread that reads features would take another and
+    # keep memory in it. Only a process that starts with this has but one (`process.compute_with`).
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     import ray
 
     # Ray says at each start that its token authentication is on, which is what we want.
@@ -59,7 +70,7 @@ def connect() -> None:
 
 
 def _runtime_env() -> dict[str, Any] | None:
-    """What workers on other nodes are to find in their environment: where S3 is, never a key to it."""
+    """The environment of workers on other nodes: where S3 is, never a key to it."""
     if "RAY_ADDRESS" not in os.environ:
         return None  # they inherit all
     # Of a submitted job, Ray would otherwise refuse variables that the job brings itself; they are the same here.

@@ -1,11 +1,18 @@
 """A process that computes keeps its tensors' memory, and gives it back when its task is over."""
 
+import ctypes
 import json
+import os
 import platform
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+
+from acw.cluster import connect, disconnect
 
 # In a process of its own, as the setting is the process's for good.
 MEMORY = """
@@ -45,3 +52,27 @@ def test_memory_is_kept_while_computing_and_given_back_afterwards():
     assert pages["kept"] < 100 < pages["before"], pages
     # 160 MB were free, in pages of at least 4 KiB.
     assert pages["full"] - pages["empty"] > 100_000_000 / 65536, pages
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has arenas")
+def test_all_threads_of_a_worker_allocate_from_one_arena() -> None:
+    """Or each thread that reads features would keep memory of its own: it doubled a worker's."""
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def arenas() -> int:
+        libc = ctypes.CDLL(None)
+        libc.fopen.restype = ctypes.c_void_p
+        with ThreadPoolExecutor(8) as pool, tempfile.TemporaryDirectory() as folder:
+            list(pool.map(lambda size: len(bytearray(size)), range(1000, 100_000, 1000)))
+            path = os.path.join(folder, "malloc.xml")
+            file = ctypes.c_void_p(libc.fopen(path.encode(), b"w"))
+            libc.malloc_info(0, file)
+            libc.fclose(file)
+            return Path(path).read_text().count("<heap nr=")
+
+    connect()
+    try:
+        assert ray.get(arenas.remote()) == 1
+    finally:
+        disconnect()
