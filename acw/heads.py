@@ -183,14 +183,13 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, gradient):
         x_UCN, weight_UOC, scale_U11, slope = ctx.saved_tensors
         gradient = gradient * slope
-        product_UOC = torch.bmm(gradient, x_UCN.mT)
-        to_weight, to_bias = (
-            each.unflatten(0, (-1, ctx.heads)).sum(0) for each in (product_UOC * scale_U11, gradient.sum(2))
-        )
+        product_UOC, sum_UO = torch.bmm(gradient, x_UCN.mT), gradient.sum(2)
+        to_weight, to_bias = (each.unflatten(0, (-1, ctx.heads)).sum(0) for each in (product_UOC * scale_U11, sum_UO))
         # Through the layer norm: without its mean, and without its part along x.
-        to_x = torch.bmm(weight_UOC.mT, gradient)
+        mean_U = (weight_UOC.sum(2) * sum_UO).sum(1) / x_UCN[0].numel()
         along_U11 = (product_UOC * weight_UOC).sum((1, 2), keepdim=True) / x_UCN[0].numel() * scale_U11.square()
-        return to_x.sub_(to_x.mean((1, 2), keepdim=True)).sub_(x_UCN * along_U11), to_weight, to_bias
+        to_x = torch.baddbmm(-mean_U[:, None, None], weight_UOC.mT, gradient)
+        return to_x.addcmul_(x_UCN, along_U11, value=-1), to_weight, to_bias
 
 
 def _folded(parameters: Mapping[str, Tensor], layer: int) -> tuple[Tensor, Tensor]:
