@@ -209,8 +209,8 @@ def threads_of(
 
 
 def _effort(bank: Bank, stores: dict[str, FeatureStore]) -> float:
-    """What an epoch of a bank takes, in no unit."""
+    """What an epoch of a bank takes, in no unit: the first layer over all channels and cells, the later layers, which
+    cost about as much as 1,500 channels, and what depends on neither, as `gaze`'s epochs had it."""
     store = stores[bank.backbone]
     values = sum(h * w * c for (h, w), c in zip(store.tap_sizes[0], store.channels, strict=True))
-    # Beside the first layer over all channels, the later layers cost about as much as 1,500 channels a cell.
-    return len(bank.members) * (values + 1500 * store.readouts[0][0] * store.readouts[0][1])
+    return len(bank.members) * (values + 1500 * store.readouts[0][0] * store.readouts[0][1] + 1_500_000)

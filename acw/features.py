@@ -56,7 +56,7 @@ class FeatureStore:
         """Features of images of one shape, float32 on the device."""
         readers = [(self._reader(int(index) // SHARD_IMAGES), index) for index in indices]
         taps = [
-            torch.stack([reader.get_tensor(f"{index}.tap{t}") for reader, index in readers]).to(device).float()
+            _float32([reader.get_tensor(f"{index}.tap{t}") for reader, index in readers], device)
             for t in range(len(self.channels))
         ]
         statistics = torch.stack([reader.get_tensor(f"{index}.statistics") for reader, index in readers]).to(device)
@@ -68,6 +68,16 @@ class FeatureStore:
 
     def _reader(self, shard: int) -> safe_open:
         return open_shard(shard_path(self.folder, shard))
+
+
+def _float32(tensors: Sequence[Tensor], device: torch.device | str) -> Tensor:
+    """Stacked, as float32 on the device, which a CPU does in one pass."""
+    if torch.device(device).type != "cpu":
+        return torch.stack(tensors).to(device).float()
+    result = torch.empty(len(tensors), *tensors[0].shape)
+    for row, tensor in zip(result, tensors, strict=True):
+        row.copy_(tensor)
+    return result
 
 
 # Tensors are views into the memory map. Only some shards stay mapped, lest a process grow with the data set;

@@ -459,7 +459,7 @@ def test_the_last_bank_has_the_cores_of_workers_that_are_done() -> None:
         return Bank(name, MEMBERS)
 
     # One worker has the fine backbone, the other three coarse ones, of half its effort each.
-    stores = {"fine": store_of(20)} | {name: store_of(10) for name in ("a", "b", "c")}
+    stores = {"fine": store_of(20_000)} | {name: store_of(10_000) for name in ("a", "b", "c")}
     shares = distributed.share([bank(name) for name in stores], stores, 2)
     assert [[one.backbone for one in banks] for banks in shares] == [["fine", "c"], ["a", "b"]]
     even = distributed.threads_of(shares, stores, 3, spare=True)
