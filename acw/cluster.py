@@ -236,11 +236,6 @@ def place_of(allocation: Allocation, device: Any) -> dict[str, Any]:
     }
 
 
-def nodes_with_cpus() -> int:
-    """How many nodes of the cluster have cores to work on."""
-    return sum(node.get("CPU", 0) >= 1 for node in _nodes())
-
-
 def _nodes() -> list[Mapping[str, float]]:
     """The resources of the nodes that are alive."""
     import ray

@@ -15,7 +15,7 @@ import torch
 from acw import log
 from acw.banks import Bank, plan_banks, system_path, unfinished
 from acw.batches import TrainingSet
-from acw.cluster import Allocation, allocate, nodes_with_cpus, place_of, room
+from acw.cluster import Allocation, allocate, place_of, room
 from acw.crew import News, complete, new_board
 from acw.features import FeatureStore
 from acw.heads import Parameters
@@ -35,17 +35,14 @@ UNIT = "heads x images"
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker gets: all banks that have epochs left, of which it takes its share.
-
-    threads: of each bank. board: `crew.Board`, as an actor.
-    """
+    """What every worker gets: all banks that have epochs left, of which it takes its share. board: `crew.Board`, as an
+    actor."""
 
     recipe: Recipe
     banks: list[Bank]
     training_set: TrainingSet
     stores: dict[str, FeatureStore]
     folder: Path
-    threads: dict[Bank, int]
     allocation: Allocation
     board: Any
 
@@ -65,8 +62,6 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
     start, before = time.monotonic(), _work(units)[0]
     # Cores are shared out as for all banks: a rerun then has the threads, and so the heads, of an uninterrupted run.
     allocation = allocate(len(banks), recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
-    spare = allocation.gpus == 0 and nodes_with_cpus() == 1
-    threads = threads_of(share(banks, stores, allocation.workers), stores, allocation.cpus, spare)
     workers = min(allocation.workers, room(allocation), len(waiting))
     crew = dataclasses.replace(allocation, workers=workers)
     print(
@@ -76,7 +71,7 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
     board = new_board()
 
     def work(left: list[Bank]) -> dict[str, Any]:
-        return {"work": Work(recipe, left, training_set, stores, folder, threads, allocation, board)}
+        return {"work": Work(recipe, left, training_set, stores, folder, allocation, board)}
 
     def left() -> list[Bank]:
         return unfinished(recipe, folder)
@@ -158,13 +153,13 @@ def run_worker(config: dict) -> None:
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
     place = place_of(work.allocation, device)
     log.to_stderr(work.folder.name)
+    compute_with(work.allocation.cpus)
     try:
         for bank in share(work.banks, work.stores, context.get_world_size())[context.get_world_rank()]:
             (unit,) = bank_units(work.recipe, [bank], work.folder)
             log.event("bank begun", bank=bank.name, heads=unit.heads, **place)
             ray.get(work.board.begin.remote(bank.name, place))
             store = work.stores[bank.backbone]
-            compute_with(work.threads[bank])
             for state in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device, place):
                 log.event("epoch", **epoch_fields(unit, state.history[-1]))
                 if ray.get(work.board.over.remote()):
@@ -186,26 +181,6 @@ def share(banks: Sequence[Bank], stores: dict[str, FeatureStore], workers: int) 
         shares[least].append(bank)
         load[least] += _effort(bank, stores)
     return shares
-
-
-def threads_of(
-    shares: Sequence[Sequence[Bank]], stores: dict[str, FeatureStore], cpus: int, spare: bool
-) -> dict[Bank, int]:
-    """How many threads each bank is trained with: its worker's `cpus` and, where workers can spare theirs as they share
-    a machine, those of the workers that are done by the middle of its training.
-
-    By what banks should take and not by what they do, so that the same recipe has the same heads.
-    """
-    loads = [sum(_effort(bank, stores) for bank in banks) for banks in shares]
-    result = {}
-    for banks in shares:
-        start = 0.0
-        for bank in banks:
-            middle = start + _effort(bank, stores) / 2
-            start += _effort(bank, stores)
-            busy = sum(load >= middle for load in loads)
-            result[bank] = cpus * len(loads) // busy if spare else cpus
-    return result
 
 
 def _effort(bank: Bank, stores: dict[str, FeatureStore]) -> float:

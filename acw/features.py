@@ -70,7 +70,7 @@ class FeatureStore:
         return open_shard(shard_path(self.folder, shard))
 
 
-def _float32(tensors: Sequence[Tensor], device: torch.device | str) -> Tensor:
+def _float32(tensors: list[Tensor], device: torch.device | str) -> Tensor:
     """Stacked, as float32 on the device, which a CPU does in one pass."""
     if torch.device(device).type != "cpu":
         return torch.stack(tensors).to(device).float()

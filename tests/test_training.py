@@ -451,19 +451,11 @@ def test_a_diverged_configuration_ends_alone(tmp_path: Path, training_set: Train
         train(tmp_path / "wild", training_set, store, Bank("stub", population.members[1:]), wild)
 
 
-def test_the_last_bank_has_the_cores_of_workers_that_are_done() -> None:
+def test_banks_are_shared_out_by_what_their_epochs_take() -> None:
     def store_of(cells: int) -> FeatureStore:
         return FeatureStore(Path(), 1, (100,), (((cells, 10),),), ((cells, 10),))
 
-    def bank(name: str) -> Bank:
-        return Bank(name, MEMBERS)
-
-    # One worker has the fine backbone, the other three coarse ones, of half its effort each.
+    # One worker has the fine backbone, of twice the others' effort, and the last of the three coarse ones.
     stores = {"fine": store_of(20_000)} | {name: store_of(10_000) for name in ("a", "b", "c")}
-    shares = distributed.share([bank(name) for name in stores], stores, 2)
+    shares = distributed.share([Bank(name, MEMBERS) for name in stores], stores, 2)
     assert [[one.backbone for one in banks] for banks in shares] == [["fine", "c"], ["a", "b"]]
-    even = distributed.threads_of(shares, stores, 3, spare=True)
-    assert [even[bank(name)] for name in stores] == [3, 3, 3, 6], "its middle is after the other worker's end"
-    assert set(distributed.threads_of(shares, stores, 3, spare=False).values()) == {3}, "cores of other machines"
-    pairs = distributed.share([bank("a"), bank("b")], stores, 2)
-    assert set(distributed.threads_of(pairs, stores, 1, spare=True).values()) == {1}
