@@ -1,18 +1,11 @@
 """A process that computes keeps its tensors' memory, and gives it back when its task is over."""
 
-import ctypes
 import json
-import os
 import platform
 import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-
-from acw.cluster import connect, disconnect
 
 # In a process of its own, as the setting is the process's for good.
 MEMORY = """
@@ -54,25 +47,33 @@ def test_memory_is_kept_while_computing_and_given_back_afterwards():
     assert pages["full"] - pages["empty"] > 100_000_000 / 65536, pages
 
 
+ARENAS = """
+import ctypes, ray, tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from acw.cluster import connect, disconnect
+
+connect()
+
+@ray.remote(num_cpus=0)
+def arenas():
+    libc = ctypes.CDLL(None)
+    libc.fopen.restype = ctypes.c_void_p
+    with ThreadPoolExecutor(8) as pool, tempfile.TemporaryDirectory() as folder:
+        list(pool.map(lambda size: len(bytearray(size)), range(1000, 100_000, 1000)))
+        path = Path(folder) / "malloc.xml"
+        file = ctypes.c_void_p(libc.fopen(str(path).encode(), b"w"))
+        libc.malloc_info(0, file)
+        libc.fclose(file)
+        return path.read_text().count("<heap nr=")
+
+print(ray.get(arenas.remote()))
+disconnect()
+"""
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has arenas")
 def test_all_threads_of_a_worker_allocate_from_one_arena() -> None:
     """Or each thread that reads features would keep memory of its own: it doubled a worker's."""
-    import ray
-
-    @ray.remote(num_cpus=0)
-    def arenas() -> int:
-        libc = ctypes.CDLL(None)
-        libc.fopen.restype = ctypes.c_void_p
-        with ThreadPoolExecutor(8) as pool, tempfile.TemporaryDirectory() as folder:
-            list(pool.map(lambda size: len(bytearray(size)), range(1000, 100_000, 1000)))
-            path = os.path.join(folder, "malloc.xml")
-            file = ctypes.c_void_p(libc.fopen(path.encode(), b"w"))
-            libc.malloc_info(0, file)
-            libc.fclose(file)
-            return Path(path).read_text().count("<heap nr=")
-
-    connect()
-    try:
-        assert ray.get(arenas.remote()) == 1
-    finally:
-        disconnect()
+    result = subprocess.run([sys.executable, "-c", ARENAS], check=True, capture_output=True, text=True)
+    assert result.stdout.split()[-1] == "1"
