@@ -147,7 +147,7 @@ def gaze() -> Recipe:
 
     python jobs/pipeline.py gaze --dataset FOLDER
 
-    Cost: 959 photographs of 800x600 px in some 12 minutes and 6 GiB on 2 cores. There it reached 1.52 bit per
+    Cost: 959 photographs of 800x600 px in some 12 minutes and 4 GiB on 2 cores. There it reached 1.52 bit per
     fixation over the centre bias on the 192 held-out images, where other people's fixations reach 1.59.
     """
     return dataclasses.replace(acw(), name="gaze", backbones=BACKBONE_SETS["lite"])
