@@ -125,6 +125,10 @@ class Batches:
                 self._biases[key] = rows @ self.bias(kind, grid) @ columns.T
         return self._biases[key]
 
+    def at_fixations(self, kind: str, batch: Batch) -> Tensor:
+        """(folds, B) float32: what `bias` has at each image's fixations, mean natural-log density per cell."""
+        return self.bias(kind, batch.grid).flatten(1) @ batch.target_BHW.flatten(1).T
+
 
 def read_ahead(groups: Iterable[np.ndarray], load: Callable[[np.ndarray], T]) -> Iterator[T]:
     """What `load` makes of the groups, in order, by a thread that is READ_AHEAD of them ahead."""

@@ -261,12 +261,13 @@ class _Interpolation:
     @staticmethod
     def _of(tables: Tensor, row: Tensor, offset: Tensor) -> Tensor:
         basis = _lagrange_basis(tables.dtype, tables.device)
+        # One product for all tables: of windows that overlap, bmm makes one a table, with a copy of each.
         windows_R6 = tables.unfold(-1, 6, 1).flatten(0, -2)
         return _Polynomials.apply(basis.T @ windows_R6.T, row, offset)
 
 
 class _Polynomials(torch.autograd.Function):
-    """At each place x, the polynomial in a row of a table (6, R), whose coefficients rise by power.
+    """At each place x, the polynomial number `row` of a table (6, R), whose coefficients rise by power.
 
     PyTorch's own way, an embedding and powers, takes five times as long on a CPU, most of it in the table's gradient.
     """

@@ -142,7 +142,7 @@ def likelihood_of(
     """`log_likelihood` of the heads' priority maps (K, B, h, w)."""
     device = batches.device
     strides = torch.as_tensor(strides, dtype=torch.float32).expand(len(folds))
-    bias_KB = at_fixations(batches, "finalizer_bias", batch)[folds.to(device)]
+    bias_KB = batches.at_fixations("finalizer_bias", batch)[folds.to(device)]
     own = {name: parameters[name] for name in ("log_sigma", "center_bias_weight")}
     parts, order = [], []
     for stride in sorted(set(strides.tolist())):
@@ -302,17 +302,12 @@ def _validate(parameters: Parameters, members: Sequence[Head], batches: Batches)
             for group in groups
             for start in range(0, len(group), EVALUATION_BATCH)
         ):
-            baseline_B = at_fixations(batches, "baseline", batch)[fold] - batch.log_area_B
+            baseline_B = batches.at_fixations("baseline", batch)[fold] - batch.log_area_B
             gain_KB = log_likelihood(of_fold, folds, batch, batches) - baseline_B
             total += gain_KB.double().sum(1).cpu()
         result[mine] = total / len(images) / math.log(2)
         pairs += len(mine) * len(images)
     return result, pairs
-
-
-def at_fixations(batches: Batches, kind: str, batch: Batch) -> Tensor:
-    """(folds, B) float32: what `Batches.bias` has at each image's fixations, mean natural-log density per cell."""
-    return batches.bias(kind, batch.grid).flatten(1) @ batch.target_BHW.flatten(1).T
 
 
 def _record(
