@@ -16,6 +16,7 @@ from typing import Any
 from acw import log
 from acw.cluster import Allocation, Demand, room, wait_for_room
 from acw.storage import UserError, ray_storage
+from acw.turns import Turns
 
 # Crews lost in a row before any of their workers has finished an epoch. Spot machines are lost often in a long run.
 MAX_FAILURES = 5
@@ -32,6 +33,7 @@ class Board:
         self._begun: list[tuple[str, dict[str, Any]]] = []
         self._complaint = ""
         self._regroup = False
+        self._turns = Turns({})
 
     def begin(self, unit: str, place: dict[str, Any]) -> None:
         """A worker says what it begins with, and where it is (`cluster.place_of`)."""
@@ -44,13 +46,17 @@ class Board:
     def complaint(self) -> str:
         return self._complaint
 
-    def regroup(self, wanted: bool) -> None:
-        """The driver wants the workers to stop at the end of their epoch, or no longer."""
-        self._regroup = wanted
+    def offer(self, left: dict[str, float]) -> None:
+        """The driver has a new crew for these units; how much is left of each, in any unit of work."""
+        self._turns, self._regroup = Turns(left), False
 
-    def over(self) -> bool:
-        """Whether workers should stop at the end of their epoch."""
-        return self._regroup or bool(self._complaint)
+    def turn(self, worker: int, left: float = 0.0, epoch: float = 0.0) -> str:
+        """The unit whose next epoch a worker trains (`Turns.next`), or "" where it should stop."""
+        return "" if self._regroup or self._complaint else self._turns.next(worker, left, epoch)
+
+    def regroup(self) -> None:
+        """The driver wants the workers to stop at the end of their epoch."""
+        self._regroup = True
 
     def begun(self, since: int) -> list[tuple[str, dict[str, Any]]]:
         return self._begun[since:]
@@ -85,17 +91,18 @@ def new_board() -> Any:
 
 def complete(
     loop: Callable[[dict], None],
-    config: Callable[[list], dict],
-    left: Callable[[], list],
+    config: dict[str, Any],
+    left: Callable[[], dict[str, float]],
     epochs: Callable[[], int],
     board: Any,
     allocation: Allocation,
     folder: Path,
 ) -> None:
-    """Has a crew work until no task is left.
+    """Has a crew work until nothing is left.
 
-    loop: what each worker does, given the `config` of the tasks that are left; it asks the board after each epoch.
-    epochs: how many are behind all tasks. folder: the run's, for Ray Train's own notes.
+    loop: what each worker does, given the `config`; it asks the board whose turn it is before each epoch. left: of each
+    unit that has epochs left, how much, in any unit of work. epochs: how many are behind all units. folder: the run's,
+    for Ray Train's own notes.
     Raises UserError for what workers complained of and for crews that are lost again and again; an error of the
     program's comes as Ray Train's.
     """
@@ -106,15 +113,15 @@ def complete(
 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PLACES_SECONDS))
     failures, divisor, news = 0, 1, News(board, "training")
-    while tasks := left():
+    while units := left():
         before = epochs()
         here = room(allocation) or wait_for_room(allocation)
-        workers = max(1, min(here, allocation.workers, len(tasks)) // divisor)
-        ray.get(board.regroup.remote(False))
+        workers = max(1, min(here, allocation.workers, len(units)) // divisor)
+        ray.get(board.offer.remote(units))
         log.event("crew gathered", training="training", workers=workers)
         try:
             with _Watch(board, news, allocation, workers, left):
-                _trainer(loop, config(tasks), allocation, workers, folder).fit()
+                _trainer(loop, config, allocation, workers, folder).fit()
             divisor = 1
         except (TrainingFailedError, RayActorError) as error:
             failures = 1 if epochs() > before else failures + 1
@@ -178,7 +185,7 @@ class _Watch:
     When one of these finds a place, the crew is asked to end its epoch and to regroup.
     """
 
-    def __init__(self, board: Any, news: News, allocation: Allocation, workers: int, left: Callable[[], list]) -> None:
+    def __init__(self, board: Any, news: News, allocation: Allocation, workers: int, left: Callable[[], Any]) -> None:
         self.board, self.news, self.allocation, self.workers, self.left = board, news, allocation, workers, left
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -202,7 +209,7 @@ class _Watch:
                     continue  # the checkpoints cannot be had just now; whoever needs them says so
                 if missing > 0 and demand.renew(missing) and (here := room(self.allocation)) > self.workers:
                     print(f"training: room for {here} workers instead of {self.workers}: regroups", flush=True)
-                    self.board.regroup.remote(True)
+                    self.board.regroup.remote()
                     asked = True
         demand.end()
         self.news.show()

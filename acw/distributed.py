@@ -21,7 +21,7 @@ from acw.features import FeatureStore
 from acw.heads import Parameters
 from acw.joint import JointSet, SystemState, train_system, unfinished_systems
 from acw.process import compute_with
-from acw.progress import Unit, bank_units, epoch_fields, read, system_units
+from acw.progress import Standing, Unit, bank_units, epoch_fields, read, system_units
 from acw.recipes import Recipe
 from acw.resources import Cost, peak_rss
 from acw.storage import UserError, fetch
@@ -35,11 +35,9 @@ UNIT = "heads x images"
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker gets: all banks that have epochs left, of which it takes its share. board: `crew.Board`, as an
-    actor."""
+    """What every worker gets. board: `crew.Board`, as an actor, which says whose turn it is."""
 
     recipe: Recipe
-    banks: list[Bank]
     training_set: TrainingSet
     stores: dict[str, FeatureStore]
     folder: Path
@@ -69,18 +67,20 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
         flush=True,
     )
     board = new_board()
+    work = Work(recipe, training_set, stores, folder, allocation, board)
 
-    def work(left: list[Bank]) -> dict[str, Any]:
-        return {"work": Work(recipe, left, training_set, stores, folder, allocation, board)}
-
-    def left() -> list[Bank]:
-        return unfinished(recipe, folder)
+    def left() -> dict[str, float]:
+        mine = unfinished(recipe, folder)
+        return {
+            b.name: _left(read(unit), stores[b.backbone])[0]
+            for b, unit in zip(mine, bank_units(recipe, mine, folder), strict=True)
+        }
 
     def epochs() -> int:
         return sum(read(unit).epochs for unit in units)
 
     with Watch("training", units, folder, workers):
-        complete(run_worker, work, left, epochs, board, allocation, folder)
+        complete(run_worker, {"work": work}, left, epochs, board, allocation, folder)
     after, peak = _work(units)
     return Cost(time.monotonic() - start, after - before, max(peak, peak_rss()), UNIT)
 
@@ -143,49 +143,50 @@ def _work(units: Sequence[Unit]) -> tuple[int, int]:
 
 
 def run_worker(config: dict) -> None:
-    """What a Ray Train worker does: trains its share of the banks, one after the other."""
+    """What a Ray Train worker does: trains epochs of the banks whose turn it is."""
     import ray.train
     from ray.train.torch import get_device
 
     work: Work = config["work"]
-    context = ray.train.get_context()
+    rank = ray.train.get_context().get_world_rank()
     # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
     place = place_of(work.allocation, device)
     log.to_stderr(work.folder.name)
     compute_with(work.allocation.cpus)
+    banks = {bank.name: bank for bank in plan_banks(work.recipe)}
     try:
-        for bank in share(work.banks, work.stores, context.get_world_size())[context.get_world_rank()]:
-            (unit,) = bank_units(work.recipe, [bank], work.folder)
-            log.event("bank begun", bank=bank.name, heads=unit.heads, **place)
-            ray.get(work.board.begin.remote(bank.name, place))
-            store = work.stores[bank.backbone]
-            for state in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device, place):
-                log.event("epoch", **epoch_fields(unit, state.history[-1]))
-                if ray.get(work.board.over.remote()):
-                    return
+        turn = ray.get(work.board.turn.remote(rank))
+        while turn:
+            turn = _train_while_its_turn(work, banks[turn], device, place, rank)
     except UserError as error:
         # Raised, it would be tried again with the same end, as if a node had been lost.
         ray.get(work.board.complain.remote(str(error)))
 
 
-def share(banks: Sequence[Bank], stores: dict[str, FeatureStore], workers: int) -> list[list[Bank]]:
-    """The banks of each worker: the costliest first, each to the worker that has the least to do so far.
+def _train_while_its_turn(work: Work, bank: Bank, device: torch.device, place: dict[str, Any], rank: int) -> str:
+    """Trains a bank until it is done, or another one's turn has come; the name of that, or "" for none."""
+    import ray
 
-    It depends on nothing else, so a restarted worker gets the banks that it had.
+    (unit,), store = bank_units(work.recipe, [bank], work.folder), work.stores[bank.backbone]
+    log.event("bank begun", bank=bank.name, heads=unit.heads, **place)
+    ray.get(work.board.begin.remote(bank.name, place | {"worker": rank}))
+    for state in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device, place):
+        log.event("epoch", **epoch_fields(unit, state.history[-1]))
+        standing = Standing(unit, state.history, state.learning_rate.tolist(), state.bad_epochs.tolist())
+        turn = ray.get(work.board.turn.remote(rank, *_left(standing, store)))
+        if turn != bank.name:
+            return turn
+    return ray.get(work.board.turn.remote(rank))
+
+
+def _left(standing: Standing, store: FeatureStore) -> tuple[float, float]:
+    """What is left of a bank, as far as can be told, and what its next epoch takes; in no unit, but the same for all.
+
+    An epoch of a head: the first layer over all channels and cells, the later layers, which cost about as much as 1,500
+    channels, and what depends on neither, as `gaze`'s epochs had it.
     """
-    shares: list[list[Bank]] = [[] for _ in range(workers)]
-    load = [0.0] * workers
-    for bank in sorted(banks, key=lambda bank: (-_effort(bank, stores), bank.name)):
-        least = load.index(min(load))
-        shares[least].append(bank)
-        load[least] += _effort(bank, stores)
-    return shares
-
-
-def _effort(bank: Bank, stores: dict[str, FeatureStore]) -> float:
-    """What an epoch of a bank takes, in no unit: the first layer over all channels and cells, the later layers, which
-    cost about as much as 1,500 channels, and what depends on neither, as `gaze`'s epochs had it."""
-    store = stores[bank.backbone]
     values = sum(h * w * c for (h, w), c in zip(store.tap_sizes[0], store.channels, strict=True))
-    return len(bank.members) * (values + 1500 * store.readouts[0][0] * store.readouts[0][1] + 1_500_000)
+    heads = len(standing.unit.heads) - standing.done
+    epoch = heads * (values + 1500 * store.readouts[0][0] * store.readouts[0][1] + 1_500_000)
+    return epoch * standing.epochs_left(())[0], epoch

@@ -109,16 +109,14 @@ class Plan:
         development = self.images - self.held_out
         epochs = self.recipe.max_epochs * (EXPECTED_SHARE if share is None else share)
         of = {backbone.name: backbone for backbone in self.backbones}
-        loads = [0.0] * cores
         full = min(self.recipe.heads_per_worker, self.recipe.folds * self.recipe.seeds)
         costs = [
             epochs * (development * of[bank.backbone].epoch + self.bank_overhead) * len(bank.members) / full
             for bank in self.banks()
         ]
-        # As `distributed.share` does: the costliest first, each to who has the least to do.
-        for cost in sorted(costs, reverse=True):
-            loads[loads.index(min(loads))] += cost
-        steps = {"features": extraction + START_UP / 2, "heads": max(loads) + START_UP / 2}
+        # Workers take turns at the banks (`turns.Turns`).
+        heads = max(max(costs), sum(costs) / cores)
+        steps = {"features": extraction + START_UP / 2, "heads": heads + START_UP / 2}
         if self.recipe.joint:
             rounds = math.ceil(self.recipe.folds / cores)
             of_joint = JOINT_SHARE if share is None else share

@@ -159,6 +159,17 @@ class Standing:
         return now - max(self.written or 0.0, begun) > max(STALLED_SECONDS, STALLED_EPOCHS * longest)
 
 
+def in_hand(events: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The units that workers have, each the one that it began with last, as a run's log tells."""
+    hands: dict[Any, str] = {}
+    for event in events:
+        if event["event"] == "crew gathered":
+            hands.clear()
+        elif event["event"] == "bank begun":
+            hands[event.get("worker", event["bank"])] = event["bank"]
+    return set(hands.values())
+
+
 def read(unit: Unit) -> Standing:
     """What a unit's checkpoint says; nothing yet where there is none."""
     try:
@@ -181,8 +192,9 @@ def read(unit: Unit) -> Standing:
 def seconds_left(units: Sequence[Standing], workers: int, now: float | None) -> tuple[float, float] | None:
     """Seconds until all units are trained by so many workers: as expected, and at most; None before any epoch.
 
-    Heads stop early: how many epochs a unit has left, its own learning rates and the finished units tell. Workers take
-    the units that are under way, then the longest of the others. now: None where nobody works.
+    Heads stop early: how many epochs a unit has left, its own learning rates and the finished units tell. Banks take
+    turns (`turns.Turns`); of systems, workers take those that are under way, then the longest of the others. now: None
+    where nobody works.
     """
     by_backbone = {one.unit.backbone: one.epoch_seconds for one in units if one.epoch_seconds}
     typical = mean(by_backbone.values())
@@ -196,11 +208,15 @@ def seconds_left(units: Sequence[Standing], workers: int, now: float | None) -> 
             expected, most = one.epochs_left(lengths)
             begun = min(max(now - one.written, 0.0), seconds) if one.written and now else 0.0
             waiting.append((one.written is not None, seconds * expected - begun, seconds * most - begun))
-    return _makespan(waiting, 1, workers), _makespan(waiting, 2, workers)
+    turns = bool(by_backbone.keys() - {""})
+    return _makespan(waiting, 1, workers, turns), _makespan(waiting, 2, workers, turns)
 
 
-def _makespan(waiting: Sequence[tuple], column: int, workers: int) -> float:
+def _makespan(waiting: Sequence[tuple], column: int, workers: int, turns: bool) -> float:
     free = [0.0] * max(1, workers)
+    if turns:
+        amounts = [max(0.0, row[column]) for row in waiting]
+        return max(max(amounts, default=0.0), sum(amounts) / len(free))
     for row in sorted(waiting, key=lambda row: (not row[0], -row[column])):
         heapq.heappush(free, heapq.heappop(free) + max(0.0, row[column]))
     return max(free)

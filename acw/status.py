@@ -22,6 +22,7 @@ from acw.progress import (
     STALLED_SECONDS,
     Standing,
     bank_units,
+    in_hand,
     mean,
     number,
     read,
@@ -217,12 +218,13 @@ def _unit(one: Standing, driver: Driver, runs: bool, usual: float | None, now: f
     begun = [_seconds(event["time"]) for event in events]
     if one.written and one.written > driver.since:
         begun.append(driver.since)
+    hands = in_hand(driver.events)
     if one.finished:
         state = "done"
     elif not runs:
         state = "interrupted" if one.epochs and not driver.alive else "waiting"
-    elif not begun:
-        state = "waiting"
+    elif not begun or (hands and one.unit.name not in hands):
+        state = "waiting"  # for a worker, or for its turn
     else:
         state = "stalled" if one.stalled(now, max(begun), usual) else "running"
     last = [{}, *events, *one.history][-1]

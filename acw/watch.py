@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acw import log
-from acw.progress import Standing, Unit, epoch_fields, number, read, summary, time_left
+from acw.progress import Standing, Unit, epoch_fields, in_hand, number, read, summary, time_left
 from acw.storage import UserError
 
 WATCH_SECONDS = 5.0
@@ -73,7 +73,8 @@ class Watch:
             if stopped and (name, head) not in self._stopped:
                 self._stopped.add((name, head))
                 log.event("head stopped", training=self.what, bank=name, head=head, epochs=one.epochs, ig=ig)
-        if not (one.written and one.written > self._start and one.stalled(time.time(), self._start)):
+        silent = one.written and one.written > self._start and one.stalled(time.time(), self._start)
+        if not silent or name not in in_hand(log.events(self.folder)):
             self._stalled.discard(name)
         elif name not in self._stalled:
             self._stalled.add(name)

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from tiny_training import BANK, CPU, MEMBERS, RECIPE, make_store, make_training_set
 
-from acw import banks, distributed, finalizer, heads, training
+from acw import banks, finalizer, heads, training
 from acw.banks import Bank, BankState, Head, checkpoint_path, plan_banks, unfinished
 from acw.batches import Batches, TrainingSet
 from acw.features import FeatureStore
@@ -449,13 +449,3 @@ def test_a_diverged_configuration_ends_alone(tmp_path: Path, training_set: Train
     assert float(state.learning_rate[1]) == 0
     with pytest.raises(UserError, match="lower --learning_rate"):
         train(tmp_path / "wild", training_set, store, Bank("stub", population.members[1:]), wild)
-
-
-def test_banks_are_shared_out_by_what_their_epochs_take() -> None:
-    def store_of(cells: int) -> FeatureStore:
-        return FeatureStore(Path(), 1, (100,), (((cells, 10),),), ((cells, 10),))
-
-    # One worker has the fine backbone, of twice the others' effort, and the last of the three coarse ones.
-    stores = {"fine": store_of(20_000)} | {name: store_of(10_000) for name in ("a", "b", "c")}
-    shares = distributed.share([Bank(name, MEMBERS) for name in stores], stores, 2)
-    assert [[one.backbone for one in banks] for banks in shares] == [["fine", "c"], ["a", "b"]]
