@@ -187,6 +187,5 @@ def _left(standing: Standing, store: FeatureStore) -> tuple[float, float]:
     channels, and what depends on neither, as `gaze`'s epochs had it.
     """
     values = sum(h * w * c for (h, w), c in zip(store.tap_sizes[0], store.channels, strict=True))
-    heads = len(standing.unit.heads) - standing.done
-    epoch = heads * (values + 1500 * store.readouts[0][0] * store.readouts[0][1] + 1_500_000)
-    return epoch * standing.epochs_left(())[0], epoch
+    of_head = values + 1500 * store.readouts[0][0] * store.readouts[0][1] + 1_500_000
+    return of_head * standing.head_epochs_left, of_head * (len(standing.unit.heads) - standing.done)

@@ -136,17 +136,30 @@ class Standing:
 
     def epochs_left(self, lengths: Sequence[int]) -> tuple[float, int]:
         """How many epochs are to come: as expected, and at most. lengths: epochs of similar units that are done."""
-        rule, most = self.unit.rule, self.unit.rule.max_epochs - self.epochs
+        most = self.unit.rule.max_epochs - self.epochs
         if self.finished:
             return 0.0, 0
-        falls = [rule.falls(rate) for rate in self.rates or [rule.rate] * len(self.unit.heads)]
-        bad = self.bad_epochs or [0] * len(falls)
-        # The soonest end: no head that still trains ever gets better again.
-        soonest = max(n * (rule.patience + 1) - b for n, b in zip(falls, bad, strict=True) if n)
+        soonest = max(s for s, _ in self._head_epochs())
         longer = [length - self.epochs for length in lengths if length > self.epochs]
-        # Without an example: half-way between soonest and latest at first, and nearer the soonest with each fall.
-        spread = (most - soonest) / 2 * (max(falls) / rule.falls(rule.rate)) ** 2
-        return min(most, max(soonest, mean(longer) or soonest + spread)), most
+        return min(most, max(soonest, mean(longer) or max(e for _, e in self._head_epochs()))), most
+
+    @property
+    def head_epochs_left(self) -> float:
+        """How many epochs its heads have left, all together, as expected from their own learning rates."""
+        return sum(expected for _, expected in self._head_epochs())
+
+    def _head_epochs(self) -> list[tuple[float, float]]:
+        """Of each head the epochs that are left, at least and as expected."""
+        rule, most = self.unit.rule, self.unit.rule.max_epochs - self.epochs
+        count = len(self.unit.heads)
+        found = []
+        for rate, bad in zip(self.rates or [rule.rate] * count, self.bad_epochs or [0] * count, strict=True):
+            falls = rule.falls(rate)
+            # It ends soonest if it never gets better again; half-way between that and the latest end at first, and
+            # nearer the soonest with each fall.
+            soonest = min(most, falls * (rule.patience + 1) - bad) if falls else 0
+            found.append((soonest, soonest + (most - soonest) / 2 * (falls / rule.falls(rule.rate)) ** 2))
+        return found
 
     def stalled(self, now: float, begun: float, usual: float | None = None) -> bool:
         """Whether it has been silent for much longer than its epochs take.
