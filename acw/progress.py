@@ -157,7 +157,7 @@ class Standing:
             falls = rule.falls(rate)
             # It ends soonest if it never gets better again; half-way between that and the latest end at first, and
             # nearer the soonest with each fall.
-            soonest = min(most, falls * (rule.patience + 1) - bad) if falls else 0
+            soonest = min(most, max(1, falls * (rule.patience + 1) - bad)) if falls else 0
             found.append((soonest, soonest + (most - soonest) / 2 * (falls / rule.falls(rule.rate)) ** 2))
         return found
 
