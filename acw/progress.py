@@ -152,7 +152,7 @@ class Standing:
         """Of each head the epochs that are left, at least and as expected."""
         rule, most = self.unit.rule, self.unit.rule.max_epochs - self.epochs
         count = len(self.unit.heads)
-        found = []
+        found: list[tuple[float, float]] = []
         for rate, bad in zip(self.rates or [rule.rate] * count, self.bad_epochs or [0] * count, strict=True):
             falls = rule.falls(rate)
             # It ends soonest if it never gets better again; half-way between that and the latest end at first, and
