@@ -70,11 +70,8 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
     work = Work(recipe, training_set, stores, folder, allocation, board)
 
     def left() -> dict[str, float]:
-        mine = unfinished(recipe, folder)
-        return {
-            b.name: _left(read(unit), stores[b.backbone])[0]
-            for b, unit in zip(mine, bank_units(recipe, mine, folder), strict=True)
-        }
+        mine = {bank.name for bank in unfinished(recipe, folder)}
+        return {unit.name: _left(read(unit), stores[unit.backbone])[0] for unit in units if unit.name in mine}
 
     def epochs() -> int:
         return sum(read(unit).epochs for unit in units)

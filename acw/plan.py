@@ -43,6 +43,7 @@ from acw.scoring import Scoring, StoredDensities
 from acw.shuffled import MeanPrediction
 from acw.storage import present
 from acw.training import coarsest, train_epochs
+from acw.turns import soonest_end
 
 # Of calibration, for each backbone's features; training and scores take about as long again.
 SECONDS_A_BACKBONE = 3.0
@@ -114,9 +115,8 @@ class Plan:
             epochs * (development * of[bank.backbone].epoch + self.bank_overhead) * len(bank.members) / full
             for bank in self.banks()
         ]
-        # Workers take turns at the banks (`turns.Turns`).
-        heads = max(max(costs), sum(costs) / cores)
-        steps = {"features": extraction + START_UP / 2, "heads": heads + START_UP / 2}
+        heads = soonest_end(costs, cores) + START_UP / 2
+        steps = {"features": extraction + START_UP / 2, "heads": heads}
         if self.recipe.joint:
             rounds = math.ceil(self.recipe.folds / cores)
             of_joint = JOINT_SHARE if share is None else share

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from acw.banks import Bank, above, checkpoint_path, system_path
 from acw.recipes import Recipe
 from acw.storage import fetch
+from acw.turns import soonest_end
 
 # An epoch takes about as long as the last few did: it gets shorter as heads stop.
 RECENT = 3
@@ -139,9 +140,9 @@ class Standing:
         most = self.unit.rule.max_epochs - self.epochs
         if self.finished:
             return 0.0, 0
-        soonest = max(s for s, _ in self._head_epochs())
+        soonest, expected = map(max, zip(*self._head_epochs(), strict=True))
         longer = [length - self.epochs for length in lengths if length > self.epochs]
-        return min(most, max(soonest, mean(longer) or max(e for _, e in self._head_epochs()))), most
+        return min(most, max(soonest, mean(longer) or expected)), most
 
     @property
     def head_epochs_left(self) -> float:
@@ -220,18 +221,18 @@ def seconds_left(units: Sequence[Standing], workers: int, now: float | None) -> 
             seconds = one.epoch_seconds or by_backbone.get(one.unit.backbone, typical)
             expected, most = one.epochs_left(lengths)
             begun = min(max(now - one.written, 0.0), seconds) if one.written and now else 0.0
-            waiting.append((one.written is not None, seconds * expected - begun, seconds * most - begun))
-    turns = bool(by_backbone.keys() - {""})
-    return _makespan(waiting, 1, workers, turns), _makespan(waiting, 2, workers, turns)
+            left = [max(0.0, seconds * epochs - begun) for epochs in (expected, most)]
+            waiting.append((one.written is not None, left[0], left[1]))
+    workers = max(1, workers)
+    if units[0].unit.backbone:
+        return soonest_end([row[1] for row in waiting], workers), soonest_end([row[2] for row in waiting], workers)
+    return _makespan(waiting, 1, workers), _makespan(waiting, 2, workers)
 
 
-def _makespan(waiting: Sequence[tuple], column: int, workers: int, turns: bool) -> float:
-    free = [0.0] * max(1, workers)
-    if turns:
-        amounts = [max(0.0, row[column]) for row in waiting]
-        return max(max(amounts, default=0.0), sum(amounts) / len(free))
+def _makespan(waiting: Sequence[tuple], column: int, workers: int) -> float:
+    free = [0.0] * workers
     for row in sorted(waiting, key=lambda row: (not row[0], -row[column])):
-        heapq.heappush(free, heapq.heappop(free) + max(0.0, row[column]))
+        heapq.heappush(free, heapq.heappop(free) + row[column])
     return max(free)
 
 

@@ -9,7 +9,12 @@ of all do not fit into memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+
+
+def soonest_end(amounts: Collection[float], workers: int) -> float:
+    """When workers that take turns can be done with so much work a bank: with the longest, or an even share of all."""
+    return max(*amounts, sum(amounts) / workers) if amounts else 0.0
 
 
 class Turns:
@@ -31,7 +36,7 @@ class Turns:
         longest = max(waiting, key=lambda name: (unfinished[name], name), default="")
         chosen = mine if mine in unfinished else longest
         if chosen == mine and longest and self._held:
-            end = max(max(unfinished.values()), sum(unfinished.values()) / (len(self._held) + 1))
+            end = soonest_end(unfinished.values(), len(self._held) + 1)
             # After one more epoch it would be too late for the longest.
             if unfinished[longest] > max(left, end - epoch):
                 chosen = longest

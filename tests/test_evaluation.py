@@ -12,7 +12,6 @@ import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,8 +31,7 @@ from acw.gold_standard import BANDWIDTHS, GoldStandard, has_subjects
 from acw.metrics import METRICS, Components, ShuffledFixations, Target, score
 from acw.model import Model
 from acw.scoring import REFERENCES, Scores, Scoring, score_images
-from acw.shuffled import SIDE, MeanPrediction
-from acw.storage import UserError
+from acw.shuffled import MeanPrediction
 
 BACKBONE_NAMES = ("one", "two", "three")
 CATEGORIES = ("Art", "Street", "Zoo")
@@ -217,17 +215,6 @@ def test_the_gold_standard_counts_every_fixation_once(scoring: Scoring, scores: 
             log_p[mine] = finalizer.upsample(others, size)[y[mine].astype(int), x[mine].astype(int)]
         expected = (log_p.mean() + math.log(size[0] * size[1])) / math.log(2)
         assert by_name["gold_standard"]["LL"] == pytest.approx(expected, abs=1e-5)
-
-
-def test_another_models_density_that_is_0_where_somebody_looked_is_named(scoring: Scoring) -> None:
-    size = SIZES[0]
-    x, y, _ = scoring.dataset.fixations_of(0)
-    log_density = np.full(size, -np.log(size[0] * size[1] - 1))
-    log_density[int(y[0]), int(x[0])] = -np.inf
-    hole = SimpleNamespace(name="hole", kind="density", of=lambda index: log_density)
-    beside = dataclasses.replace(scoring, outside=(hole,))
-    with pytest.raises(UserError, match=r"hole: its IG on 00\.png is -inf"):
-        beside.image(0, means_of(scoring) | {"hole": MeanPrediction(torch.ones(SIDE, SIDE).double(), 1)})
 
 
 def test_unknown_categories_have_no_right_and_wrong_weights(scoring: Scoring, scores: dict[int, Scores]) -> None:

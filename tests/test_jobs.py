@@ -203,17 +203,21 @@ def test_a_finished_model_is_scored_on_a_data_set_of_other_categories(done: Run,
 
 
 def test_other_models_maps_are_scored_beside_ours(done: Run, tmp_path: Path) -> None:
-    """Our centre bias as a density scores as it; a saliency map has no likelihood."""
+    """Our centre bias as a density scores as it; a saliency map has no likelihood; a hole in a density is named."""
     options = displays(tmp_path / "other", ("Size", "Text"), 2)
     names = ("Size/000", "Size/001", "Text/000", "Text/001")
     bias = acw.load(done.job.folder).center_bias
     for name in names:
         with Image.open(tmp_path / "other" / f"{name}.png") as picture:
             density = bias.of_size((picture.height, picture.width))
-        for folder, values in (("bias", density), ("map", np.exp(density))):
+        for folder, values in (
+            ("bias", density),
+            ("map", np.exp(density)),
+            ("hole", np.where(density < -9, -np.inf, 0)),
+        ):
             path = tmp_path / folder / f"{name}.npy"
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, values)
+            np.save(path, values - np.log(np.exp(values).sum()) if folder == "hole" else values)
     out = tmp_path / "scores.json"
     common = ["--model", done.job.folder, *options, "--out", out]
     succeed("evaluate", *common, "--maps", tmp_path / "bias", "--kind", "density")
@@ -225,6 +229,9 @@ def test_other_models_maps_are_scored_beside_ours(done: Run, tmp_path: Path) -> 
     lines = succeed("evaluate", *common, "--maps", f"theirs={tmp_path / 'map'}", "--kind", "saliency")
     assert set(scores_of(out)["models"]["theirs"]["overall"]) == set(METRICS) - {"IG", "LL"}
     assert any(line.startswith("theirs") for line in lines)
+    failed = run("evaluate", *common, "--maps", tmp_path / "hole", "--kind", "density")
+    assert failed.returncode == 2
+    assert "hole: its IG on" in failed.stderr.splitlines()[-1]
 
 
 # --- Help ------------------------------------------------------------------------------------------------------------

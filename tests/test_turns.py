@@ -51,7 +51,5 @@ def test_four_banks_on_three_workers() -> None:
 
 def test_a_worker_alone_trains_one_bank_after_the_other() -> None:
     turns = Turns({"short": 2.0, "long": 3.0})
-    assert [turns.next(0, *left) for left in ((0.0, 0.0), (2.0, 1.0), (1.0, 1.0), (0.0, 0.0))] == ["long"] * 3 + [
-        "short"
-    ]
-    assert [turns.next(0, 1.0, 1.0), turns.next(0, 0.0, 0.0), turns.next(0, 0.0, 0.0)] == ["short", "", ""]
+    told = [(0.0, 0.0), (2.0, 1.0), (1.0, 1.0), (0.0, 0.0), (1.0, 1.0), (0.0, 0.0), (0.0, 0.0)]
+    assert [turns.next(0, *left) for left in told] == ["long", "long", "long", "short", "short", "", ""]
