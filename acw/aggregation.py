@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ import torch
 from acw import categories, fusion
 from acw.banks import Bank, BankState, checkpoint_path, plan_banks
 from acw.batches import TrainingSet, group_by_shape
+from acw.categories import CategoryClassifier
 from acw.center_bias import CenterBias, fixed_gaussian, kde
+from acw.cluster import begin
 from acw.data import Dataset, Split
 from acw.ensemble import ensemble
 from acw.features import FeatureStore
@@ -31,9 +32,6 @@ from acw.model import Model
 from acw.recipes import Recipe
 from acw.storage import UserError, fetch, local
 from acw.training import EVALUATION_BATCH
-
-# Of the driver, beyond which memory would be the limit.
-MOST_THREADS = 16
 
 
 def training_set(dataset: Dataset, split: Split, recipe: Recipe) -> TrainingSet:
@@ -128,32 +126,22 @@ def out_of_fold(
 ) -> OutOfFold:
     """Each development image predicted by the heads of the fold whose validation set it is in, averaged over seeds.
 
-    heads: as `heads_by_fold` gives them; those of a model taken as it is trained on none of the images.
+    heads: as `heads_by_fold` gives them; those of a model taken as it is trained on none of the images. Computed by all
+    cores of the Ray cluster.
     """
-    finalizer = recipe.finalizer
+    import ray
 
-    @torch.no_grad()
-    def of_heads(fold: int, number: int) -> dict[int, np.ndarray]:
-        """Image -> log-densities at its fixations, by the fold's heads on a backbone."""
-        store, bank = stores[number], heads[fold % len(heads)][recipe.backbones[number]]
-        found = {}
-        for group in group_by_shape([store], training.sizes, split.validation(fold), finalizer):
-            bias = torch.from_numpy(training.finalizer_bias[fold].of_size(finalizer.grid(training.sizes[group[0]])))
-            for start in range(0, len(group), EVALUATION_BATCH):
-                some = group[start : start + EVALUATION_BATCH]
-                for index, log_density in zip(some, ensemble(bank, store.load(some), bias, finalizer), strict=True):
-                    found[index] = _at_fixations(dataset, index, log_density, finalizer)
-        return found
-
-    # Many small operations: threads with one core each are faster than all cores on each operation.
-    tasks = list(itertools.product(range(recipe.folds), range(len(stores))))
-    cores = torch.get_num_threads()
-    with ThreadPoolExecutor(min(cores, MOST_THREADS), "heads", torch.set_num_threads, (1,)) as pool:
-        said = dict(zip(tasks, pool.map(of_heads, *zip(*tasks, strict=True)), strict=True))
-    torch.set_num_threads(cores)  # of the process's matrix products, which one thread's setting is for, too
+    finalizer, shared = recipe.finalizer, ray.put(dataset)
+    said: dict[tuple[int, int], Callable[[], dict[int, np.ndarray]]] = {}
+    for fold, number in itertools.product(range(recipe.folds), range(len(stores))):
+        bank = heads[fold % len(heads)][recipe.backbones[number]]
+        groups = group_by_shape([stores[number]], training.sizes, split.validation(fold), finalizer)
+        arguments = groups, stores[number], bank, training.finalizer_bias[fold], finalizer
+        said[fold, number] = begin(_log_densities, shared, *arguments)
+    found = {task: result() for task, result in said.items()}
     fold_of = {int(index): fold for fold in range(recipe.folds) for index in split.validation(fold)}
     images = np.array(sorted(fold_of))
-    log_p = [np.stack([said[fold_of[i], number][i] for number in range(len(stores))], 1) for i in images.tolist()]
+    log_p = [np.stack([found[fold_of[i], number][i] for number in range(len(stores))], 1) for i in images.tolist()]
     baseline = {}
     for index, fold in fold_of.items():
         bias = torch.from_numpy(training.baseline[fold].of_size(finalizer.grid(dataset.stimuli[index].size)))
@@ -161,6 +149,26 @@ def out_of_fold(
     image = np.repeat(np.arange(len(images)), [len(one) for one in log_p])
     likelihoods = Likelihoods(np.concatenate(log_p), image, len(images))
     return OutOfFold(images, likelihoods, np.array([baseline[index] for index in images]))
+
+
+@torch.no_grad()
+def _log_densities(
+    dataset: Dataset,
+    groups: Sequence[Sequence[int]],
+    store: FeatureStore,
+    bank: Parameters,
+    center_bias: CenterBias,
+    finalizer: Finalizer,
+) -> dict[int, np.ndarray]:
+    """Image -> log-densities at its fixations, by a bank's heads; groups: the images, by shape."""
+    found = {}
+    for group in groups:
+        bias = torch.from_numpy(center_bias.of_size(finalizer.grid(dataset.stimuli[group[0]].size)))
+        for start in range(0, len(group), EVALUATION_BATCH):
+            some = group[start : start + EVALUATION_BATCH]
+            for index, log_density in zip(some, ensemble(bank, store.load(some), bias, finalizer), strict=True):
+                found[index] = _at_fixations(dataset, index, log_density, finalizer)
+    return found
 
 
 def _at_fixations(dataset: Dataset, index: int, log_density: torch.Tensor, finalizer: Finalizer) -> np.ndarray:
@@ -221,22 +229,24 @@ def joint_weights(dataset: Dataset, split: Split, predictions: OutOfFold, system
     return Fusion(category, {}, np.moveaxis(by_system, 0, 2).reshape(len(weights), -1) / len(systems))
 
 
+def fit_classifier(dataset: Dataset, split: Split, stores: Sequence[FeatureStore]) -> CategoryClassifier:
+    """Category inference from the development images' features."""
+    images = split.development
+    pooled = np.hstack([store.pooled(images).double().numpy() for store in stores])
+    return categories.fit(pooled, dataset.category_index[images], len(dataset.categories), split.fold[images])
+
+
 def assemble(
     recipe: Recipe,
     dataset: Dataset,
     split: Split,
     heads: Sequence[Mapping[str, Parameters]],
-    stores: Sequence[FeatureStore],
+    center_bias: CenterBias,
+    classifier: CategoryClassifier,
     fitted: Fusion,
     provenance: dict[str, Any],
 ) -> Model:
-    """The finished model; its centre bias is the KDE of all five folds' images. heads: as for `out_of_fold`."""
-    development = split.development
-    center_bias = kde_of(dataset, development)
-    pooled = np.hstack([store.pooled(development).double().numpy() for store in stores])
-    classifier = categories.fit(
-        pooled, dataset.category_index[development], len(dataset.categories), split.fold[development]
-    )
+    """The finished model. heads: as for `out_of_fold`; center_bias: the KDE of all folds' images."""
     model = Model(
         backbones=recipe.backbone_values,
         heads={},
@@ -245,7 +255,7 @@ def assemble(
         weights=fitted.category.weights,
         global_weights=fitted.category.global_weights,
         center_bias=center_bias,
-        finalizer_bias=finalizer_bias(recipe, dataset, development, center_bias),
+        finalizer_bias=finalizer_bias(recipe, dataset, split.development, center_bias),
         classifier=classifier,
         provenance=provenance,
     )
@@ -280,7 +290,7 @@ def fold_models(
             global_weights=own[fold].mean(0),
             center_bias=training.baseline[fold],
             finalizer_bias=training.finalizer_bias[fold],
-            classifier=categories.CategoryClassifier(np.empty(0), np.empty(0), np.empty(0), np.empty(0), math.nan),
+            classifier=CategoryClassifier(np.empty(0), np.empty(0), np.empty(0), np.empty(0), math.nan),
             provenance={},
         )
         for fold in range(recipe.folds)

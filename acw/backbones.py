@@ -6,6 +6,7 @@ A `Backbone` is a value and costs nothing; torch and timm are imported only wher
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -266,8 +267,7 @@ def load_backbone(backbone: Backbone, device: torch.device | str = "cpu") -> Fro
     # On "meta" tensors have no values: what the source does not fill cannot compute anything.
     with torch.device("meta"):
         network = timm.create_model(backbone.timm_name, pretrained=False).eval().requires_grad_(False)
-    if backbone.static_padding is not None:
-        _pad_statically(network, backbone.static_padding)
+    _pad_same(network, backbone.static_padding)
     expected = {key: value.shape for key, value in network.state_dict().items() if not is_counter(key)}
     channels, normed = _truncate(network, backbone.taps)
     # `state` carries the layers' versions, without which load_state_dict would want the counters back.
@@ -376,20 +376,30 @@ def _fold(network: torch.nn.Module, conv_name: str, norm_name: str) -> None:
     network.set_submodule(norm_name, torch.nn.Sequential(*rest))
 
 
-def _pad_statically(network: torch.nn.Module, image_side: int) -> None:
-    """Replaces padding that depends on the input by that for a square image, as efficientnet_pytorch does."""
-    import torch
-    from timm.layers import Conv2dSame
-    from torch.nn.functional import pad
+def _pad_same(network: torch.nn.Module, image_side: int | None) -> None:
+    """Has "same" convolutions, timm's `Conv2dSame`, pad as they convolve, instead of making a padded copy first.
 
-    for name, conv in list(network.named_modules()):
-        if not isinstance(conv, Conv2dSame):
-            continue
-        kernel, stride = conv.kernel_size[0], conv.stride[0]
+    With an image_side, they pad whatever the input as for a square image of that side, as efficientnet_pytorch does.
+    """
+    from timm.layers import Conv2dSame
+
+    for conv in network.modules():
+        if isinstance(conv, Conv2dSame):
+            conv.forward = functools.partial(_convolve_same, conv, image_side=image_side)  # type: ignore[method-assign]
+
+
+def _convolve_same(conv: torch.nn.Conv2d, x: torch.Tensor, image_side: int | None) -> torch.Tensor:
+    from torch.nn.functional import conv2d
+
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    pads, first, cells = [], [], []
+    for length in x.shape[2:]:
         # Each layer is padded as if it saw the whole image, not what the layers before have left of it.
-        total = max((math.ceil(image_side / stride) - 1) * stride + kernel - image_side, 0)
-        pads = (total // 2, total - total // 2) * 2
-        channels, bias = (conv.in_channels, conv.out_channels), conv.bias is not None
-        plain = torch.nn.Conv2d(*channels, kernel, stride, groups=conv.groups, bias=bias, device="meta")
-        plain.register_forward_pre_hook(lambda module, args, pads=pads: (pad(args[0], pads),))
-        network.set_submodule(name, plain.requires_grad_(False))
+        seen = image_side or length
+        total = max((math.ceil(seen / stride) - 1) * stride + kernel - seen, 0)
+        # One more at the end than at the beginning is a stride more on both sides, without the first result.
+        first.append(total % 2)
+        pads.append(total // 2 + total % 2 * stride)
+        cells.append((length + total - kernel) // stride + 1)
+    y = conv2d(x, conv.weight, conv.bias, conv.stride, (pads[0], pads[1]), conv.dilation, conv.groups)
+    return y[:, :, first[0] : first[0] + cells[0], first[1] : first[1] + cells[1]]

@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from acw.storage import UserError
+
+T = TypeVar("T")
 
 # How many GPUs a job asks of an autoscaling cluster that has none yet; --workers asks for another number.
 GPUS_TO_START = 4
@@ -221,6 +223,24 @@ class Demand:
         for one in self._waiting:
             ray.cancel(one)
         self._waiting = []
+
+
+def begin(function: Callable[..., T], *arguments: Any) -> Callable[[], T]:
+    """Has one core of the cluster call a function, a module's own, with these arguments, while this process goes on.
+
+    Arguments may be what `ray.put` gave. What is returned waits for the result, or raises what the function raised.
+    """
+    import ray
+
+    reference = ray.remote(num_cpus=1, max_retries=3)(_call).remote(function, *arguments)
+    return lambda: ray.get(reference)
+
+
+def _call(function: Callable[..., T], *arguments: Any) -> T:
+    from acw.process import compute_with
+
+    compute_with(1)
+    return function(*arguments)
 
 
 def place_of(allocation: Allocation, device: Any) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from torch import Tensor
 LONGEST_RADIUS = 4096
 # For which image the progressive upsampling's steps are given (height, width); CAT2000's.
 STEPS_IMAGE = (1080, 1920)
+# A spline's weights fade by a factor of four a cell; these are far below float32's rounding of the sum.
+NEGLIGIBLE = 1e-12
 
 Grid = tuple[int, int]
 
@@ -222,11 +224,15 @@ def spline_matrix(source: int, target: int, device: torch.device | str = "cpu") 
 
     Twice differentiable, so that sums over coarse cells are integrals: interpolated linearly, a log-density on cells of
     8 px had a normaliser that was 0.01 nat off. Not-a-knot ends, which also reach the half cell beyond the last centre.
+    Weights of cells far away are 0: they, or their products, would be denormal numbers, which some CPUs multiply thirty
+    times slower than others.
     """
     if source == 1:
         return torch.ones(target, 1, device=device)
     spline = make_interp_spline(np.arange(source) + 0.5, np.eye(source), k=min(3, source - 1))
-    return torch.from_numpy(spline((np.arange(target) + 0.5) * (source / target))).to(device, torch.float32)
+    weights = spline((np.arange(target) + 0.5) * (source / target))
+    weights[np.abs(weights) < NEGLIGIBLE] = 0
+    return torch.from_numpy(weights).to(device, torch.float32)
 
 
 @lru_cache(maxsize=32)

@@ -214,6 +214,8 @@ def epoch_batches(recipe: Recipe, batches: Batches, epoch: int) -> list[np.ndarr
             result += [shuffled[start : start + size] for start in range(0, whole, size)]
             rest.append(shuffled[whole:])
         mixed = generator.permutation(np.concatenate(rest))
+        # Of one shape together: each shape in a batch costs a pass of its own.
+        mixed = np.concatenate(batches.groups(mixed))
         result += [mixed[start : start + size] for start in range(0, len(mixed), size)]
     return [result[index] for index in generator.permutation(len(result))]
 

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from acw.storage import csv_text, fetch, shown, write_atomic, write_json
 
 if TYPE_CHECKING:
     from acw.aggregation import Fusion, OutOfFold
+    from acw.center_bias import CenterBias
     from acw.fusion import CategoryWeights
     from acw.gold_standard import GoldStandard
     from acw.joint import SystemState
@@ -35,8 +36,11 @@ EXAMPLES = 4  # categories in the picture
 @log.stage("aggregation")
 def aggregate(job: Job) -> None:
     """Leaves the model, its weights and its scores in the run's folder and in MLflow."""
+    import ray
+
     from acw import aggregation, report, run_log, tracking
     from acw.backbones import load_backbone
+    from acw.cluster import begin
     from acw.evaluation import per_image_csv, summarise
     from acw.predictions import Predictions
 
@@ -44,19 +48,24 @@ def aggregate(job: Job) -> None:
     stores = list(job.stores().values())
     banks, systems = aggregation.trained(recipe, folder)
     heads = aggregation.heads_by_fold(recipe, banks, systems)
+    # Of the cluster's cores, each has one thing to do that would keep the others waiting.
+    shared = ray.put(dataset)
+    classifier = begin(aggregation.fit_classifier, shared, split, stores)
+    center_bias = aggregation.kde_of(dataset, split.development)
+    people = _gold_standard(job, shared, center_bias)
+    networks = [load_backbone(backbone) for backbone in recipe.backbone_values]
     training = aggregation.training_set(dataset, split, recipe)
     predictions = aggregation.out_of_fold(recipe, dataset, training, split, heads, stores)
     fitted = _weights(job, predictions, systems)
     record = json.loads(fetch(folder / "recipe.json").read_text())
-    model = aggregation.assemble(recipe, dataset, split, heads, stores, fitted, record)
-    networks = [load_backbone(backbone) for backbone in recipe.backbone_values]
+    model = aggregation.assemble(recipe, dataset, split, heads, center_bias, classifier(), fitted, record)
     model.save(folder / "model", networks)
     state = model.state_dict(networks)
     write_atomic(folder / "model.pth", lambda temporary: torch.save(state, temporary))
     _write_weights(folder, model, fitted.category)
     write_atomic(folder / "out_of_fold.csv", _out_of_fold_csv(job, predictions, fitted.category.left_out))
 
-    gold = _gold_standard(job, model)
+    gold = people()
     scores = _held_out_scores(job, model, stores, fitted.controls, gold)
     write_atomic(folder / "per_image.csv", per_image_csv(dataset, scores))
     evaluation: dict[str, Any] = {
@@ -97,13 +106,15 @@ def _weights(job: Job, predictions: OutOfFold, systems: Sequence[SystemState]) -
     return fitted
 
 
-def _gold_standard(job: Job, model: Model) -> GoldStandard | None:
+def _gold_standard(job: Job, dataset: Any, center_bias: CenterBias) -> Callable[[], GoldStandard | None]:
+    """Begins to fit how well people predict people; dataset: the job's, as the cluster has it."""
     from acw import gold_standard
+    from acw.cluster import begin
 
     if gold_standard.has_subjects(job.dataset, range(len(job.dataset.stimuli))):
-        return gold_standard.fit(job.dataset, job.split.development, model.center_bias)
+        return begin(gold_standard.fit, dataset, job.split.development, center_bias)
     print("no gold_standard: it needs two named subjects for every image", flush=True)
-    return None
+    return lambda: None
 
 
 def _held_out_scores(
