@@ -21,7 +21,7 @@ PATIENCE_SECONDS = 20 * 60.0
 WAITING_SECONDS = 60.0
 
 
-# Of the driver's environment, what workers on other nodes are to find in theirs: addresses and sizes.
+# Of the driver's environment, what workers on other nodes are to find in theirs: addresses, sizes, memory.
 SHARED = (
     "ACW_CACHE_GB",
     "AWS_DEFAULT_REGION",
@@ -29,6 +29,7 @@ SHARED = (
     "AWS_ENDPOINT_URL_S3",
     "AWS_PROFILE",
     "AWS_REGION",
+    "GLIBC_TUNABLES",
     "MALLOC_ARENA_MAX",
 )
 
@@ -57,6 +58,8 @@ def connect() -> None:
     # Ray's threads would leave glibc with an arena each, and every thread that reads features would take another and
     # keep memory in it. Only a process that starts with this has but one (`process.compute_with`).
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    # In pages of 2 MB, where the system has them: a virtual machine pays much for looking up 4 KB ones.
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     import ray
 
     # Ray says at each start that its token authentication is on, which is what we want.

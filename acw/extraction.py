@@ -38,7 +38,7 @@ from acw.features import (
     write_shard,
 )
 from acw.pace import Begun, Pace, Variant
-from acw.process import compute_with, give_back_memory
+from acw.process import compute_with, give_back_when_idle
 from acw.resources import Cost, peak_rss
 from acw.storage import UserError, fetch, remove, write_json
 
@@ -140,12 +140,14 @@ def _extract_shards(
                 raise UserError(f"{backbone.name}: the weights on this node differ from those on the head node")
             decoders = max(1, int(gpus * _cores_per_gpu())) if cuda else 1
             write_shards(model, backbone, stimuli, missing, folders[backbone.name], pace, decoders)
-            give_back_memory()
+            give_back_when_idle()
         return backbone.name, len(shards), sum(len(_indices(stimuli, shard)) for shard in missing), peak_rss()
 
-    # Smaller tasks towards the end would be better still, but two a worker waste little.
     size = min(SHARDS_PER_TASK["GPU" if gpus else "CPU"], -(-total // (2 * allocation.workers)))
     waiting = [(b, part[at : at + size]) for b, part in doubtful.items() for at in range(0, len(part), size)][::-1]
+    # The last ones are small, lest all wait for one worker's.
+    last = [(b, [shard]) for b, part in waiting[: allocation.workers] for shard in part[::-1]]
+    waiting = last + waiting[allocation.workers :]
     shared = ray.put(stimuli)
     out: list[Any] = []
     start = shown = time.monotonic()

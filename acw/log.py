@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,11 @@ def events(folder: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found
+
+
+def seconds(event: Mapping[str, Any]) -> float:
+    """When an event was, Unix time."""
+    return datetime.datetime.fromisoformat(event["time"]).timestamp()
 
 
 def stage(name: str) -> Callable[[Callable[[Job], None]], Callable[[Job], None]]:

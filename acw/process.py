@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+import threading
 
 import torch
 
 # glibc's mallopt: numbers of its settings, and the most that one can be set to.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 ALWAYS = 2**31 - 1
+# Between two tasks of one kind, a process waits for less than this.
+IDLE_SECONDS = 2.0
+_idle: threading.Timer | None = None
 
 
 def compute_with(threads: int) -> None:
@@ -19,6 +23,8 @@ def compute_with(threads: int) -> None:
     A step makes and drops hundreds of megabytes of tensors. glibc gives them back to the system, which then clears
     each page again: an eighth of a training step, a sixth of a backbone's pass (docs/log.md).
     """
+    if _idle:
+        _idle.cancel()
     torch.set_num_threads(threads)
     if libc := _glibc():
         # From one arena, which all threads share: what one leaves, another takes.
@@ -26,10 +32,13 @@ def compute_with(threads: int) -> None:
             libc.mallopt(setting, value)
 
 
-def give_back_memory() -> None:
-    """Gives the system what is kept: for the end of a task whose process Ray may keep for other ones."""
+def give_back_when_idle() -> None:
+    """Gives the system what is kept, unless this process soon computes again: Ray may keep it for other tasks."""
+    global _idle
     if libc := _glibc():
-        libc.malloc_trim(0)
+        _idle = threading.Timer(IDLE_SECONDS, libc.malloc_trim, (0,))
+        _idle.daemon = True
+        _idle.start()
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from acw import log
 from acw.banks import Bank, above, checkpoint_path, system_path
 from acw.recipes import Recipe
 from acw.storage import fetch
@@ -173,15 +174,15 @@ class Standing:
         return now - max(self.written or 0.0, begun) > max(STALLED_SECONDS, STALLED_EPOCHS * longest)
 
 
-def in_hand(events: Iterable[Mapping[str, Any]]) -> set[str]:
-    """The units that workers have, each the one that it began with last, as a run's log tells."""
-    hands: dict[Any, str] = {}
+def in_hand(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The units that workers have, each the one that it began with last, and since when (Unix time), by a run's log."""
+    hands: dict[Any, tuple[str, float]] = {}
     for event in events:
         if event["event"] == "crew gathered":
             hands.clear()
         elif event["event"] == "bank begun":
-            hands[event.get("worker", event["bank"])] = event["bank"]
-    return set(hands.values())
+            hands[event.get("worker", event["bank"])] = event["bank"], log.seconds(event)
+    return dict(hands.values())
 
 
 def read(unit: Unit) -> Standing:

@@ -138,7 +138,7 @@ def _driver(events: list[dict[str, Any]], now: float) -> Driver | None:
         return None
     begin, own = events[places[-1]], events[places[-1] :]
     last = own[-1]
-    seen = _seconds(last["time"])
+    seen = log.seconds(last)
     finished, failed = last["event"] == "stage finished", last["event"] == "stage failed"
     if failed or last["event"] == "stage interrupted":
         alive = False
@@ -147,9 +147,7 @@ def _driver(events: list[dict[str, Any]], now: float) -> Driver | None:
     else:
         alive = not finished and now - seen < MISSED_BEATS * log.BEAT_SECONDS
     error = last.get("error", "") if failed else ""
-    return Driver(
-        begin["stage"], _seconds(begin["time"]), seen, begin["node"], begin["pid"], alive, finished, error, own
-    )
+    return Driver(begin["stage"], log.seconds(begin), seen, begin["node"], begin["pid"], alive, finished, error, own)
 
 
 def _unlogged(units: Sequence[Standing], now: float) -> Driver:
@@ -215,7 +213,7 @@ def _extraction(driver: Driver) -> dict[str, Any]:
 def _unit(one: Standing, driver: Driver, runs: bool, usual: float | None, now: float) -> dict[str, Any]:
     """A bank, or a fold's system; usual: what an epoch of one takes, seconds."""
     events = [event for event in driver.events if event["event"] == "bank begun" and event["bank"] == one.unit.name]
-    begun = [_seconds(event["time"]) for event in events]
+    begun = [log.seconds(event) for event in events]
     if one.written and one.written > driver.since:
         begun.append(driver.since)
     hands = in_hand(driver.events)
@@ -269,10 +267,6 @@ def _end(driver: Driver, stages: Sequence[dict[str, Any]], now: float) -> dict[s
         "ends": _iso(now + 60 * left) if left is not None else None,
         "then": names[names.index(running["name"]) + 1 :] if running else [],
     }
-
-
-def _seconds(moment: str) -> float:
-    return datetime.datetime.fromisoformat(moment).timestamp()
 
 
 def _iso(seconds: float | None) -> str | None:

@@ -73,8 +73,10 @@ class Watch:
             if stopped and (name, head) not in self._stopped:
                 self._stopped.add((name, head))
                 log.event("head stopped", training=self.what, bank=name, head=head, epochs=one.epochs, ig=ig)
-        silent = one.written and one.written > self._start and one.stalled(time.time(), self._start)
-        if not silent or name not in in_hand(log.events(self.folder)):
+        now = time.time()
+        silent = one.written and one.written > self._start and one.stalled(now, self._start)
+        since = in_hand(log.events(self.folder)).get(name) if silent else None
+        if since is None or not one.stalled(now, since):
             self._stalled.discard(name)
         elif name not in self._stalled:
             self._stalled.add(name)

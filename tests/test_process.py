@@ -1,17 +1,21 @@
-"""A process that computes keeps its tensors' memory, and gives it back when its task is over."""
+"""A process that computes keeps its tensors' memory, in large pages, and gives it back when it has nothing to do."""
 
 import json
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 # In a process of its own, as the setting is the process's for good.
 MEMORY = """
-import json, resource, torch
+import json, resource, time, torch
 from pathlib import Path
-from acw.process import compute_with, give_back_memory
+from acw import process
+from acw.process import compute_with, give_back_when_idle
+
+process.IDLE_SECONDS = 0.2
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -33,8 +37,15 @@ kept = faults()
 large = [torch.ones(20_000_000) for _ in range(2)]
 del large
 full = resident()
-give_back_memory()
-print(json.dumps({"before": before, "kept": kept, "full": full, "empty": resident()}))
+give_back_when_idle()
+compute_with(1)
+time.sleep(1)
+busy = resident()
+give_back_when_idle()
+end = time.monotonic() + 30
+while resident() > 0.9 * full and time.monotonic() < end:
+    time.sleep(0.1)
+print(json.dumps({"before": before, "kept": kept, "full": full, "busy": busy, "empty": resident()}))
 """
 
 
@@ -45,6 +56,7 @@ def test_memory_is_kept_while_computing_and_given_back_afterwards():
     assert pages["kept"] < 100 < pages["before"], pages
     # 160 MB were free, in pages of at least 4 KiB.
     assert pages["full"] - pages["empty"] > 100_000_000 / 65536, pages
+    assert pages["full"] - pages["busy"] < 10_000_000 / 65536, "the next task had begun"
 
 
 ARENAS = """
@@ -77,3 +89,32 @@ def test_all_threads_of_a_worker_allocate_from_one_arena() -> None:
     """Or each thread that reads features would keep memory of its own: it doubled a worker's."""
     result = subprocess.run([sys.executable, "-c", ARENAS], check=True, capture_output=True, text=True)
     assert result.stdout.split()[-1] == "1"
+
+
+LARGE_PAGES = """
+import ray, re, torch
+from pathlib import Path
+from acw.cluster import connect, disconnect
+
+connect()
+
+@ray.remote(num_cpus=0)
+def large():
+    from acw.process import compute_with
+    compute_with(1)
+    tensor = torch.ones(50_000_000)
+    return sum(map(int, re.findall(r"AnonHugePages: +([0-9]+) kB", Path("/proc/self/smaps").read_text())))
+
+print(ray.get(large.remote()))
+disconnect()
+"""
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc asks for large pages")
+@pytest.mark.skipif(
+    not SETTING.exists() or "[never]" in SETTING.read_text(), reason="this system has no large pages for the asking"
+)
+def test_a_workers_tensors_are_in_large_pages() -> None:
+    result = subprocess.run([sys.executable, "-c", LARGE_PAGES], check=True, capture_output=True, text=True)
+    assert int(result.stdout.split()[-1]) > 150_000, "kB, of a tensor of 200 MB"

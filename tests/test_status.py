@@ -175,6 +175,37 @@ def test_a_bank_that_waits_for_its_turn_is_not_stalled(tmp_path: Path) -> None:
     ]
 
 
+def test_a_bank_is_silent_since_a_worker_has_begun_with_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not since its last epoch, after which it waited for its turn."""
+    monkeypatch.setattr(log, "measure", lambda *_: None)  # that needs Ray
+    train(tmp_path, BANKS[1], RISING)
+    path = checkpoint_path(tmp_path, BANKS[1])
+    os.utime(path, (path.stat().st_atime, time.time() - 1000))
+
+    def warnings(watch: Watch, after: float) -> list[str]:
+        with monkeypatch.context() as later:
+            later.setattr("acw.watch.time.time", lambda: now + after)
+            watch.look()
+        return [event["bank"] for event in log.events(tmp_path) if event["event"] == "stalled"]
+
+    now = time.time()
+
+    @log.stage("training")
+    def training(job: Any) -> None:
+        watch = Watch("training", progress.bank_units(RECIPE, BANKS, tmp_path), tmp_path, 1)
+        watch._start = now - 2000  # of a driver that was there for the last epoch
+        log.event("bank begun", bank=BANKS[2].name, worker=0, **PLACE)
+        assert warnings(watch, 0) == []
+        log.event("bank begun", bank=BANKS[1].name, worker=0, **PLACE)
+        assert warnings(watch, 100) == []
+        assert warnings(watch, 310) == [BANKS[1].name]
+        assert warnings(watch, 320) == [BANKS[1].name], "once"
+
+    training(job(tmp_path))
+
+
 def test_an_interrupted_run(tmp_path: Path) -> None:
     halfway(tmp_path)
     program = """
