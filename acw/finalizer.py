@@ -10,7 +10,7 @@ DeepGaze IIE: Linardos, Kuemmerer, Press, Bethge, ICCV 2021, and its published P
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -147,7 +147,7 @@ def log_likelihood(
     parameters: Mapping[str, Tensor],
     priority_KBhw: Tensor,
     bias_KB: Tensor,
-    coarse_bias_KHW: Tensor,
+    coarse_biases: Sequence[tuple[Tensor, Tensor]],
     target_BHW: Tensor,
     finalizer: Finalizer,
 ) -> Tensor:
@@ -156,8 +156,9 @@ def log_likelihood(
     target_BHW are the fixations T on the density grid, as weights that sum to 1; bias_KB <T, b> of each head's centre
     bias b on that grid. With s the unnormalised log-density, it is <T, s> - logsumexp(s), and no map of s on that grid
     is made: the first part is exact on the readout's own grid, where T comes by the transposed finalizer, and the
-    normaliser is a sum over the cells of another grid, that of coarse_bias_KHW (b, sampled there), which for so smooth
-    a function differs little (`training.coarsest` measures how much).
+    normaliser is a sum over the cells of another grid, which for so smooth a function differs little
+    (`training.coarsest` measures how much). coarse_biases: of each such grid which heads (indices, int64 (k,)) have it,
+    and b, sampled there, of those (k, H, W); together they are all heads.
     """
     height, width = target_BHW.shape[1:]
     heads, images = priority_KBhw.shape[:2]
@@ -168,13 +169,24 @@ def log_likelihood(
     target_KBhw = half_BKhW.transpose(0, 1).reshape(heads, -1, width) @ horizontal_KWw
     at_fixations = (target_KBhw.view_as(priority_KBhw) * priority_KBhw).sum((2, 3))
     at_fixations = at_fixations + bias_weight_K[:, None] * bias_KB
-    coarse = coarse_bias_KHW.shape[1:]
-    if coarse != (height, width):
-        vertical_KHh = finalizer.sampling(height, coarse[0], vertical_KHh.device) @ vertical_KHh
-        horizontal_KWw = finalizer.sampling(width, coarse[1], vertical_KHh.device) @ horizontal_KWw
-    scores_KBHW = vertical_KHh[:, None] @ (priority_KBhw @ horizontal_KWw.mT[:, None])
-    scores_KBHW = torch.addcmul(scores_KBHW, bias_weight_K[:, None, None, None], coarse_bias_KHW[:, None])
-    return at_fixations - torch.logsumexp(scores_KBHW, (2, 3)) - math.log(height * width / coarse.numel())
+    parts = []
+    for heads_k, bias_kHW in coarse_biases:
+        # Of all heads, no copies.
+        vertical, horizontal, priority, weight = (
+            value if len(heads_k) == heads else value.index_select(0, heads_k)
+            for value in (vertical_KHh, horizontal_KWw, priority_KBhw, bias_weight_K)
+        )
+        coarse = bias_kHW.shape[1:]
+        if coarse != (height, width):
+            vertical = finalizer.sampling(height, coarse[0], vertical.device) @ vertical
+            horizontal = finalizer.sampling(width, coarse[1], vertical.device) @ horizontal
+        scores_kBHW = vertical[:, None] @ (priority @ horizontal.mT[:, None])
+        scores_kBHW = torch.addcmul(scores_kBHW, weight[:, None, None, None], bias_kHW[:, None])
+        parts.append(torch.logsumexp(scores_kBHW, (2, 3)) + math.log(height * width / coarse.numel()))
+    normaliser_KB = torch.cat(parts)
+    if len(parts) > 1:
+        normaliser_KB = normaliser_KB.index_select(0, torch.cat([heads_k for heads_k, _ in coarse_biases]).argsort())
+    return at_fixations - normaliser_KB
 
 
 def smoothing(

@@ -299,7 +299,8 @@ class Model:
         state |= {
             f"heads/{name}/{key}": value.cpu() for name, bank in self.heads.items() for key, value in bank.items()
         }
-        return state | {name: torch.from_numpy(array) for name, array in self._arrays().items()}
+        # Copied: arrays of Ray's are read-only, of which torch warns.
+        return state | {name: torch.tensor(array) for name, array in self._arrays().items()}
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {

@@ -143,20 +143,14 @@ def likelihood_of(
     device = batches.device
     strides = torch.as_tensor(strides, dtype=torch.float32).expand(len(folds))
     bias_KB = batches.at_fixations("finalizer_bias", batch)[folds.to(device)]
-    own = {name: parameters[name] for name in ("log_sigma", "center_bias_weight")}
-    parts, order = [], []
+    coarse_biases = []
     for stride in sorted(set(strides.tolist())):
         mine = torch.nonzero(strides == stride)[:, 0]
-        some = (
-            (own, priority)
-            if len(mine) == len(folds)
-            else (bank_of_heads.select(own, mine), priority.index_select(0, mine.to(device)))
-        )
-        coarse_KHW = batches.bias("finalizer_bias", batch.grid, stride)[folds[mine].to(device)]
-        bias = bias_KB[mine.to(device)], coarse_KHW
-        parts.append(finalizer.log_likelihood(*some, *bias, batch.target_BHW, batches.finalizer))
-        order.append(mine)
-    per_cell_KB = parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(order).argsort().to(device)]
+        of_folds = batches.bias("finalizer_bias", batch.grid, stride)
+        coarse_biases.append((mine.to(device), of_folds[folds[mine].to(device)]))
+    per_cell_KB = finalizer.log_likelihood(
+        parameters, priority, bias_KB, coarse_biases, batch.target_BHW, batches.finalizer
+    )
     return per_cell_KB - batch.log_area_B
 
 

@@ -63,7 +63,8 @@ class Step:
         # A uniform centre bias.
         log_density = -math.log(math.prod(GRID))
         self.bias = torch.full((on, BATCH), log_density)
-        self.coarse = torch.full((on, *(math.ceil(length / stride) for length in GRID)), log_density)
+        coarse = torch.full((on, *(math.ceil(length / stride) for length in GRID)), log_density)
+        self.coarse = [(self.on, coarse)]
 
     def __call__(self) -> None:
         flat = self.adam.flat.index_select(0, self.on).requires_grad_(True)
