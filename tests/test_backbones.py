@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.layers import Conv2dSame
 from torch.nn import functional
 
-from acw.backbones import BACKBONES, Backbone, FrozenBackbone, load_backbone, tap_outputs
+from acw.backbones import BACKBONES, Backbone, FrozenBackbone, _pad_same, load_backbone, tap_outputs
 from acw.storage import UserError
 from acw.weights import load_weights
 
@@ -131,6 +133,25 @@ def test_efficientnet_b5_pads_as_for_456_px() -> None:
     features = load_backbone(with_weights("efficientnet_b5", "random")).features(random_images(535, 701))
     # 267 -> 133 -> 66 -> 33 -> 16 -> 8 and 350 -> 175 -> 87 -> 43 -> 21 -> 10; timm's dynamic padding rounds up.
     assert [feature.shape[1:3] for feature in features] == [(16, 21), (16, 21), (8, 10)]
+
+
+@pytest.mark.parametrize("size", [(48, 64), (45, 62), (8, 7)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (3, 1), (5, 3)])
+def test_same_convolutions_see_what_a_padded_copy_would_show_them(
+    size: tuple[int, int], kernel: int, stride: int
+) -> None:
+    """As timm pads, for the input at hand, and as efficientnet_pytorch does, for a square image's."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand((2, 4, *size), generator=generator)
+    conv = Conv2dSame(4, 6, kernel, stride=stride, groups=2)
+    dynamic = conv(x)
+    total = (math.ceil(37 / stride) - 1) * stride + kernel - 37
+    static = functional.conv2d(
+        functional.pad(x, (total // 2, total - total // 2) * 2), conv.weight, conv.bias, stride, groups=2
+    )
+    for side, expected in ((None, dynamic), (37, static)):
+        _pad_same(conv, side)
+        torch.testing.assert_close(conv(x), expected, rtol=0, atol=1e-6)
 
 
 def test_sizes() -> None:

@@ -210,6 +210,9 @@ def test_the_coarsest_sum_within_the_tolerance_is_taken(training_set: TrainingSe
         torch.cat([training.log_likelihood(bank, folds, batch, batches, s) for batch in everything], 1).mean(1)
         for s in (strides, 0.5, 16.0)
     )
+    for head, stride in enumerate(strides.tolist()):
+        alone = torch.cat([training.log_likelihood(bank, folds, b, batches, stride) for b in everything], 1).mean(1)
+        assert float(taken[head]) == pytest.approx(float(alone[head]), abs=1e-5), "as if all heads had its stride"
     # Measured on some of the images.
     assert (taken - exact).abs().max() < 2 * training.LOSS_TOLERANCE
     assert (coarse - exact).abs()[1] > training.LOSS_TOLERANCE
@@ -224,6 +227,10 @@ def test_an_epoch_has_each_development_image_once(training_set: TrainingSet, sto
         assert {len(indices) for indices in epoch} <= set(range(1, RECIPE.batch_size + 1))
         assert all(len(set(training_set.fold[indices])) == 1 for indices in epoch)
         assert len(epoch) == sum(-(-(training_set.fold == f).sum() // RECIPE.batch_size) for f in range(RECIPE.folds))
+        for fold in range(RECIPE.folds):
+            own = [batches.groups(indices) for indices in epoch if training_set.fold[indices[0]] == fold]
+            shapes = len(batches.groups(np.flatnonzero(training_set.fold == fold)))
+            assert sum(map(len, own)) < len(own) + shapes, "a shape is spread over no more batches than it must"
     first, second = ([indices.tolist() for indices in epoch] for epoch in epochs)
     assert first != second
     assert [indices.tolist() for indices in training.epoch_batches(RECIPE, batches, 0)] == first
