@@ -48,7 +48,7 @@ def aggregate(job: Job) -> None:
     stores = list(job.stores().values())
     banks, systems = aggregation.trained(recipe, folder)
     heads = aggregation.heads_by_fold(recipe, banks, systems)
-    # Of the cluster's cores, each has one thing to do that would keep the others waiting.
+    # Each takes one core for long, beside what follows; asked for where it is needed.
     shared = ray.put(dataset)
     classifier = begin(aggregation.fit_classifier, shared, split, stores)
     center_bias = aggregation.kde_of(dataset, split.development)
