@@ -209,7 +209,7 @@ def epoch_batches(recipe: Recipe, batches: Batches, epoch: int) -> list[np.ndarr
             rest.append(shuffled[whole:])
         mixed = generator.permutation(np.concatenate(rest))
         # Of one shape together: each shape in a batch costs a pass of its own.
-        mixed = np.concatenate(batches.groups(mixed))
+        mixed = np.concatenate([mixed[:0], *batches.groups(mixed)])
         result += [mixed[start : start + size] for start in range(0, len(mixed), size)]
     return [result[index] for index in generator.permutation(len(result))]
 

@@ -234,6 +234,8 @@ def test_an_epoch_has_each_development_image_once(training_set: TrainingSet, sto
     first, second = ([indices.tolist() for indices in epoch] for epoch in epochs)
     assert first != second
     assert [indices.tolist() for indices in training.epoch_batches(RECIPE, batches, 0)] == first
+    alone = training.epoch_batches(dataclasses.replace(RECIPE, batch_size=1), batches, 0)
+    assert sorted(np.concatenate(alone)) == sorted(np.concatenate(epochs[0])), "also where no image is left over"
     other_seed = dataclasses.replace(RECIPE, seed=1)
     assert [indices.tolist() for indices in training.epoch_batches(other_seed, batches, 0)] != first
 
