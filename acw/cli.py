@@ -66,7 +66,7 @@ class Job:
         path = self.folder / "features.json"
         if not fetch(path).exists():
             raise UserError(f"{path}: features are not extracted yet; run jobs/extract.py with the same arguments")
-        folders = json.loads(path.read_text())
+        folders = json.loads(path.read_text(encoding="utf-8"))
         return {name: open_store(self.root / "features" / folders[name]) for name in self.recipe.backbones}
 
 
@@ -198,7 +198,7 @@ def _read_overlay(location: str) -> dict[str, Any]:
     """What jobs/tune.py wrote, the recipe's fields as `fields`; or only those, as a person may write them."""
     path = fetch(local_path(location, "--overlay"))
     try:
-        overlay = json.loads(path.read_text())
+        overlay = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); --overlay takes a file that jobs/tune.py wrote"

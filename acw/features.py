@@ -101,7 +101,7 @@ def open_store(folder: Path) -> FeatureStore:
     path = folder / "manifest.json"
     if not fetch(path).exists():
         raise UserError(f"{path}: no features there; run jobs/extract.py first")
-    manifest = json.loads(path.read_text())
+    manifest = json.loads(path.read_text(encoding="utf-8"))
     return FeatureStore(
         folder,
         manifest["images"],
@@ -136,7 +136,7 @@ def _note(path: Path, checksum: str) -> None:
 def _noted(path: Path) -> tuple[str, str]:
     """The checksum and version of a shard by its note; empty where there is none."""
     note = fetch(path.with_suffix(".sha256"))
-    checksum, _, noted = note.read_text().strip().partition(" ") if note.exists() else ("", "", "")
+    checksum, _, noted = note.read_text(encoding="utf-8").strip().partition(" ") if note.exists() else ("", "", "")
     return checksum, noted
 
 

@@ -76,7 +76,7 @@ class RunLog(logging.Handler):
         self.setFormatter(JsonLines(folder.name))
         self.path = folder / FILE
         self.last = time.monotonic()
-        before = self.path.read_text(errors="replace") if fetch(self.path).exists() else ""
+        before = self.path.read_text(errors="replace", encoding="utf-8") if fetch(self.path).exists() else ""
         # A driver that was killed may have left half a line.
         whole = before if not before or before.endswith("\n") else f"{before}\n"
         if whole != before or not before:
@@ -203,7 +203,7 @@ def born(pid: int) -> int | None:
     With it, a process that has got another's id is not taken for it.
     """
     try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *rest = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     return None if state == "Z" else int(rest[18])

@@ -81,7 +81,7 @@ class _Place:
     def known(self) -> Note | None:
         """What the file is a copy of; None where there is none, or it was changed or cut short."""
         try:
-            note = Note(**json.loads(self.state(".json").read_text()))
+            note = Note(**json.loads(self.state(".json").read_text(encoding="utf-8")))
             status = self.path.stat()
         except (OSError, ValueError, TypeError):
             return None
@@ -98,7 +98,7 @@ class _Place:
         note = self.state(".json")
         note.parent.mkdir(parents=True, exist_ok=True)
         partial = note.with_name(f".{note.name}.{os.getpid()}.{threading.get_ident()}.partial")
-        partial.write_text(json.dumps(asdict(Note(etag, status.st_size, status.st_mtime_ns, kept))))
+        partial.write_text(json.dumps(asdict(Note(etag, status.st_size, status.st_mtime_ns, kept))), encoding="utf-8")
         partial.replace(note)
         _added(self.cache, status.st_size)
 
@@ -257,7 +257,7 @@ class _Copies:
         self.cache, self.total, self.notes = cache, 0, []
         for path in (cache / STATE).rglob("*.json"):
             try:
-                note, used = Note(**json.loads(path.read_text())), path.stat().st_mtime
+                note, used = Note(**json.loads(path.read_text(encoding="utf-8"))), path.stat().st_mtime
             except (OSError, ValueError, TypeError):
                 continue  # just being written, or gone
             self.total += note.size

@@ -369,7 +369,7 @@ def describe(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{folder}: no model here (model.json is missing); give a finished run's folder or a model URI")
     try:
-        description = json.loads(path.read_text())
+        description = json.loads(path.read_text(encoding="utf-8"))
         version = description["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no description of a model; copy the model anew") from error

@@ -53,7 +53,7 @@ def write(run: Path, example: Callable[[str], Example], curves: Mapping[str, Seq
     `report.CENTRE_BIAS`, and may hold `report.GOLD_STANDARD`.
     curves: title -> validation IG per epoch of some heads, as `report.head_curves` and `report.joint_curves` give them.
     """
-    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     category, scores = _per_image(run)
     weights = _category_weights(run)
     sections = {
@@ -75,7 +75,7 @@ def write(run: Path, example: Callable[[str], Example], curves: Mapping[str, Seq
 
 def write_comparison(folder: Path) -> Path:
     """Writes report.html beside a reproduction.json (jobs/reproduce.py) and returns its path: tables and weights."""
-    found = json.loads(fetch(folder / "reproduction.json").read_text())
+    found = json.loads(fetch(folder / "reproduction.json").read_text(encoding="utf-8"))
     runs = {name: local(run) for name, run in found["runs"].items()}
     sections = {
         "Table 1": "<p>Validation images, as published; loss in nats per fixation.</p>" + _measured(found["table1"]),
@@ -300,7 +300,9 @@ def _progressions(runs: Mapping[str, Path]) -> str:
         return "<p>No run here learned its weights.</p>"
     histories = {name: _history(run) for name, run in runs.items()}
     units = {
-        name: "epoch" if json.loads(fetch(run / "recipe.json").read_text())["recipe"].get("joint") else "step of EM"
+        name: "epoch"
+        if json.loads(fetch(run / "recipe.json").read_text(encoding="utf-8"))["recipe"].get("joint")
+        else "step of EM"
         for name, run in runs.items()
     }
     values = [v for h in histories.values() for one in h.values() for weights in one.values() for v in weights]

@@ -50,4 +50,4 @@ def note(run: Path, step: str, cost: Cost) -> None:
 def noted(run: Path) -> dict[str, Any]:
     """What `note` has kept: step -> fields of its cost; empty where nothing is."""
     path = fetch(run / FILE)
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

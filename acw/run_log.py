@@ -58,7 +58,7 @@ def _log_run(
     client, experiment = tracking.connect(uri)
     import mlflow
 
-    record = json.loads(fetch(run / "recipe.json").read_text())
+    record = json.loads(fetch(run / "recipe.json").read_text(encoding="utf-8"))
     parent = version = None
     for attempt in client.search_runs([experiment], f'tags."acw.folder" = "{run.name}"'):
         if "acw.reason" in attempt.data.tags:

@@ -135,7 +135,7 @@ class Search:
         for number in itertools.count():
             if not (path := fetch(self._path(number))).exists():
                 break
-            entry = json.loads(path.read_text())
+            entry = json.loads(path.read_text(encoding="utf-8"))
             population = Population(number, entry["first"], entry["common"], entry["own"])
             self.proposed[number] = population
             if entry["outcomes"]:

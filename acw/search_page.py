@@ -26,7 +26,7 @@ Entry = dict[str, Any]
 
 def write(folder: Path) -> Path:
     """Writes the report of the search whose search.json is in the folder; returns its path."""
-    found = json.loads(fetch(folder / "search.json").read_text())
+    found = json.loads(fetch(folder / "search.json").read_text(encoding="utf-8"))
     entries: list[Entry] = sorted(found["configurations"], key=lambda one: -_ig(one))
     sections = {
         "Configurations": _table(found, entries),

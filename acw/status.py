@@ -120,7 +120,7 @@ def _search(folder: Path, driver: Driver, now: float) -> dict[str, Any]:
 def _recipe(folder: Path, events: Sequence[dict[str, Any]]) -> Recipe:
     path = fetch(folder / "recipe.json")
     if path.exists():
-        fields = json.loads(path.read_text())["recipe"]
+        fields = json.loads(path.read_text(encoding="utf-8"))["recipe"]
     elif begun := [event["recipe"] for event in events if "recipe" in event]:
         fields = begun[-1]
     else:

@@ -83,12 +83,14 @@ class Run:
             self.failed()
 
     def failed(self) -> NoReturn:
-        raise SystemExit(f"the run ended with status {self.job.returncode}:\n{self.log.read_text()[-3000:]}")
+        raise SystemExit(
+            f"the run ended with status {self.job.returncode}:\n{self.log.read_text(encoding='utf-8')[-3000:]}"
+        )
 
     @property
     def scores(self) -> dict[tuple[str, str], float]:
         assert self.folder
-        models = json.loads((self.folder / "evaluation.json").read_text())["models"]
+        models = json.loads((self.folder / "evaluation.json").read_text(encoding="utf-8"))["models"]
         return {(name, m): one["mean"] for name, entry in models.items() for m, one in entry["overall"].items()}
 
 
@@ -280,7 +282,9 @@ def _endure(run: Run, faults: Faults, end: float) -> None:
         if status is not None:
             if not faults.excused:
                 run.failed()
-            faults.say(f"job ended with status {status}: {run.log.read_text().rstrip().splitlines()[-1]}")
+            faults.say(
+                f"job ended with status {status}: {run.log.read_text(encoding='utf-8').rstrip().splitlines()[-1]}"
+            )
             faults.end_outage(now=True)
             faults.excused = False
             run.submit()

@@ -59,12 +59,14 @@ def run(description: str, benchmark: Callable[[argparse.Namespace], Figures], **
     for name, value in figures.items():
         print(f"{name:{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
+        arguments.json.write_text(
+            json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()

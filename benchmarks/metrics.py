@@ -212,9 +212,11 @@ class Memory:
 def _memory_of(process: int) -> int:
     """Bytes of a process and its descendants, with shared pages counted once."""
     try:
-        rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
+        rollup = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8")
         children = [
-            c for task in Path(f"/proc/{process}/task").iterdir() for c in (task / "children").read_text().split()
+            c
+            for task in Path(f"/proc/{process}/task").iterdir()
+            for c in (task / "children").read_text(encoding="utf-8").split()
         ]
     except OSError:  # it has ended
         return 0

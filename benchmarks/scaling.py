@@ -76,7 +76,7 @@ def benchmark(arguments: argparse.Namespace) -> harness.Figures:
         with tempfile.TemporaryDirectory() as folder:
             write_store(Path(folder), images)
             command = [sys.executable, __file__, "--child", folder, "--images", str(images)]
-            result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            result = json.loads(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout)
         figures[f"{images} images: ms an image"] = result["seconds"] / images * 1e3
         figures[f"{images} images: peak GiB"] = result["peak_rss"] / 2**30
     peaks = [value for name, value in figures.items() if "peak" in name]

@@ -57,7 +57,7 @@ def aggregate(job: Job) -> None:
     training = aggregation.training_set(dataset, split, recipe)
     predictions = aggregation.out_of_fold(recipe, dataset, training, split, heads, stores)
     fitted = _weights(job, predictions, systems)
-    record = json.loads(fetch(folder / "recipe.json").read_text())
+    record = json.loads(fetch(folder / "recipe.json").read_text(encoding="utf-8"))
     model = aggregation.assemble(recipe, dataset, split, heads, center_bias, classifier(), fitted, record)
     model.save(folder / "model", networks)
     state = model.state_dict(networks)

@@ -34,7 +34,7 @@ def extract(job: Job) -> None:
         print(f"features {name}: {store.images} images in {shown(store.folder)}", flush=True)
     found = {name: store.folder.name for name, store in stores.items()}
     path = fetch(job.folder / "features.json")
-    if path.exists() and listing(job.folder / "banks") and json.loads(path.read_text()) != found:
+    if path.exists() and listing(job.folder / "banks") and json.loads(path.read_text(encoding="utf-8")) != found:
         raise UserError(
             f"{path}: a backbone's weights have changed since this run's heads were trained on the old ones; "
             f"bring those back, or delete {job.folder}"

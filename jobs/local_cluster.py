@@ -129,7 +129,7 @@ def _commit() -> str:
     """The commit of the current folder: what is submitted has no .git, so the job cannot ask itself."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -153,7 +153,7 @@ def _wait_until_ready(head: subprocess.Popen[bytes], address: str, environment: 
             _get(f"{address}/api/version", environment)
             return
         time.sleep(0.2)
-    print(log.read_text(errors="replace"), file=sys.stderr)
+    print(log.read_text(errors="replace", encoding="utf-8"), file=sys.stderr)
     problem = f"gave no answer in {STARTUP_SECONDS} s" if head.poll() is None else f"ended with status {head.poll()}"
     raise SystemExit(f"The Ray head {problem}; its output is above.")
 

@@ -29,7 +29,7 @@ def _registered(job: Job) -> bool:
 
     store = shown(tracking_uri(job.root, job.tracking_uri))
     path = fetch(job.folder / "registration.json")
-    return path.exists() and json.loads(path.read_text()).get("store") == store
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("store") == store
 
 
 def pipeline(job: Job) -> Path:
@@ -62,13 +62,13 @@ def main(argv: Sequence[str]) -> None:
     about = "--tune SPACE      first search a file of tune_spaces/, and train with the best that is found"
     job = parse(rest, f"{__doc__.splitlines()[0]}\n\n{about}\n{HELP}")
     if search:
-        overlay = json.loads(fetch(tune(job, search)).read_text())
+        overlay = json.loads(fetch(tune(job, search)).read_text(encoding="utf-8"))
         job = dataclasses.replace(job, recipe=derive(job.recipe, overlay["fields"]), overlay=overlay)
     print(f"run: {shown(job.folder)}", flush=True)
     result = pipeline(job)
     from acw.evaluation import table
 
-    print(table(json.loads(result.read_text())))
+    print(table(json.loads(result.read_text(encoding="utf-8"))))
     print(shown(result), flush=True)
 
 

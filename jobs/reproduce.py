@@ -100,7 +100,7 @@ def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
         print(f"--- {name}: {changed}", flush=True)
         _take_heads(job, [system.job for system in systems])
         result = pipeline(job)
-        systems.append(System(name, changed, job, json.loads(result.read_text()), _validation(job)))
+        systems.append(System(name, changed, job, json.loads(result.read_text(encoding="utf-8")), _validation(job)))
     job = systems[0].job
     folder = job.root / f"reproduction-{job.dataset.name}-{fingerprint([s.job.folder.name for s in systems])}"
     first, second = _table_1(systems), _table_2(systems)
@@ -161,7 +161,7 @@ def _validation(job: Job) -> dict[int, dict[str, float]]:
         models = aggregation.fold_models(job.recipe, job.dataset, job.split, heads, acw.load(job.folder))
         connect()
         write_json(path, validation_scores(job.dataset, job.split, models, list(job.stores().values())))
-    return {int(index): scores for index, scores in json.loads(path.read_text()).items()}
+    return {int(index): scores for index, scores in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def _table_1(systems: Sequence[System]) -> list[dict[str, Any]]:

@@ -184,7 +184,7 @@ def _log_entry(found: Search, uri: str) -> dict[str, Any]:
 def _logged(found: Search, uri: str) -> bool:
     """Whether all that is found is written and in the MLflow store that was asked for."""
     path = fetch(found.folder / "logged.json")
-    return path.exists() and json.loads(path.read_text()) == _log_entry(found, uri)
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == _log_entry(found, uri)
 
 
 def main(argv: Sequence[str]) -> None:

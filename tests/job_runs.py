@@ -58,7 +58,7 @@ def displays(folder: Path, categories: Sequence[str], count: int, first: int = 0
                 row: dict[str, object] = {"image": f"{name}.png"}
                 row |= {"x": float(x) * width / full_width, "y": float(y) * height / full_height}
                 rows.append(row | ({"subject": int(subject), "category": category} if people else {}))
-    with (folder / "fixations.csv").open("w", newline="") as file:
+    with (folder / "fixations.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -70,7 +70,7 @@ def command(job: str, *arguments: object) -> list[str]:
 
 
 def run(job: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(job, *arguments), capture_output=True, text=True, env=os.environ | environment)
+    return subprocess.run(command(job, *arguments), capture_output=True, encoding="utf-8", env=os.environ | environment)
 
 
 def succeed(job: str, *arguments: object, **environment: str) -> list[str]:
@@ -141,7 +141,9 @@ def assert_same_heads(folder: Path, reference: Path) -> None:
 
 
 def assert_same_scores(folder: Path, reference: Path, tolerance: float) -> None:
-    ours, theirs = (json.loads((run / "evaluation.json").read_text())["models"] for run in (folder, reference))
+    ours, theirs = (
+        json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["models"] for run in (folder, reference)
+    )
     assert ours.keys() == theirs.keys()
     for name, entry in theirs.items():
         for metric, score in entry["overall"].items():

@@ -56,7 +56,7 @@ class SeaweedFS:
         folder.mkdir(parents=True)
         (folder / "data").mkdir()
         identity = {"name": "tests", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
-        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -91,7 +91,7 @@ class SeaweedFS:
         self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
         end = time.monotonic() + PATIENCE
         while not self._answers():
-            assert self._process.poll() is None, (self.folder / "log").read_text(errors="replace")
+            assert self._process.poll() is None, (self.folder / "log").read_text(errors="replace", encoding="utf-8")
             assert time.monotonic() < end, "SeaweedFS does not answer"
             time.sleep(0.2)
 

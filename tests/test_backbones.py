@@ -273,7 +273,7 @@ def test_deepgaze_iie_checkpoint_is_used_up(tmp_path: Path) -> None:
 
     Both packages list a network's tensors in the order of computation, so the numbers under timm's names count up too.
     """
-    keys = json.loads(DEEPGAZE_IIE_KEYS.read_text())
+    keys = json.loads(DEEPGAZE_IIE_KEYS.read_text(encoding="utf-8"))
     numbers = {key: float(number) for number, key in enumerate(keys)}
     # Expanded tensors are stored as one number each: the real file has 400 MB.
     path = tmp_path / "deepgaze2e.pth"

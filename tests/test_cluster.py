@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "jobs"))
 import local_cluster  # noqa: E402
 
 needs_proc = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks at processes through /proc")
-TEXT = (ROOT / "cluster.yaml").read_text()
+TEXT = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def by_action(policy: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def test_the_bucket_s_policy_allows_what_is_asked_of_s3_and_no_more() -> None:
     """What the code asks, by boto3's names, and MLflow and Ray for their files."""
-    policy = json.loads((ROOT / "cluster" / "s3-policy.json").read_text())
+    policy = json.loads((ROOT / "cluster" / "s3-policy.json").read_text(encoding="utf-8"))
     needs = {
         "list_objects_v2": {"s3:ListBucket"},
         "get_paginator": {"s3:ListBucket"},
@@ -141,7 +141,7 @@ def test_the_bucket_s_policy_allows_what_is_asked_of_s3_and_no_more() -> None:
         "upload_fileobj": {"s3:PutObject", "s3:AbortMultipartUpload"},
         "delete_object": {"s3:DeleteObject"},
     }
-    code = "".join(path.read_text() for path in (ROOT / "acw").rglob("*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "acw").rglob("*.py"))
     asked = set(re.findall(r"client\(\)\.(\w+)\(", code))
     assert asked <= set(needs)
     assert set(by_action(policy)) == {action for name in asked for action in needs[name]}
@@ -150,7 +150,7 @@ def test_the_bucket_s_policy_allows_what_is_asked_of_s3_and_no_more() -> None:
 
 
 def test_the_head_s_policy_starts_and_ends_its_own_workers_only(cluster: dict[str, Any]) -> None:
-    policy = json.loads((ROOT / "cluster" / "head-policy.json").read_text())
+    policy = json.loads((ROOT / "cluster" / "head-policy.json").read_text(encoding="utf-8"))
     allowed, start, end = by_action(policy), "ec2:RunInstances", "ec2:TerminateInstances"
     assert set(allowed) == {start, end, "ec2:CreateTags", "ec2:Describe*", "ssm:GetParameters", "iam:PassRole"}
     tag = {"aws:ResourceTag/ray-cluster-name": cluster["cluster_name"]}
@@ -173,7 +173,7 @@ def test_the_head_s_policy_starts_and_ends_its_own_workers_only(cluster: dict[st
 
 @pytest.fixture(scope="module")
 def kubernetes() -> dict[str, Any]:
-    return {each["kind"]: each for each in yaml.safe_load_all((ROOT / "rayjob.yaml").read_text())}
+    return {each["kind"]: each for each in yaml.safe_load_all((ROOT / "rayjob.yaml").read_text(encoding="utf-8"))}
 
 
 def pods_of(job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -232,7 +232,7 @@ def test_every_machine_has_the_project_s_ray(cluster: dict[str, Any], kubernetes
     """One version in pyproject.toml's extra, and so here and on AWS; the image and KubeRay name the same."""
     import ray
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (pin,) = (r for r in map(Requirement, project["optional-dependencies"]["cluster"]) if r.name == "ray")
     (pinned,) = (each.version for each in pin.specifier if each.operator == "==")
     assert pinned == ray.__version__
@@ -241,7 +241,7 @@ def test_every_machine_has_the_project_s_ray(cluster: dict[str, Any], kubernetes
     assert "2.51" not in supported.specifier, "it had no token authentication"
     assert any("acw[lite,cluster]" in each for each in cluster["setup_commands"])
     assert "ray==" not in TEXT
-    dockerfile = (ROOT / "Dockerfile").read_text()
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     assert re.findall(r"^FROM rayproject/ray:([\d.]+)-py311$", dockerfile, re.M) == [pinned]
     assert kubernetes["RayJob"]["spec"]["rayClusterSpec"]["rayVersion"] == pinned
     images = {one["image"] for pod in pods_of(kubernetes["RayJob"]) for one in pod["spec"]["containers"]}
@@ -252,7 +252,7 @@ def test_what_is_sent_to_machines_exists(cluster: dict[str, Any]) -> None:
     locals_ = [local for local in cluster["file_mounts"].values() if not local.startswith("~")]
     assert len(locals_) == 3
     assert all((ROOT / local).exists() for local in locals_)
-    sent = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), re.M)
+    sent = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.M)
     assert {"acw", "jobs", "pyproject.toml", "README.md"} <= set(sent)
     assert all((ROOT / local).exists() for local in sent)
 
@@ -277,7 +277,7 @@ def its_head(cluster: dict[str, Any], home: Path) -> Iterator[tuple[str, dict[st
     start += f" --temp-dir={folder} --dashboard-agent-listen-port={agent} --ray-client-server-port={client}"
     token = home / ".ray" / "auth_token"
     token.parent.mkdir(parents=True)
-    token.write_text(secrets.token_hex(32))
+    token.write_text(secrets.token_hex(32), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     environment |= {"HOME": str(home), "RAY_TMPDIR": str(folder)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -286,11 +286,11 @@ def its_head(cluster: dict[str, Any], home: Path) -> Iterator[tuple[str, dict[st
     try:
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline and head.poll() is None:
-            if status(f"http://127.0.0.1:{dashboard}/api/version", token.read_text()) == 200:
+            if status(f"http://127.0.0.1:{dashboard}/api/version", token.read_text(encoding="utf-8")) == 200:
                 break
             time.sleep(0.5)
         else:
-            pytest.fail((folder / "head.log").read_text())
+            pytest.fail((folder / "head.log").read_text(encoding="utf-8"))
         yield f"http://127.0.0.1:{dashboard}", environment | {"RAY_AUTH_MODE": "token"}
     finally:
         local_cluster._stop(head, folder)
@@ -317,7 +317,9 @@ def test_nobody_gets_in_without_the_token(cluster: dict[str, Any], tmp_path: Pat
     stranger.mkdir()
     with its_head(cluster, tmp_path / "home") as (url, insider):
         outsider = insider | {"HOME": str(stranger)}
-        assert status(f"{url}/api/jobs/", (tmp_path / "home" / ".ray" / "auth_token").read_text()) == 200
+        assert (
+            status(f"{url}/api/jobs/", (tmp_path / "home" / ".ray" / "auth_token").read_text(encoding="utf-8")) == 200
+        )
         for token in (None, "wrong"):
             assert status(f"{url}/api/jobs/", token) in (401, 403)
 
@@ -334,10 +336,10 @@ def test_nobody_gets_in_without_the_token(cluster: dict[str, Any], tmp_path: Pat
             "mkdir",
             str(marker),
         ]
-        refused = subprocess.run(submit, env=outsider, capture_output=True, text=True, timeout=120)
+        refused = subprocess.run(submit, env=outsider, capture_output=True, encoding="utf-8", timeout=120)
         assert refused.returncode != 0
         assert not marker.exists()
-        accepted = subprocess.run(submit, env=insider, capture_output=True, text=True, timeout=120)
+        accepted = subprocess.run(submit, env=insider, capture_output=True, encoding="utf-8", timeout=120)
         assert accepted.returncode == 0, accepted.stdout + accepted.stderr
         assert marker.is_dir()
 
@@ -371,9 +373,9 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 
 
 def start(folder: Path, job: str) -> subprocess.Popen[str]:
-    (folder / "job.py").write_text(job)
+    (folder / "job.py").write_text(job, encoding="utf-8")
     command = [sys.executable, str(ROOT / "jobs" / "local_cluster.py"), "--", "python", "job.py"]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
 
 
 def assert_nothing_is_left(report: str) -> None:

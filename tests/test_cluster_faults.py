@@ -67,7 +67,7 @@ def wait_until_it_trains(folder: Path, job: subprocess.Popen[bytes], log: Path) 
     """Until some banks have epochs behind them and more before them; their histories."""
 
     def under_way() -> bool:
-        assert job.poll() is None, log.read_text()
+        assert job.poll() is None, log.read_text(encoding="utf-8")
         return sum(2 <= len(history) < EPOCHS - 5 for history in histories(folder).values()) >= 2
 
     wait_for(under_way, "for two banks to have some epochs")
@@ -98,9 +98,9 @@ def test_lost_in_training(cluster: ThreeNodes, folder: Path, tmp_path: Path, alo
             os.kill(pid, signal.SIGKILL)
         else:
             cluster.remove(node)
-        assert job.wait(timeout=2 * PATIENCE) == 0, log.read_text()
+        assert job.wait(timeout=2 * PATIENCE) == 0, log.read_text(encoding="utf-8")
     assert_equals_undisturbed(folder, before, alone)
-    said = log.read_text()
+    said = log.read_text(encoding="utf-8")
     assert "training: a worker was lost; goes on from the checkpoints" in said
     for history in histories(folder).values():
         for entry in history:
@@ -118,10 +118,10 @@ def test_a_cluster_that_is_too_small_is_worked_with_and_grown_into(folder: Path,
         (worker,) = cluster.workers("RayTrainWorker")
         os.kill(worker, signal.SIGSTOP)
         cluster.add()
-        wait_for(lambda: "regroups" in log.read_text(), "for the new node to be seen")
+        wait_for(lambda: "regroups" in log.read_text(encoding="utf-8"), "for the new node to be seen")
         os.kill(worker, signal.SIGCONT)
-        assert job.wait(timeout=2 * PATIENCE) == 0, log.read_text()
-    said = log.read_text()
+        assert job.wait(timeout=2 * PATIENCE) == 0, log.read_text(encoding="utf-8")
+    said = log.read_text(encoding="utf-8")
     assert "asked for 2 workers, the cluster has room for 1" in said
     assert "room for 2 workers instead of 1: regroups" in said
     assert_equals_undisturbed(folder, {}, alone)
@@ -151,9 +151,12 @@ def test_a_node_lost_in_scoring(cluster: ThreeNodes, done: Run, tmp_path: Path) 
     shutil.copytree(done.job.folder / "banks", folder / "banks")
     shutil.copy(done.job.folder / "recipe.json", folder)
     with running(command("aggregate", *elsewhere(done.arguments, root)), log, cluster.environment) as job:
-        wait_for(lambda: "averaging: " in log.read_text() or job.poll() is not None, "for a part of the scores")
+        wait_for(
+            lambda: "averaging: " in log.read_text(encoding="utf-8") or job.poll() is not None,
+            "for a part of the scores",
+        )
         cluster.remove(next(node for node in cluster.nodes if node != cluster.head))
-        assert job.wait(timeout=2 * PATIENCE) == 0, log.read_text()
+        assert job.wait(timeout=2 * PATIENCE) == 0, log.read_text(encoding="utf-8")
     assert_same_scores(folder, done.job.folder, 1e-6)
 
 
@@ -188,7 +191,7 @@ def test_head_stopped_and_job_submitted_again(folder: Path, tmp_path: Path, alon
                     before = histories(folder)
                     assert any(len(history) < EPOCHS for history in before.values())
                 else:
-                    assert client.wait(timeout=2 * PATIENCE) == 0, log.read_text()
+                    assert client.wait(timeout=2 * PATIENCE) == 0, log.read_text(encoding="utf-8")
     assert_equals_undisturbed(folder, before, alone)
 
 
@@ -228,8 +231,8 @@ def test_disk_full_in_training(cluster: ThreeNodes, folder: Path, disk: Path, tm
     with running(training(run), log, cluster.environment) as job:
         wait_until_it_trains(run, job, log)
         ballast = fill(disk)
-        assert job.wait(timeout=2 * PATIENCE) == 2, log.read_text()
-    assert_one_line(log.read_text(), str(run / "banks"), "No space left on device", "free the disk")
+        assert job.wait(timeout=2 * PATIENCE) == 2, log.read_text(encoding="utf-8")
+    assert_one_line(log.read_text(encoding="utf-8"), str(run / "banks"), "No space left on device", "free the disk")
     before = histories(run)
     assert any(len(history) < EPOCHS for history in before.values())
     assert not list(run.rglob("*.partial"))
@@ -277,17 +280,19 @@ def test_mlflow_server_away_while_a_run_is_logged(done: Run, tmp_path: Path, awa
         first.enter_context(mlflow_server(tmp_path, port))
         with running(job_line, log, os.environ | patience) as job:
             wait_for(lambda: (folder / "weights.png").exists() or job.poll() is not None, "for the run to be logged")
-            assert job.poll() is None, log.read_text()
+            assert job.poll() is None, log.read_text(encoding="utf-8")
             first.close()  # kills the server
             if away == "for a minute":
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    assert job.wait(timeout=60) == 0, log.read_text()
+                    assert job.wait(timeout=60) == 0, log.read_text(encoding="utf-8")
             else:
-                assert job.wait(timeout=PATIENCE) == 2, log.read_text()
-                assert_one_line(log.read_text(), uri, "MLflow server has gone away", "no head is trained again")
+                assert job.wait(timeout=PATIENCE) == 2, log.read_text(encoding="utf-8")
+                assert_one_line(
+                    log.read_text(encoding="utf-8"), uri, "MLflow server has gone away", "no head is trained again"
+                )
             with mlflow_server(tmp_path, port):
                 if away == "for a minute":
-                    assert job.wait(timeout=2 * PATIENCE) == 0, log.read_text()
+                    assert job.wait(timeout=2 * PATIENCE) == 0, log.read_text(encoding="utf-8")
                 else:
                     finish(job_line, log)
                 client = mlflow.MlflowClient(uri)

@@ -70,7 +70,7 @@ def images_and_csv(folder: Path, text: str) -> tuple[str, str]:
     Image.new("RGB", (30, 20)).save(folder / "images" / "a.png")
     Image.new("RGB", (10, 10)).save(folder / "images" / "sub" / "b.jpg")
     table = folder / "fixations.csv"
-    table.write_text(text)
+    table.write_text(text, encoding="utf-8")
     return str(folder / "images"), str(table)
 
 
@@ -116,7 +116,7 @@ def test_hdf5_pair_wins_and_keeps_subjects_sources_and_fractions(tmp_path: Path)
     assert dataset.image.tolist() == [0, 1, 2]
     assert dataset.x.tolist() == [2.0, np.float32(59.9), 1.5]
     assert dataset.subject.tolist() == [5, 6, 4]
-    (folder / "categories.json").write_text('{"category_names": ["Zoo", "Ant"]}')
+    (folder / "categories.json").write_text('{"category_names": ["Zoo", "Ant"]}', encoding="utf-8")
     assert load_dataset(str(folder)).categories == ("Ant", "Zoo")
     assert load_dataset(str(folder), reader="cat2000").stimuli_fingerprint == dataset.stimuli_fingerprint
 
@@ -208,7 +208,7 @@ def _truncated(folder: Path) -> None:
 
 
 def _not_an_image(folder: Path) -> None:
-    (folder / "trainSet/Stimuli/Action/002.jpg").write_text("<html>not found</html>")
+    (folder / "trainSet/Stimuli/Action/002.jpg").write_text("<html>not found</html>", encoding="utf-8")
 
 
 def _no_variable(folder: Path) -> None:
@@ -311,10 +311,10 @@ def test_spoilt_hdf5(tmp_path: Path) -> None:
         load_dataset(str(hdf5(tmp_path / "numbers", category=np.array([0, 1, 2]))))
 
     folder = hdf5(tmp_path / "set", category=np.array([0, 0, 2]))
-    (folder / "categories.json").write_text('{"category_names": ["a", "b"]}')
+    (folder / "categories.json").write_text('{"category_names": ["a", "b"]}', encoding="utf-8")
     with pytest.raises(UserError, match="has 2 names, too few"):
         load_dataset(str(folder))
-    (folder / "categories.json").write_text("[]")
+    (folder / "categories.json").write_text("[]", encoding="utf-8")
     with pytest.raises(UserError, match="is not like"):
         load_dataset(str(folder))
     (folder / "categories.json").unlink()

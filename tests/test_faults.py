@@ -47,9 +47,9 @@ def kill_driver(
     """Starts a job and ends its driver as soon as a condition holds; its other processes have to end by themselves."""
     with running(command(script, *arguments), log) as job:
         wait_for(lambda: when() or job.poll() is not None, "for the moment to kill the driver")
-        assert job.poll() is None, log.read_text()
+        assert job.poll() is None, log.read_text(encoding="utf-8")
         job.send_signal(by)
-        assert job.wait(timeout=PATIENCE) != 0, log.read_text()
+        assert job.wait(timeout=PATIENCE) != 0, log.read_text(encoding="utf-8")
         # Ray's two idle agents go a minute after their raylet; `running` ends them by their pids.
         agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
         wait_for(lambda: all(line.startswith(agents) for line in processes(job.pid).values()), "for Ray to end")
@@ -60,9 +60,9 @@ def kill_worker(script: str, arguments: Sequence[str], log: Path, name: str, whe
     with running(command(script, *arguments), log) as job:
         wait_for(lambda: when() or job.poll() is not None, "for the moment to kill a worker")
         victims = [pid for pid, line in processes(job.pid).items() if name in line]
-        assert victims, f"no {name} among {processes(job.pid)}: {log.read_text()}"
+        assert victims, f"no {name} among {processes(job.pid)}: {log.read_text(encoding='utf-8')}"
         os.kill(victims[0], signal.SIGKILL)
-        assert job.wait(timeout=2 * PATIENCE) == 0, log.read_text()
+        assert job.wait(timeout=2 * PATIENCE) == 0, log.read_text(encoding="utf-8")
 
 
 def trains(folder: Path) -> Callable[[], bool]:
@@ -143,7 +143,7 @@ def shards(root: Path) -> list[Path]:
 
 def assert_whole(root: Path) -> None:
     (manifest,) = root.glob("features/*/manifest.json")
-    assert json.loads(manifest.read_text())["images"] == 66
+    assert json.loads(manifest.read_text(encoding="utf-8"))["images"] == 66
     found = shards(root)
     assert len(found) == 5
     assert all(intact(manifest.parent, number) for number in range(len(found)))
@@ -181,7 +181,9 @@ def test_driver_killed_in_aggregation(done: Run, tmp_path: Path, seen: str) -> N
     kill_driver("aggregate", arguments, tmp_path / "log", lambda: (folder / seen).exists())
     assert not (folder / "registration.json").exists()
     succeed("aggregate", *arguments)
-    mine, theirs = (json.loads((run / "evaluation.json").read_text()) for run in (folder, done.job.folder))
+    mine, theirs = (
+        json.loads((run / "evaluation.json").read_text(encoding="utf-8")) for run in (folder, done.job.folder)
+    )
     for name, entry in theirs["models"].items():
         for metric, score in entry["overall"].items():
             assert mine["models"][name]["overall"][metric]["mean"] == pytest.approx(score["mean"], abs=1e-6)

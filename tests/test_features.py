@@ -161,7 +161,7 @@ def test_a_shard_that_may_have_changed_is_read_once(extract: Extraction, change:
         os.utime(path, ns=(0, 0))
     else:
         note = path.with_suffix(".sha256")
-        note.write_text(note.read_text().split()[0])
+        note.write_text(note.read_text(encoding="utf-8").split()[0], encoding="utf-8")
     assert not untouched(extract.folder, 1)
     extract()
     assert extract.written == []

@@ -38,12 +38,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def scores_of(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def assert_shape(evaluation: dict[str, Any], models: set[str], references: set[str], categories: set[str]) -> None:
@@ -117,7 +117,7 @@ def test_category_weights_are_shares(done: Run) -> None:
 
 def test_a_run_says_what_it_was_made_with(done: Run) -> None:
     job = done.job
-    record = json.loads((job.folder / "recipe.json").read_text())
+    record = json.loads((job.folder / "recipe.json").read_text(encoding="utf-8"))
     assert record["recipe"] == json.loads(json.dumps(dataclasses.asdict(job.recipe)))
     assert record["recipe"]["backbones"] == ["lite0", "lite1"]
     assert record["seed"] == job.recipe.seed
@@ -145,7 +145,7 @@ def test_mlflow_has_a_run_with_a_child_a_bank_and_a_champion(done: Run) -> None:
     assert parent.data.metrics["IG.category_weights"] == pytest.approx(ig)
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert {"recipe.json", "evaluation.json", "per_image.csv", "category_weights.csv", "weights.png"} <= files
-    registration = json.loads((job.folder / "registration.json").read_text())
+    registration = json.loads((job.folder / "registration.json").read_text(encoding="utf-8"))
     assert registration["run_id"] == version.run_id == parent.info.run_id
     assert (registration["version"], registration["alias"]) == (int(version.version), "champion")
 
@@ -358,12 +358,12 @@ def test_a_spoilt_folder(call: Callable[..., tuple[int, str, str]], tmp_path: Pa
 def test_a_spoilt_csv(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     options = displays(tmp_path / "set", ("Colour",), 6)
     table = tmp_path / "set" / "fixations.csv"
-    text = table.read_text()
+    text = table.read_text(encoding="utf-8")
     arguments = ["demo", *options, "--root", str(tmp_path / "root")]
 
-    table.write_text(text.replace("image,x,y,", "image,x,Y,"))
+    table.write_text(text.replace("image,x,y,", "image,x,Y,"), encoding="utf-8")
     assert_one_line(call("extract", *arguments), "fixations.csv: has no column 'y'")
-    table.write_text(text + "Colour/000.png,160,3,1,Colour\nColour/001.png,3,-0.5,1,Colour\n")
+    table.write_text(text + "Colour/000.png,160,3,1,Colour\nColour/001.png,3,-0.5,1,Colour\n", encoding="utf-8")
     message = r"fixations outside their image: 2 of \d+ \(Colour/000.png x=160 y=3 in 160x120, .*--drop-outside"
     assert_one_line(call("extract", *arguments), message)
     assert_nothing_written(tmp_path / "root")
@@ -402,9 +402,9 @@ def test_a_mistyped_command_line(
     call: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "FILE").write_text("plain")
-    (tmp_path / "OVERLAY").write_text('{"sigmaa": 3}')
-    (tmp_path / "LIST").write_text("[1]")
+    (tmp_path / "FILE").write_text("plain", encoding="utf-8")
+    (tmp_path / "OVERLAY").write_text('{"sigmaa": 3}', encoding="utf-8")
+    (tmp_path / "LIST").write_text("[1]", encoding="utf-8")
     before = sorted(tmp_path.rglob("*"))
     arguments, message = TYPED[typed]
     assert_one_line(call("pipeline", *arguments), message)
@@ -454,7 +454,7 @@ def test_a_models_heads_bring_its_input_and_layers_and_name_the_run(done: Run, t
         (copied / file.name).symlink_to(file)
 
     def described(long_side: int, taps: str) -> dict[str, Any]:
-        model = json.loads((source / "model.json").read_text())
+        model = json.loads((source / "model.json").read_text(encoding="utf-8"))
         model["provenance"]["recipe"] |= {"long_side": long_side, "taps": taps}
         recipe = Recipe("any", tuple(done.job.recipe.backbones), long_side=long_side, taps=taps)
         for stored, backbone in zip(model["backbones"], recipe.backbone_values, strict=True):
@@ -463,7 +463,7 @@ def test_a_models_heads_bring_its_input_and_layers_and_name_the_run(done: Run, t
 
     def parsed(model: dict[str, Any]) -> Any:
         (copied / "model.json").unlink()
-        (copied / "model.json").write_text(json.dumps(model))
+        (copied / "model.json").write_text(json.dumps(model), encoding="utf-8")
         return parse(["deepgaze_iie", *done.arguments[1:], "--heads", str(copied)], "")
 
     own = parsed(described(0, "own"))
@@ -485,7 +485,7 @@ def test_a_models_heads_bring_its_input_and_layers_and_name_the_run(done: Run, t
 
 
 def test_evaluation_without_a_model_or_a_data_set(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     out = ["--out", tmp_path / "out.json"]
     for arguments, message in (
         (["--model", tmp_path, *out], "no model here .*give a finished run's folder"),

@@ -149,7 +149,9 @@ def test_pysaliencys_models_and_their_exports_are_the_same(dataset: Dataset, tmp
 
 
 def test_a_model_in_a_module_of_the_users(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "rivals.py").write_text("import pysaliency\nmodel = pysaliency.UniformModel()\nnone = {}\n")
+    (tmp_path / "rivals.py").write_text(
+        "import pysaliency\nmodel = pysaliency.UniformModel()\nnone = {}\n", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     for spec, name in (("rivals:model", "model"), ("Rival 3=rivals:model", "Rival 3")):
         rival = open_object(spec, dataset)

@@ -81,7 +81,7 @@ def _write_run(folder: Path, steps: int = 3, *, joint: bool = False, learned: bo
         scores[index] = {name: dict(zip(METRICS, rng.normal(size=len(METRICS)), strict=True)) for name in models}
         # A saliency map has no likelihood.
         scores[index]["outside"] = {m: v for m, v in scores[index]["uniform"].items() if m not in ("IG", "LL")}
-    (folder / "per_image.csv").write_text(per_image_csv(dataset, scores))
+    (folder / "per_image.csv").write_text(per_image_csv(dataset, scores), encoding="utf-8")
     record = {
         "recipe": {"name": "demo", "backbones": list(BACKBONES), "joint": joint, "price_per_hour": 3.0},
         "seed": 0,
@@ -104,8 +104,8 @@ def _write_run(folder: Path, steps: int = 3, *, joint: bool = False, learned: bo
         for step in range(steps):
             first = 0.5 + 0.1 * step * learned
             history += [f"{quoted},{step},lite0,{first}", f"{quoted},{step},lite1,{1 - first}"]
-    (folder / "category_weights.csv").write_text("\n".join(weights) + "\n")
-    (folder / "category_weights_history.csv").write_text("\n".join(history) + "\n")
+    (folder / "category_weights.csv").write_text("\n".join(weights) + "\n", encoding="utf-8")
+    (folder / "category_weights_history.csv").write_text("\n".join(history) + "\n", encoding="utf-8")
 
 
 def _example(name: str) -> Example:
@@ -142,7 +142,7 @@ def test_a_table_is_sorted_by_clicks_and_by_keys(run: Path, browser: Any) -> Non
     from selenium.webdriver.common.keys import Keys
 
     table = _opened(browser, run / page.FILE).find_element(By.TAG_NAME, "table")
-    models = json.loads((run / "evaluation.json").read_text())["models"]
+    models = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["models"]
     gains = {name: entry["overall"]["IG"]["mean"] for name, entry in models.items() if "IG" in entry["overall"]}
     best_first = sorted(gains, key=lambda name: -gains[name])
     for order, expected in (("descending", best_first), ("ascending", best_first[::-1])):
@@ -188,7 +188,7 @@ def test_the_page_needs_nothing_else_and_fits_a_laptop(run: Path, browser: Any) 
     assert opened.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
     broken = "return [...document.querySelectorAll('image, img')].filter(i => !/^data:/.test(i.href?.baseVal ?? i.src))"
     assert opened.execute_script(broken) == []
-    assert "30.0 minutes in all, 1.50 at 3 an hour" in (run / page.FILE).read_text()
+    assert "30.0 minutes in all, 1.50 at 3 an hour" in (run / page.FILE).read_text(encoding="utf-8")
     assert not opened.get_log("browser")
 
 

@@ -51,7 +51,7 @@ print(json.dumps({"before": before, "kept": kept, "full": full, "busy": busy, "e
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's memory is kept")
 def test_memory_is_kept_while_computing_and_given_back_afterwards():
-    result = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, encoding="utf-8")
     pages = json.loads(result.stdout)
     assert pages["kept"] < 100 < pages["before"], pages
     # 160 MB were free, in pages of at least 4 KiB.
@@ -87,7 +87,7 @@ disconnect()
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has arenas")
 def test_all_threads_of_a_worker_allocate_from_one_arena() -> None:
     """Or each thread that reads features would keep memory of its own: it doubled a worker's."""
-    result = subprocess.run([sys.executable, "-c", ARENAS], check=True, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", ARENAS], check=True, capture_output=True, encoding="utf-8")
     assert result.stdout.split()[-1] == "1"
 
 
@@ -113,8 +113,9 @@ SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc asks for large pages")
 @pytest.mark.skipif(
-    not SETTING.exists() or "[never]" in SETTING.read_text(), reason="this system has no large pages for the asking"
+    not SETTING.exists() or "[never]" in SETTING.read_text(encoding="utf-8"),
+    reason="this system has no large pages for the asking",
 )
 def test_a_workers_tensors_are_in_large_pages() -> None:
-    result = subprocess.run([sys.executable, "-c", LARGE_PAGES], check=True, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", LARGE_PAGES], check=True, capture_output=True, encoding="utf-8")
     assert int(result.stdout.split()[-1]) > 150_000, "kB, of a tensor of 200 MB"

@@ -26,7 +26,7 @@ def test_odd_inputs_are_drawn(tmp_path: Path) -> None:
     none = np.empty(0)
     examples_figure([Example("$a", pixels, none, none, {"flat$_": flat})], tmp_path / "examples.png")
     table = tmp_path / "weights.csv"
-    table.write_text("category,backbone,weight,low,high\n$\\x$,lite0,0,0,0\n")
+    table.write_text("category,backbone,weight,low,high\n$\\x$,lite0,0,0,0\n", encoding="utf-8")
     weights_figure(table, tmp_path / "weights.png")
     for name in ("examples.png", "weights.png"):
         with Image.open(tmp_path / name) as image:

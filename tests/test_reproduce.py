@@ -37,7 +37,7 @@ def result(other: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table(result: Path, number: int) -> list[dict[str, str]]:
-    with result.with_name(f"table{number}.csv").open(newline="") as file:
+    with result.with_name(f"table{number}.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -52,16 +52,18 @@ def test_the_tables_have_every_system_beside_what_was_published(result: Path) ->
     assert len(published) == 8
     assert published["DeepGaze IIE"]["IG"] == "0.1893"
     assert published["ACW (original)"]["KLDiv"] == "8.3372"
-    content = json.loads(result.read_text())
+    content = json.loads(result.read_text(encoding="utf-8"))
     for row in second[: -len(published)]:
         if row["system"] in content["runs"]:
-            evaluation = json.loads((Path(content["runs"][row["system"]]) / "evaluation.json").read_text())
+            evaluation = json.loads(
+                (Path(content["runs"][row["system"]]) / "evaluation.json").read_text(encoding="utf-8")
+            )
             overall = evaluation["models"]["category_weights"]["overall"]
             assert {m: float(row[m]) for m in METRICS} == {m: overall[m]["mean"] for m in METRICS}
 
 
 def test_every_two_systems_are_compared_on_the_same_images(result: Path) -> None:
-    content = json.loads(result.read_text())
+    content = json.loads(result.read_text(encoding="utf-8"))
     ig = {(row["a"], row["b"]): row for row in content["comparisons"] if row["metric"] == "IG"}
     assert len(ig) == 7 * 6 // 2
     second = {row["system"]: row for row in table(result, 2)}
@@ -74,15 +76,15 @@ def test_validation_images_are_scored_by_heads_that_did_not_train_on_them(result
     """Their IG is the one by which a joint training chose its epoch, up to the grid on which that is measured."""
     from acw.joint import SystemState, system_path
 
-    folder = Path(json.loads(result.read_text())["runs"]["acw_v3"])
-    validation = json.loads((folder / "validation.json").read_text())
+    folder = Path(json.loads(result.read_text(encoding="utf-8"))["runs"]["acw_v3"])
+    validation = json.loads((folder / "validation.json").read_text(encoding="utf-8"))
     best = [SystemState.load(system_path(folder, fold)) for fold in range(2)]
     expected = np.mean([state.best_ig for state in best])
     assert np.mean([scores["IG"] for scores in validation.values()]) == pytest.approx(expected, abs=0.02)
 
 
 def test_weights_are_even_where_none_are_learned_and_kept_epoch_by_epoch_where_they_are(result: Path) -> None:
-    runs = json.loads(result.read_text())["runs"]
+    runs = json.loads(result.read_text(encoding="utf-8"))["runs"]
     for name, learned in (("acw_v1", False), ("acw_v3", True), ("deepgaze2e_even", False)):
         history = np.load(Path(runs[name]) / "category_weights_history.npy")
         assert bool((history == 0.5).all()) is not learned, name
@@ -96,7 +98,7 @@ def test_weights_are_even_where_none_are_learned_and_kept_epoch_by_epoch_where_t
 
 
 def test_a_finished_models_heads_are_taken_as_they_are(result: Path, other: Run) -> None:
-    runs = json.loads(result.read_text())["runs"]
+    runs = json.loads(result.read_text(encoding="utf-8"))["runs"]
     theirs, ours = acw.load(other.job.folder), acw.load(runs["deepgaze2e_acw"])
     assert ours.heads.keys() == theirs.heads.keys()
     for name, bank in theirs.heads.items():

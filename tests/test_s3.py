@@ -67,7 +67,7 @@ def test_what_one_node_writes_others_read(root: str, tmp_path: Path, monkeypatch
     node(monkeypatch, tmp_path / "node")
     paths = listing(local(f"{root}/run"))
     assert [shown(path) for path in paths] == [f"{root}/run/a.json", f"{root}/run/large"]
-    assert json.loads(fetch(paths[0]).read_text()) == {"a": 2}, "the newest version is read"
+    assert json.loads(fetch(paths[0]).read_text(encoding="utf-8")) == {"a": 2}, "the newest version is read"
     paths[1].write_bytes(b"cut short")
     assert fetch(paths[1], immutable=True).read_bytes() == large, "a copy that is not whole is none"
     remove(read)
@@ -131,7 +131,7 @@ def test_two_processes_download_once(root: str, server: SeaweedFS, tmp_path: Pat
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
     script = "import sys; from acw.storage import *; print(sha256_file(fetch(local(sys.argv[1]), immutable=True)))"
     started = [
-        subprocess.Popen([sys.executable, "-c", script, f"{root}/shard"], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", script, f"{root}/shard"], stdout=subprocess.PIPE, encoding="utf-8")
         for _ in range(2)
     ]
     answers = [process.communicate()[0].strip() for process in started]
@@ -207,7 +207,7 @@ def test_slow_answers(root: str, server: SeaweedFS, monkeypatch: pytest.MonkeyPa
     path = local(f"{root}/file")
     proxy.delay = 0.2
     write_atomic(path, b"late")
-    assert fetch(path).read_text() == "late"
+    assert fetch(path).read_text(encoding="utf-8") == "late"
     proxy.delay = 1.5
     with pytest.raises(UserError, match=rf"^{root}/file: .* answers too slowly, 1 s several times over"):
         fetch(path)
@@ -230,7 +230,7 @@ def test_a_staged_data_set_is_the_local_one(root: str, tmp_path: Path, monkeypat
 
     _, folder, _, table = displays(tmp_path / "set", ("Colour", "Size"), 3)
     here = load_dataset(folder, fixations=table)
-    (tmp_path / "set" / "notes.txt").write_text("not read")
+    (tmp_path / "set" / "notes.txt").write_text("not read", encoding="utf-8")
     chosen = files(Path(folder), None, Path(table), False)
     assert sorted(chosen) == sorted([*(stimulus.name for stimulus in here.stimuli), "fixations.csv"])
     uri = f"{root}/set"
@@ -272,17 +272,17 @@ def test_no_job_overwrites_what_another_has_logged(root: str, tmp_path: Path, mo
     path = local(f"{root}/mlflow.db")
     mine = database.take(path)
     assert not mine.exists()
-    mine.write_text("mine")
+    mine.write_text("mine", encoding="utf-8")
     assert database.put_back(path)
-    mine.write_text("mine, too")
+    mine.write_text("mine, too", encoding="utf-8")
     write_atomic(path, "another's")
     assert not database.put_back(path)
     again = database.take(path)
-    assert again.read_text() == "another's"
-    again.write_text("both")
+    assert again.read_text(encoding="utf-8") == "another's"
+    again.write_text("both", encoding="utf-8")
     assert database.put_back(path)
     node(monkeypatch, tmp_path / "other")
-    assert fetch(local(f"{root}/mlflow.db")).read_text() == "both"
+    assert fetch(local(f"{root}/mlflow.db")).read_text(encoding="utf-8") == "both"
 
 
 # --- The whole pipeline ------------------------------------------------------------------------------------------
@@ -305,13 +305,13 @@ def test_from_s3_to_s3_while_the_server_is_restarted(
     here = local(f"{root}/runs/{done.job.folder.name}")
     with running(command("pipeline", *arguments), tmp_path / "log") as job:
         while not listing(here / "banks"):
-            assert job.poll() is None, (tmp_path / "log").read_text()
+            assert job.poll() is None, (tmp_path / "log").read_text(encoding="utf-8")
             time.sleep(0.2)
         server.kill()
         time.sleep(5)
         server.start()
-        assert job.wait() == 0, (tmp_path / "log").read_text()
-    said = (tmp_path / "log").read_text()
+        assert job.wait() == 0, (tmp_path / "log").read_text(encoding="utf-8")
+    said = (tmp_path / "log").read_text(encoding="utf-8")
     assert said.splitlines()[-1] == f"{root}/runs/{here.name}/evaluation.json"
     assert succeed("pipeline", *arguments)[-1] == said.splitlines()[-1], "run again, it only shows what is there"
 
@@ -320,7 +320,9 @@ def test_from_s3_to_s3_while_the_server_is_restarted(
     for path in listing(here):
         fetch(path)
     assert_same_heads(here, done.job.folder)
-    ours, theirs = (json.loads((place / "evaluation.json").read_text()) for place in (here, done.job.folder))
+    ours, theirs = (
+        json.loads((place / "evaluation.json").read_text(encoding="utf-8")) for place in (here, done.job.folder)
+    )
     assert ours["models"] == theirs["models"]
     image = done.job.dataset.stimuli[0].pixels()
     expected = acw.load(done.job.folder).predict(image).log_density
@@ -334,6 +336,6 @@ def test_from_s3_to_s3_while_the_server_is_restarted(
         content = s3.client().get_object(Bucket=BUCKET, Key=key)["Body"].read()
         assert KEY.encode() not in content, key
         assert SECRET.encode() not in content, key
-    for text in (said, *(path.read_text() for path in tmp_path.rglob("*.json"))):
+    for text in (said, *(path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.json"))):
         assert KEY not in text
         assert SECRET not in text

@@ -66,7 +66,7 @@ def one_image(folder: Path) -> Callable[[], Dataset]:
     """Reads a data set of one picture, `a.png`."""
     (folder / "data").mkdir()
     Image.new("RGB", (60, 40)).save(folder / "data" / "a.png")
-    (folder / "f.csv").write_text("image,x,y\na.png,1,1\n")
+    (folder / "f.csv").write_text("image,x,y\na.png,1,1\n", encoding="utf-8")
     return lambda: load_dataset(str(folder / "data"), fixations=str(folder / "f.csv"))
 
 
@@ -147,7 +147,7 @@ def as_matlab(folder: Path, payload: Payload) -> None:
 
 
 def as_model(folder: Path, payload: Payload) -> None:
-    (folder / "model.json").write_text(json.dumps({"format": 2, "backbones": []}))
+    (folder / "model.json").write_text(json.dumps({"format": 2, "backbones": []}), encoding="utf-8")
     torch.save(payload, folder / "heads.safetensors")
     acw.load(folder)
 
@@ -160,7 +160,7 @@ def as_description(folder: Path, payload: Payload) -> None:
 def as_backbone_of_model(folder: Path, payload: Payload) -> None:
     torch.save(payload, folder / "backbone.pth")
     backbone = {"name": "lite0", "timm_name": "tf_efficientnet_lite0", "weights": "backbone.pth"}
-    (folder / "model.json").write_text(json.dumps({"format": 2, "backbones": [backbone]}))
+    (folder / "model.json").write_text(json.dumps({"format": 2, "backbones": [backbone]}), encoding="utf-8")
     acw.load(folder)
 
 
@@ -222,7 +222,7 @@ def test_images_that_are_too_much_or_something_else(
     name: str, content: bytes, expected: str, tmp_path: Path, line: Callable[..., str]
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    (tmp_path / "f.csv").write_text(f"image,x,y\n{name},1,1\n")
+    (tmp_path / "f.csv").write_text(f"image,x,y\n{name},1,1\n", encoding="utf-8")
     text = line(lambda: load_dataset(str(tmp_path), fixations=str(tmp_path / "f.csv")))
     assert name in text
     assert expected in text.lower() or expected in text
@@ -235,7 +235,7 @@ def test_a_huge_file_and_a_pipe_are_not_read(tmp_path: Path, line: Callable[...,
     os.mkfifo(tmp_path / "pipe.jpg")
     start = time.monotonic()
     for name, expected in (("huge.jpg", "has 1024 MiB"), ("pipe.jpg", "is not in")):
-        (tmp_path / "f.csv").write_text(f"image,x,y\n{name},1,1\n")
+        (tmp_path / "f.csv").write_text(f"image,x,y\n{name},1,1\n", encoding="utf-8")
         assert expected in line(lambda: load_dataset(str(tmp_path), fixations=str(tmp_path / "f.csv")))
     assert time.monotonic() - start < 5
 
@@ -257,7 +257,7 @@ def test_a_table_names_no_file_outside(tmp_path: Path, secret: Path, line: Calla
     folder.mkdir()
     (folder / "link.png").symlink_to(secret)
     for name in ("../private/photo.png", str(secret), "link.png", "../../../../etc/passwd"):
-        (tmp_path / "f.csv").write_text(f"image,x,y\n{name},1,1\n")
+        (tmp_path / "f.csv").write_text(f"image,x,y\n{name},1,1\n", encoding="utf-8")
         text = line(lambda: load_dataset(str(folder), fixations=str(tmp_path / "f.csv")))
         assert "lies outside the folder" in text
 
@@ -325,7 +325,7 @@ def test_a_model_names_no_file_outside_of_its_folder(tmp_path: Path, line: Calla
         ("a.safetensors", "hf-hub:x/y"),
     ):
         backbone = {"name": "lite0", "timm_name": timm_name, "weights": weights}
-        (tmp_path / "model.json").write_text(json.dumps({"format": 2, "backbones": [backbone]}))
+        (tmp_path / "model.json").write_text(json.dumps({"format": 2, "backbones": [backbone]}), encoding="utf-8")
         assert "not in its folder" in line(lambda: acw.load(tmp_path))
         assert "not in its folder" in line(
             lambda: cli.parse(["deepgaze_iie", "--heads", str(tmp_path), "--root", str(tmp_path)], "")
@@ -388,7 +388,7 @@ def test_a_registrys_pickled_model_is_not_loaded(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     client, _ = tracking.connect(store)
     flavour = {"loader_module": "mlflow.pyfunc.model", "python_model": "python_model.pkl", "python_version": "3.11"}
-    (tmp_path / "MLmodel").write_text(json.dumps({"flavors": {"python_function": flavour}}))
+    (tmp_path / "MLmodel").write_text(json.dumps({"flavors": {"python_function": flavour}}), encoding="utf-8")
     (tmp_path / "python_model.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "it-ran")))
     client.create_registered_model("pickled")
     client.create_model_version("pickled", str(tmp_path))

@@ -61,7 +61,7 @@ def stage_of(figures: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def halfway(folder: Path) -> None:
-    (folder / "features.json").write_text("{}")
+    (folder / "features.json").write_text("{}", encoding="utf-8")
     train(folder, BANKS[0], STOPPED)
     train(folder, BANKS[1], RISING)
 
@@ -215,10 +215,10 @@ from acw import log, recipes
 job = types.SimpleNamespace(folder=Path(sys.argv[1]), recipe=recipes.demo(), dataset=types.SimpleNamespace(stimuli=[]))
 log.stage("training")(lambda job: os.kill(os.getpid(), 9))(job)
 """
-    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": dataclasses.asdict(RECIPE)}))
+    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": dataclasses.asdict(RECIPE)}), encoding="utf-8")
     killed = subprocess.run([sys.executable, "-c", program, tmp_path], env=os.environ)
     assert killed.returncode == -9
-    with (tmp_path / log.FILE).open("a") as file:
+    with (tmp_path / log.FILE).open("a", encoding="utf-8") as file:
         file.write('{"time": "2026-')  # what a write leaves that was cut off
     found = status(tmp_path, time.time())
     assert found["state"] == "interrupted"
@@ -244,8 +244,8 @@ log.stage("training")(lambda job: os.kill(os.getpid(), 9))(job)
 def test_a_driver_elsewhere_lives_by_its_signs(tmp_path: Path) -> None:
     @log.stage("training")
     def training(job: Any) -> None:
-        lines = (tmp_path / log.FILE).read_text().replace(log.events(tmp_path)[0]["node"], "another")
-        (tmp_path / log.FILE).write_text(lines)
+        lines = (tmp_path / log.FILE).read_text(encoding="utf-8").replace(log.events(tmp_path)[0]["node"], "another")
+        (tmp_path / log.FILE).write_text(lines, encoding="utf-8")
         now = time.time()
         assert status(tmp_path, now + log.BEAT_SECONDS)["state"] == "running"
         assert status(tmp_path, now + 10 * log.BEAT_SECONDS)["state"] == "interrupted"
@@ -336,7 +336,7 @@ def scrape(port: int, run: str) -> dict[tuple[str, str], float]:
 
 def acw_status(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).with_name("acw")), "status", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, encoding="utf-8")
 
 
 def test_a_finished_run(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -363,7 +363,7 @@ def test_a_finished_run(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 def test_a_folder_of_no_run_ends_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "some-run").mkdir()
-    (tmp_path / "some-run" / "recipe.json").write_text("{}")
+    (tmp_path / "some-run" / "recipe.json").write_text("{}", encoding="utf-8")
     for folder, remedy in ((tmp_path, "some-run"), (tmp_path / "nowhere", "run: FOLDER")):
         result = acw_status(folder)
         assert (result.returncode, result.stdout) == (2, "")
@@ -380,5 +380,5 @@ def test_a_look_needs_no_torch() -> None:
 def test_recipes_of_other_versions_can_be_read(tmp_path: Path) -> None:
     fields = dataclasses.asdict(RECIPE) | {"a_field_of_tomorrow": 1}
     del fields["joint"]
-    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": fields}))
+    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": fields}), encoding="utf-8")
     assert stage_of(status(tmp_path, 0.0), "heads")["total"] == 8

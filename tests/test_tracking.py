@@ -84,18 +84,18 @@ def write_run(folder: Path, model: Model, ig: np.ndarray, fingerprint: str = "da
     record |= {"commit": "unknown", "seed": 0, "split_hash": "split", "dataset": {"fingerprint": fingerprint}}
     write_json(folder / "recipe.json", record)
     write_json(folder / "evaluation.json", EVALUATION)
-    (folder / "per_image.csv").write_text("image,IG\n")
-    (folder / "report.html").write_text("<!doctype html>")
+    (folder / "per_image.csv").write_text("image,IG\n", encoding="utf-8")
+    (folder / "report.html").write_text("<!doctype html>", encoding="utf-8")
     rows = [(c, b, 0.5, 0.4, 0.6) for c in CATEGORIES for b in ("lite0", "second")]
     write_csv(folder / "category_weights.csv", [("category", "backbone", "weight", "low", "high"), *rows])
-    (folder / "category_weights_history.csv").write_text("category,step,backbone,weight\n")
+    (folder / "category_weights_history.csv").write_text("category,step,backbone,weight\n", encoding="utf-8")
     scores = [(f"{i}.jpg", CATEGORIES[i % 2], value) for i, value in enumerate(ig)]
     write_csv(folder / "out_of_fold.csv", [("image", "category", "IG"), *scores])
     return folder
 
 
 def write_csv(path: Path, rows: list[tuple]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 
@@ -178,7 +178,7 @@ def test_loads_in_a_fresh_process_elsewhere(first: registry.Registration, store:
         cwd=tmp_path,
         env=environment | {"MLFLOW_TRACKING_URI": store, "OMP_NUM_THREADS": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("(1, 40, 30)")
@@ -189,7 +189,7 @@ def test_loads_in_a_fresh_process_elsewhere(first: registry.Registration, store:
 def test_artifacts_hold_no_pickles_and_stay_beside_the_store(first: registry.Registration, store: str) -> None:
     root = Path(store.removeprefix("sqlite:///")).parent
     (description,) = root.rglob("MLmodel")
-    assert "serving.py" in description.read_text()
+    assert "serving.py" in description.read_text(encoding="utf-8")
     pickles = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib"}
     assert not [path for path in root.rglob("*") if path.suffix in pickles]
     assert not list(description.parent.rglob("*.pyc"))

@@ -246,7 +246,7 @@ def test_every_space_can_be_searched_and_says_how(tmp_path: Path, name: str) -> 
     ],
 )
 def test_a_space_that_cannot_be_searched_is_one_line(tmp_path: Path, text: str, problem: str) -> None:
-    (tmp_path / "odd.py").write_text(f"from ray import tune\n{text}\n")
+    (tmp_path / "odd.py").write_text(f"from ray import tune\n{text}\n", encoding="utf-8")
     with pytest.raises(UserError, match=problem) as caught:
         load_space(tmp_path, "odd")
     assert "\n" not in str(caught.value)
@@ -262,7 +262,7 @@ def test_a_recipe_that_diverges_is_worse_than_all(tmp_path: Path) -> None:
     record = provenance(recipe) | {"dataset": {"name": "tiny"}}
     write_json(tmp_path / "search.json", found.summary() | {"folds": [0], "provenance": record})
     search_page.write(tmp_path)
-    assert "the recipe itself has no finite loss" in (tmp_path / "report.html").read_text()
+    assert "the recipe itself has no finite loss" in (tmp_path / "report.html").read_text(encoding="utf-8")
     tuning.table(found.trialled)
     none = Search(tmp_path / "none", _space(), 1, 0, seed=0)
     none.finish(none.propose(), [Outcome(None, 0, "diverged", {})])
@@ -294,7 +294,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Itera
     """Four configurations of two learning rates, in two banks, on 16 pictures; in this process."""
     base = tmp_path_factory.mktemp("search")
     (base / "spaces").mkdir()
-    (base / "spaces" / "two_rates.py").write_text(TWO_RATES)
+    (base / "spaces" / "two_rates.py").write_text(TWO_RATES, encoding="utf-8")
     arguments = [*SMALL, "--max_epochs", "2", "--learning_rate", "1e-3", "--root", str(base / "root")]
     arguments += displays(base / "tiny", ("Colour", "Faces"), 8)
     with pytest.MonkeyPatch.context() as patch:
@@ -317,7 +317,7 @@ def _printed(main: Any, arguments: list[str]) -> str:
 
 
 def test_a_search_finds_the_better_rate_and_writes_it_down(searched: Searched) -> None:
-    overlay = json.loads((searched.folder / "overlay.json").read_text())
+    overlay = json.loads((searched.folder / "overlay.json").read_text(encoding="utf-8"))
     # On so few pictures the high rate overshoots.
     assert overlay["fields"] == {"learning_rate": 2e-4}
     origin = overlay["search"]
@@ -328,7 +328,7 @@ def test_a_search_finds_the_better_rate_and_writes_it_down(searched: Searched) -
     untyped = [a for a in searched.arguments if a not in ("--learning_rate", "1e-3")]
     job = parse([*untyped, "--overlay", searched.last], "")
     assert (job.recipe.learning_rate, job.overlay) == (2e-4, overlay)
-    report = (searched.folder / "report.html").read_text()
+    report = (searched.folder / "report.html").read_text(encoding="utf-8")
     assert "two_rates" in report
     assert "http" not in report.replace("http-equiv", "")
 
@@ -340,7 +340,10 @@ def test_each_configuration_is_a_child_run_with_its_curves(searched: Searched) -
     (parent,) = (run for run in runs if run.data.tags.get("acw.search") == searched.folder.name)
     children = {run.data.tags["acw.configuration"]: run for run in runs if "acw.configuration" in run.data.tags}
     assert sorted(children) == ["0", "1", "2", "3", "4"]
-    found = {one["number"]: one for one in json.loads((searched.folder / "search.json").read_text())["configurations"]}
+    found = {
+        one["number"]: one
+        for one in json.loads((searched.folder / "search.json").read_text(encoding="utf-8"))["configurations"]
+    }
     for number, run in children.items():
         one = found[int(number)]
         assert run.info.status == "FINISHED"
@@ -394,7 +397,10 @@ def test_a_search_goes_on_after_its_driver_was_killed(tmp_path: Path, by: signal
     arguments += ["--tune", "sigma_lr", "--samples", "6"]
 
     def populations() -> dict[str, Any]:
-        return {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("root/tune/*/populations/*.json")}
+        return {
+            path.stem: json.loads(path.read_text(encoding="utf-8"))
+            for path in tmp_path.glob("root/tune/*/populations/*.json")
+        }
 
     def second() -> dict[str, list[dict]]:
         return next((histories(folder) for folder in tmp_path.glob("root/tune/*/populations/001")), {})
@@ -414,7 +420,7 @@ def test_a_search_goes_on_after_its_driver_was_killed(tmp_path: Path, by: signal
     assert after["001"]["own"] == known["001"]["own"]
     for bank, history in trained.items():
         assert second()[bank][: len(history)] == history, "an entry has the very seconds that the epoch took"
-    (overlay,) = (json.loads(path.read_text()) for path in tmp_path.glob("root/tune/*/overlay.json"))
-    record = json.loads((Path(last).parent / "recipe.json").read_text())
+    (overlay,) = (json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("root/tune/*/overlay.json"))
+    record = json.loads((Path(last).parent / "recipe.json").read_text(encoding="utf-8"))
     assert record["overlay"] == overlay
     assert overlay["fields"].items() <= record["recipe"].items()

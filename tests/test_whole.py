@@ -65,8 +65,8 @@ def test_submitted_to_three_nodes_from_s3_to_s3_with_a_node_lost(
             before = _until_half_way(local(run), client, log)
             node = next(node for node in cluster.workers("RayTrainWorker").values() if node != cluster.head)
             cluster.remove(node)
-            assert client.wait(timeout=4 * PATIENCE) == 0, log.read_text()
-        said = log.read_text()
+            assert client.wait(timeout=4 * PATIENCE) == 0, log.read_text(encoding="utf-8")
+        said = log.read_text(encoding="utf-8")
         assert "training: a worker was lost; goes on from the checkpoints" in said
         assert f"{run}/evaluation.json" in said
         again = finish(submit, log, cluster.environment)
@@ -90,7 +90,7 @@ def _until_half_way(folder: Path, client: Any, log: Path) -> Histories:
     """The banks' histories, as soon as one has some epochs behind it and more before it."""
 
     def under_way() -> bool:
-        assert client.poll() is None, log.read_text()
+        assert client.poll() is None, log.read_text(encoding="utf-8")
         return any(len(history) >= 2 for history in in_s3(folder).values())
 
     wait_for(under_way, "for some epochs", 2 * PATIENCE)

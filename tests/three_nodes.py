@@ -72,9 +72,9 @@ def processes(session: int) -> dict[int, str]:
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            state, _, _, theirs = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            state, _, _, theirs = (entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[:4]
             if int(theirs) == session and state != "Z":
-                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+                found[int(entry.name)] = (entry / "cmdline").read_text(encoding="utf-8").replace("\0", " ")
     return found
 
 
@@ -105,7 +105,7 @@ def finish(command: Sequence[str], log: Path, environment: Mapping[str, str] | N
     start = log.stat().st_size if log.exists() else 0
     with running(command, log, environment) as job:
         ended = job.wait(timeout=2 * PATIENCE)
-    printed = log.read_text()[start:]
+    printed = log.read_text(encoding="utf-8")[start:]
     assert ended == status, printed
     return printed
 
@@ -162,7 +162,7 @@ class ThreeNodes:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=out,
-                text=True,
+                encoding="utf-8",
                 start_new_session=True,
             )
         self.nodes: dict[str, int] = {}
@@ -203,18 +203,18 @@ class ThreeNodes:
         for pid in self.commands(name):
             with contextlib.suppress(OSError, StopIteration):
                 # A worker's parent is its node's raylet.
-                parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+                parent = int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
                 found[pid] = next(node for node, raylet in self.nodes.items() if raylet == parent)
         return found
 
     @contextlib.contextmanager
     def full_stores(self, log: Path) -> Iterator[subprocess.Popen[bytes]]:
         """Fills the object stores of all its nodes, until the process that does so is ended."""
-        before = log.read_text() if log.exists() else ""
+        before = log.read_text(encoding="utf-8") if log.exists() else ""
         with running([sys.executable, "-c", _HOG], log, self.environment) as hog:
-            filled = lambda: "filled" in log.read_text()[len(before) :]  # noqa: E731
+            filled = lambda: "filled" in log.read_text(encoding="utf-8")[len(before) :]  # noqa: E731
             wait_for(lambda: filled() or hog.poll() is not None, "for the stores to be full")
-            assert hog.poll() is None, log.read_text()
+            assert hog.poll() is None, log.read_text(encoding="utf-8")
             yield hog
 
     def stop(self) -> None:
