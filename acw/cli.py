@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from acw import credentials
 from acw.data import Dataset, Split, load_dataset, split
+from acw.data.coordinates import MOST_DROPPED, Origin, Units
+from acw.data.readers import READERS
 from acw.recipes import RECIPES, Recipe, derive, named_recipe
 from acw.storage import UserError, fetch, fingerprint, local, present, remove, sha256_file, shown, version, write_atomic
 
@@ -176,11 +178,30 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
         help="synthetic (default); a CAT2000 folder; a folder with pysaliency's stimuli.hdf5 and fixations.hdf5; "
         "or a folder of images, with --fixations; or s3://BUCKET/PREFIX of one of these",
     )
+    add_reader_options(parser)
+    about = "of the images; the width of the Gaussian of CC, KLDiv and SIM (default: what the folder's acw.json says, "
+    about += "else a 48th of the width, which is CAT2000's 40)"
+    names = ("--pixels-per-degree", "--blur-sigma")
+    parser.add_argument(*names, dest="pixels_per_degree", type=float, metavar="PX", help=about)
+
+
+def add_reader_options(parser: argparse.ArgumentParser) -> None:
+    """How the files of a data set are to be understood; `reader_options` takes them from the parsed options."""
     parser.add_argument("--fixations", help="CSV with columns image, x, y (0-based px), optionally subject, category")
-    parser.add_argument("--reader", choices=("hdf5", "cat2000", "csv"), help="where a folder could be read in two ways")
-    about = "px, of the Gaussian of CC, KLDiv and SIM: one degree of visual angle (default: CAT2000 40, gaze 30, else "
-    parser.add_argument("--blur-sigma", type=float, help=f"{about}a 48th of the width)")
-    parser.add_argument("--drop-outside", action="store_true", help="drop fixations outside their image, and say so")
+    parser.add_argument("--reader", choices=tuple(READERS), help="where a folder could be read in two ways")
+    about = "of x and y: px (default), or share of the image's width and height"
+    parser.add_argument("--units", choices=get_args(Units), default="px", help=about)
+    about = "where x and y are counted from: the upper left corner (default) or the image's centre; y goes down"
+    parser.add_argument("--origin", choices=get_args(Origin), default="corner", help=about)
+    about = f"drop fixations outside their image, up to this share of all ({MOST_DROPPED:g} unless given), and say so"
+    parser.add_argument(
+        "--drop-outside", nargs="?", type=float, const=MOST_DROPPED, default=0.0, metavar="SHARE", help=about
+    )
+
+
+def reader_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What `load_dataset` takes of parsed options."""
+    return {name: options[name] for name in ("reader", "units", "origin", "drop_outside")}
 
 
 def _add_fields(parser: argparse.ArgumentParser, base: Recipe) -> None:
@@ -217,10 +238,12 @@ def read_dataset(options: dict[str, Any]) -> Dataset:
         spec = str(local_path(spec, "--dataset"))
     if fixations:
         fixations = str(local_path(fixations, "--fixations"))
-    sigma = options["blur_sigma"]
+    sigma = options["pixels_per_degree"]
     if sigma is not None and not 0 < sigma < float("inf"):
-        raise UserError(f"--blur-sigma {sigma}: give the Gaussian's width in px, positive")
-    dataset = load_dataset(spec, reader=options["reader"], fixations=fixations, drop_outside=options["drop_outside"])
+        raise UserError(f"--pixels-per-degree {sigma}: give px of one degree of visual angle, above 0")
+    dataset = load_dataset(spec, fixations=fixations, **reader_options(options))
+    for note in dataset.notes:
+        print(f"data set {dataset.name}: {note}", flush=True)
     return dataset if sigma is None else dataclasses.replace(dataset, blur_sigma=sigma)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from acw.data.images import decode_image, inspect_image
-from acw.data.readers import is_stimulus
+from acw.data.recording import is_stimulus
 from acw.hdf5 import keys_of, open_hdf5
 from acw.model import Model
 from acw.storage import UserError, resolve_inside, write_atomic
@@ -118,7 +118,7 @@ def check(path: Path, folder: Path) -> Report:
 
 
 def _sizes(files: Mapping[str, Path]) -> dict[str, tuple[int, int]]:
-    return {key: inspect_image(path)[0] for key, path in files.items()}
+    return {key: inspect_image(path).size for key, path in files.items()}
 
 
 def _check_room(out: Path, size: float) -> None:

@@ -13,25 +13,26 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
-from acw.cli import Parser, local_path, run
+from acw.cli import Parser, add_reader_options, local_path, reader_options, run
 from acw.storage import UserError, listing, sha256_file
 
 UPLOADS_AT_ONCE = 8
 PROGRESS_SECONDS = 5.0
 
 
-def files(folder: Path, reader: str | None, fixations: Path | None, drop_outside: bool) -> dict[str, Path]:
+def files(folder: Path, fixations: Path | None, **options: Any) -> dict[str, Path]:
     """The files that the data set's reader reads, by their paths in the folder, with slashes.
 
-    A file of fixations goes beside them. Raises UserError for what the reader refuses.
+    options: more of what `load_dataset` takes. A file of fixations goes beside them. Raises UserError for what the reader refuses.
     """
     from acw.data import load_dataset
     from acw.data.images import SUFFIXES
     from acw.data.remote import reads
 
     table = str(fixations) if fixations else None
-    dataset = load_dataset(str(folder), reader=reader, fixations=table, drop_outside=drop_outside)
+    dataset = load_dataset(str(folder), fixations=table, **options)
     images = {stimulus.path for stimulus in dataset.stimuli}
     found = {}
     for path in listing(folder):
@@ -82,15 +83,13 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("folder", help="the data set, as for --dataset")
     parser.add_argument("address", help="s3://BUCKET/PREFIX")
-    parser.add_argument("--fixations", help="CSV with columns image, x, y (0-based px), optionally subject, category")
-    parser.add_argument("--reader", choices=("hdf5", "cat2000", "csv"), help="where a folder could be read in two ways")
-    parser.add_argument("--drop-outside", action="store_true", help="allow fixations outside their image")
+    add_reader_options(parser)
     options = parser.parse_args(list(argv))
     if not options.address.startswith("s3://"):
         raise UserError(f"{options.address}: is no S3 address; write s3://BUCKET/PREFIX")
     local_path(options.address, "ADDRESS")  # whether it can be had, before all is read
     fixations = local_path(options.fixations, "--fixations") if options.fixations else None
-    chosen = files(local_path(options.folder, "FOLDER"), options.reader, fixations, options.drop_outside)
+    chosen = files(local_path(options.folder, "FOLDER"), fixations, **reader_options(vars(options)))
     uri = options.address.rstrip("/")
     count = stage(chosen, uri)
     print(f"{count} files uploaded, {len(chosen) - count} were there; each checked by its checksum", flush=True)

@@ -69,7 +69,7 @@ def dataset_of(sizes: list[tuple[int, int]], image: np.ndarray, x: Any, y: Any, 
     stimuli = tuple(
         Stimulus(f"{i:02d}.png", f"{i:02d}.png", size, CATEGORIES[i % 3], None, "") for i, size in enumerate(sizes)
     )
-    columns = image.astype(np.int32), x.astype(np.float32), y.astype(np.float32), subject.astype(np.int32)
+    columns = image.astype(np.int32), x.astype(np.float64), y.astype(np.float64), subject.astype(np.int32)
     return Known("made up", "csv", "nowhere", stimuli, *columns, blur_sigma=4.0, notes=())
 
 

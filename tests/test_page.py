@@ -68,7 +68,7 @@ def _stimuli() -> Dataset:
         for index in range(IMAGES)
     )
     image = np.arange(len(stimuli), dtype=np.int32)
-    x = np.full(len(image), 40, np.float32)
+    x = np.full(len(image), 40.0)
     return Dataset("made up", "csv", "", stimuli, image, x, x, np.full(len(image), -1, np.int32), 10.0, ())
 
 
@@ -112,7 +112,7 @@ def _example(name: str) -> Example:
     rng = np.random.default_rng(int(name[-7:-4]))
     names = (OURS, *BACKBONES, "uniform", CENTRE_BIAS, GOLD_STANDARD)
     maps = {one: _log_density(rng) for one in names}
-    x, y = (rng.uniform(-0.5, side - 0.5, 30).astype(np.float32) for side in SIZE[::-1])
+    x, y = (rng.uniform(-0.5, side - 0.5, 30) for side in SIZE[::-1])
     wrong = CATEGORIES[1] if name.startswith("0") else CATEGORIES[0]
     pixels = rng.integers(0, 256, (*SIZE, 3), np.uint8)
     return Example(name, pixels, x, y, maps, (wrong, _log_density(rng)))

@@ -2,6 +2,6 @@
 
 from acw.data.dataset import Dataset, Stimulus
 from acw.data.folds import Split, split
-from acw.data.readers import load_dataset
+from acw.data.loading import load_dataset
 
 __all__ = ["Dataset", "Split", "Stimulus", "load_dataset", "split"]

@@ -59,10 +59,12 @@ class Dataset:
     """Stimuli in order of their names, and F fixations in order of their stimuli.
 
     image: int32 (F,), ascending: the index of each fixation's stimulus.
-    x, y: float32 (F,) in px, from 0: a fixation is in the pixel (row int(y), column int(x)).
+    x, y: float64 (F,) in px, from 0: a fixation is in the pixel (row int(y), column int(x)), which rounding to float32
+        could change (327.99999999999994 is in column 327).
     subject: int32 (F,), -1 where unknown.
-    blur_sigma: px, of the Gaussian that turns fixations into the maps for CC, KLDiv and SIM.
-    notes: what was done to the data on the way in, in words.
+    blur_sigma: px, of the Gaussian that turns fixations into the maps for CC, KLDiv and SIM: a degree of visual angle.
+    notes: what was done to the data on the way in, and what looks odd in them, in words.
+    licence: of the data, as their folder states it; None where it does not.
     """
 
     name: str
@@ -75,9 +77,10 @@ class Dataset:
     subject: np.ndarray
     blur_sigma: float
     notes: tuple[str, ...]
+    licence: str | None = None
 
     def __post_init__(self) -> None:
-        arrays = {"image": np.int32, "x": np.float32, "y": np.float32, "subject": np.int32}
+        arrays = {"image": np.int32, "x": np.float64, "y": np.float64, "subject": np.int32}
         for field, dtype in arrays.items():
             array = getattr(self, field)
             assert array.dtype == dtype, field
@@ -103,9 +106,10 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         """Equal for equal images, categories and fixations, wherever they lie and whichever reader read them."""
+        columns = {"image": self.image, "x": _short(self.x), "y": _short(self.y), "subject": self.subject}
         fixations = {
-            field: hashlib.sha256(np.ascontiguousarray(getattr(self, field)).tobytes()).hexdigest()
-            for field in ("image", "x", "y", "subject")
+            field: hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+            for field, values in columns.items()
         }
         categories = [stimulus.category for stimulus in self.stimuli]
         return fingerprint({"stimuli": self.stimuli_fingerprint, "categories": categories, "fixations": fixations})
@@ -142,7 +146,13 @@ class Dataset:
             "fingerprint": self.fingerprint,
             "blur_sigma": self.blur_sigma,
             "notes": list(self.notes),
-        }
+        } | ({"licence": self.licence} if self.licence else {})
+
+
+def _short(values: np.ndarray) -> np.ndarray:
+    """float32 where that changes none, as whole and half px: what earlier versions kept, and named their runs by."""
+    short = values.astype(np.float32)
+    return short if np.array_equal(short, values) else values
 
 
 def _display(stimulus: Stimulus) -> tuple[str, int] | None:

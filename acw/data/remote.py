@@ -1,46 +1,17 @@
-"""Which files of a data set its reader reads, by their names alone: what is copied to S3 and from there."""
+"""Data sets in S3: which of their files a reader reads, and bringing those to this node."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path
 
-from acw.data.images import SUFFIXES
+from acw.data.readers import READERS, fitting_reader
+from acw.data.statement import STATEMENT
 from acw.storage import UserError
-
-_HDF5 = ("stimuli.hdf5", "fixations.hdf5", "categories.json")
-_CAT2000_IMAGE = re.compile(r"(trainSet/)?Stimuli/[^/]+/[^/]+")
-_CAT2000_FIXATIONS = re.compile(r"(trainSet/)?FIXATIONLOCS/[^/]+/[^./][^/]*\.mat")
-
-
-def names_stimulus(path: PurePath, suffixes: Iterable[str] = SUFFIXES) -> bool:
-    """Not so CAT2000's saliency maps, nor what file managers hide among images."""
-    hidden = path.name.startswith(".") or path.stem.endswith("_SaliencyMap") or path.parent.name == "Output"
-    return path.suffix.lower() in suffixes and not hidden
 
 
 def reads(reader: str, name: str) -> bool:
-    """Whether a reader may read the file of this path, with slashes, in the data set's folder."""
-    if reader == "cat2000" and not _CAT2000_IMAGE.fullmatch(name):
-        return bool(_CAT2000_FIXATIONS.fullmatch(name))
-    if reader == "hdf5" and name in _HDF5:
-        return True
-    return names_stimulus(PurePosixPath(name), {".jpg"} if reader == "cat2000" else SUFFIXES)
-
-
-def fitting_reader(folder: Path, has: Callable[[str], bool], fixations: bool) -> str:
-    """The reader of a folder, which has files or folders of some names and perhaps comes with a file of fixations."""
-    if all(map(has, _HDF5[:2])):
-        return "hdf5"
-    if has("Stimuli") or has("trainSet/Stimuli"):
-        return "cat2000"
-    if fixations:
-        return "csv"
-    raise UserError(
-        f"dataset {folder}: holds neither stimuli.hdf5 and fixations.hdf5, nor CAT2000's Stimuli and FIXATIONLOCS; "
-        "give one of these, or a folder of images together with a CSV of fixations (columns image, x, y)"
-    )
+    """Whether a data set of this format may be made of the file of this path, with slashes, in its folder."""
+    return name == STATEMENT or READERS[reader].reads(name)
 
 
 def bring(folder: Path, reader: str | None, fixations: bool) -> str:

@@ -81,12 +81,12 @@ def _gaussian(x: float, y: float, spread_x: float, spread_y: float) -> np.ndarra
 
 
 def _fixations(category: str, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """y, x (float32, px) and subject (int32) of each fixation: a pixel drawn from the density, a place within it."""
+    """y, x (float64, px) and subject (int32) of each fixation: a pixel drawn from the density, a place within it."""
     draws = Draws(VERSION, category, index, "fixations")
     subject = np.repeat(np.arange(SUBJECTS, dtype=np.int32), [draws.integer(4, 8) for _ in range(SUBJECTS)])
     cumulative = np.cumsum(_density(category, index))
     pixel = np.searchsorted(cumulative, draws.array(len(subject)) * cumulative[-1], side="right")
-    # Steps of 1/1024 px are exact in float32, so that no rounding carries a fixation into the next pixel.
+    # Steps of 1/1024 px are exact in float32 too, so that no rounding carries a fixation into the next pixel.
     within = np.floor(draws.array(2, len(subject)) * 1024) / 1024
     rows, columns = np.divmod(pixel, WIDTH)
-    return (rows + within[0]).astype(np.float32), (columns + within[1]).astype(np.float32), subject
+    return rows + within[0], columns + within[1], subject

@@ -1,0 +1,102 @@
+"""Reads a data set: chooses the reader, converts and checks what it read, and puts it in order.
+
+Whatever the reader, stimuli come in order of their names and fixations in px from 0, x to the right and y down. A
+fixation is inside its image if 0 <= x < width and 0 <= y < height.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from acw.data import synthetic
+from acw.data.coordinates import MOST_DROPPED, Origin, Units, corner_only, inside, placed
+from acw.data.dataset import SYNTHETIC, Dataset
+from acw.data.readers import READERS, fitting_reader
+from acw.data.recording import Recording, printable, refuse
+from acw.data.remote import bring
+from acw.data.statement import read_statement
+from acw.storage import UserError, local, mirrored, shown
+
+
+def load_dataset(
+    spec: str,
+    *,
+    reader: str | None = None,
+    fixations: str | None = None,
+    units: Units = "px",
+    origin: Origin = "corner",
+    drop_outside: bool | float = False,
+) -> Dataset:
+    """Reads a data set.
+
+    spec: `synthetic`, or a folder: CAT2000's (the one that holds `Stimuli` and `FIXATIONLOCS`, or the one above it),
+        one with pysaliency's `stimuli.hdf5` and `fixations.hdf5`, or one of images, to which `fixations` belongs; or
+        the `s3://` address of one.
+    reader: a name of READERS; without it the first that fits, in their order.
+    fixations: a CSV file with the columns image (path in the folder), x, y, and perhaps subject and category.
+    units: of x and y: px, or `share` of the image's width and height.
+    origin: from where x and y are counted: the upper left `corner`, or the image's `centre`; y goes down in both.
+    drop_outside: leave out fixations that lie outside their image, up to this share of all (True: a tenth), and say so
+        in the data set's notes.
+
+    Raises UserError, in one line, for whatever is missing, damaged, contradictory or implausible.
+    """
+    if spec == SYNTHETIC:
+        if reader or fixations:
+            raise UserError("dataset synthetic: is generated, so leave out the reader and the fixations file")
+        return synthetic.load()
+    printable(spec, "dataset")
+    folder = local(spec).expanduser().resolve()
+    if reader is not None and reader not in READERS:
+        raise UserError(f"reader {reader}: unknown; choose one of {', '.join(READERS)}")
+    if mirrored(folder):
+        reader = bring(folder, reader, fixations is not None)
+    elif not folder.is_dir():
+        raise UserError(f"dataset {spec}: there is no such folder; correct the path")
+    chosen = reader or fitting_reader(folder, lambda name: (folder / name).exists(), fixations is not None)
+    if fixations and not READERS[chosen].takes_fixations:
+        raise UserError(
+            f"dataset {folder}: is read by the {chosen} reader, which takes no fixations file; "
+            "choose the reader csv or leave the file out"
+        )
+    share = MOST_DROPPED if drop_outside is True else float(drop_outside)
+    if not 0 <= share <= 1:
+        raise UserError(f"--drop-outside {share:g}: give the share of the fixations that may be left out, 0 to 1")
+    recording = READERS[chosen].read(folder, fixations)
+    return _assemble(folder, chosen, recording, units, origin, share)
+
+
+def _assemble(folder: Path, reader: str, recording: Recording, units: Units, origin: Origin, share: float) -> Dataset:
+    where = f"dataset {folder}"
+    if not recording.stimuli or not len(recording.image):
+        raise UserError(f"{where}: holds no image with fixations; add some")
+    names = [stimulus.name for stimulus in recording.stimuli]
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: has the image {max(names, key=names.count)} twice; list every image once")
+    places = placed(recording, units, origin, where)
+    kept, dropped = inside(recording, places, share, where)
+    order = sorted(range(len(names)), key=names.__getitem__)
+    stimuli = tuple(recording.stimuli[index] for index in order)
+    image = np.argsort(order)[recording.image]
+    unseen = [stimuli[index].name for index in np.setdiff1d(np.arange(len(stimuli)), image[kept])]
+    refuse(unseen, folder, "images without a fixation", "add fixations or remove the images")
+    rows = np.flatnonzero(kept)
+    rows = rows[np.argsort(image[rows], kind="stable")]
+    statement = read_statement(folder)
+    converted = () if (units, origin) == ("px", "corner") else (f"read as {units} from the {origin}",)
+    return Dataset(
+        name=statement.name or (folder.parent.name if folder.name == "trainSet" else folder.name),
+        reader=reader,
+        location=shown(folder),
+        stimuli=stimuli,
+        image=image[rows].astype(np.int32),
+        x=places.x[rows],
+        y=places.y[rows],
+        subject=recording.subject[rows].astype(np.int32),
+        # One degree of visual angle, where it is known; else CAT2000's share of the width, 40 of 1920 px.
+        blur_sigma=statement.pixels_per_degree or float(np.mean([stimulus.size[1] for stimulus in stimuli])) / 48,
+        notes=(*recording.notes, *converted, *dropped, *corner_only(places)),
+        licence=statement.licence,
+    )
