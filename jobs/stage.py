@@ -25,7 +25,8 @@ PROGRESS_SECONDS = 5.0
 def files(folder: Path, fixations: Path | None, **options: Any) -> dict[str, Path]:
     """The files that the data set's reader reads, by their paths in the folder, with slashes.
 
-    options: more of what `load_dataset` takes. A file of fixations goes beside them. Raises UserError for what the reader refuses.
+    options: more of what `load_dataset` takes. A file of fixations goes beside them. Raises UserError for what the
+    reader refuses.
     """
     from acw.data import load_dataset
     from acw.data.images import SUFFIXES

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import re
 import shutil
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
+from scipy.ndimage import gaussian_filter
+from scipy.sparse import csc_array
 
 from acw import pysaliency_compat
 from acw.data import Dataset, load_dataset, split
-from acw.data.images import decode_image
+from acw.data.images import decode_image, inspect_image
+from acw.data.recording import subjects
 from acw.storage import UserError
 
 GAZE = Path(__file__).parents[2] / "shared" / "gaze"
@@ -288,12 +294,284 @@ def test_folder_of_no_known_layout_and_wrong_choices(tmp_path: Path) -> None:
         ("image,x,y\n../fixations.csv,1,2\n", "lies outside the folder"),
         ("image,x,y,category\na.png,1,2,u\na.png,1,2,v\n", "line 3: a.png has the category 'v' and 'u'"),
         ("image,x,y,category\na.png,1,2,\n", "line 2: a.png has the category ''"),
+        ("image,x,y,category\na.png,1,2,u\na.png,1,2,N/A\n", "line 3: a.png has the category 'N/A' and 'u'"),
+        ("image,x,y\na.png,137,2,46,2\n", "line 2: has 5 fields where the header has 3; are there decimal commas"),
+        ("image,x,y\na.png,1,2\na.png,13,5,2\n", "line 3: has 4 fields"),
+        ("image;x;y\na.png;13,5;2\n", "line 2: x is '13,5', with a decimal comma; write decimal points"),
+        ("image;x;y\na.png;1;2;3\n", "line 2: has 4 fields where the header has 3; quote names that hold semicolons"),
+        ("image,x,y,x,y\na.png,1,2,3,4\n", r"has the column 'x' 2 times \(two eyes\?\)"),
+        ("image,x,y, image\na.png,1,2,3\n", "has the column 'image' 2 times"),
+        ('image,x,y\n"a.png,1,2\na.png,1,2\nsub/b.jpg",1,2\n', r'line 2: a quote \("\) goes on until line 4'),
+        ('image,x,y\na.png,1,2\n"sub/b.jpg,1,2\n', "cannot be read as a CSV file"),
+        ('image,x,y\n"a".png,1,2\n', "cannot be read as a CSV file"),
+        ("image,x,y\na.png,NA,2\n", "line 2: x is 'NA', missing; remove the line"),
+        ("image,x,y\na.png,.,2\n", "line 2: x is '.', missing"),
+        ("image,x,y\na.png,1_0,2\n", "line 2: x is '1_0', not a number"),
+        ("image,x,y\na.png,1e999,2\n", "line 2: x is '1e999', not a number"),
+        ("image,x,y\na.png\0,1,2\n", "line 2: holds a NUL byte"),
+        ("image,x,y\na\x07.png,1,2\n", "holds a character that cannot be printed"),
+        ("image,x,y\n" + "a" * 300 + ".png,1,2\n", "cannot be a file's name"),
+        ("image,x,y\nA.PNG,1,2\n", r"A.PNG is not in .* \(it has a.png, which differs in its capitals\)"),
+        ("image,x,y\nsub\\b.jpg,1,2\n", r"is not in .* \(it has sub/b.jpg\)"),
+        ("image,x,y\na,1,2\n", r"a is not in .* \(it has a.png: names are with their endings\)"),
     ],
 )
 def test_spoilt_csv(tmp_path: Path, text: str, message: str) -> None:
     folder, table = images_and_csv(tmp_path, text)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         load_dataset(folder, fixations=table)
+    assert "\n" not in str(caught.value)
+    assert "\0" not in str(caught.value)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_what_programs_write_is_read(tmp_path: Path, delimiter: str) -> None:
+    """Other delimiters, empty rows, trailing delimiters, Windows' line ends, a byte order mark, quoted names."""
+    rows = [
+        '"image";"x";"y";subject',
+        '"a.png";1.5;2;NA',
+        ";;;",
+        "",
+        "a.png;+3e0;.5;p1;",
+        "sub/b.jpg;3;4;",
+        "a.png;1;1;p2",
+    ]
+    folder, table = images_and_csv(tmp_path, "")
+    text = "\r\n".join(rows).replace(";", delimiter)
+    Path(table).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    dataset = load_dataset(folder, fixations=table)
+    assert fixations_by_name(dataset) == {"a.png": [(1.5, 2.0), (3.0, 0.5), (1.0, 1.0)], "sub/b.jpg": [(3.0, 4.0)]}
+    assert dataset.subject.tolist() == [-1, 0, 1, -1]
+
+
+@pytest.mark.parametrize(
+    "missing", ["", "NA", "N/A", "n/a", "NaN", "nan", "null", "NULL", "None", ".", "-", "-1", "<NA>"]
+)
+def test_a_missing_subject_is_no_person(missing: str) -> None:
+    assert subjects([missing, "p05", missing, "p06"]).tolist() == [-1, 0, -1, 1]
+    assert subjects([3, "3", 3.0, missing]).tolist() == [3, 3, 3, -1]
+
+
+def test_names_are_found_in_whatever_unicode_form(tmp_path: Path) -> None:
+    composed, decomposed = "Caf\u00e9", "Cafe\u0301"
+    (tmp_path / decomposed).mkdir()
+    Image.new("RGB", (30, 20)).save(tmp_path / decomposed / f"{decomposed}.png")
+    Image.new("RGB", (30, 20)).save(tmp_path / decomposed / "b.png")
+    table = tmp_path / "f.csv"
+    rows = [f"{composed}/{composed}.png,1,2,{composed}", f"{decomposed}/b.png,1,2,{decomposed}"]
+    table.write_text("image,x,y,category\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    dataset = load_dataset(str(tmp_path), fixations=str(table))
+    assert dataset.categories == (composed,)
+    assert dataset.stimuli[0].pixels().shape == (20, 30, 3)
+    folder = cat2000(tmp_path / "cat", {f"Action/{composed}": (40, 60)})
+    mat = folder / "trainSet/FIXATIONLOCS/Action" / f"{composed}.mat"
+    mat.rename(mat.with_name(f"{decomposed}.mat"))
+    assert len(load_dataset(str(folder)).x) == 1
+
+
+# --- Coordinates -------------------------------------------------------------------------------------------------
+
+SCREEN = (300, 400)
+
+
+def recorded(folder: Path, x: np.ndarray, y: np.ndarray, *, orientation: int = 1) -> Callable[..., Dataset]:
+    """What reads a folder of two images of 400x300 px with these fixations, (2, F) px."""
+    folder.mkdir(exist_ok=True)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", SCREEN[::-1]).save(folder / name, exif=exif)
+    rows = [f"{'ab'[i]}.jpg,{across!r},{down!r}" for i in range(2) for across, down in zip(x[i], y[i], strict=True)]
+    table = folder / "f.csv"
+    table.write_text("\n".join(["image,x,y", *rows]).replace("np.float64(", "").replace(")", ""), encoding="utf-8")
+    return functools.partial(load_dataset, str(folder), fixations=str(table))
+
+
+@pytest.fixture
+def px() -> tuple[np.ndarray, np.ndarray]:
+    """Fixations in px of two images of 400x300, (2, 60) each, all over them."""
+    rng = np.random.default_rng(0)
+    return np.round(rng.uniform(5, 395, (2, 60)), 2), np.round(rng.uniform(5, 295, (2, 60)), 2)
+
+
+def test_shares_and_centres_are_refused_and_converted_when_asked(
+    tmp_path: Path, px: tuple[np.ndarray, np.ndarray]
+) -> None:
+    x, y = px
+    expected = recorded(tmp_path / "px", x, y)()
+    cases: list[tuple[np.ndarray, np.ndarray, str, dict[str, str]]] = [
+        (x / 400, y / 300, "shares of the width and height; say --units share,", {"units": "share"}),
+        (x - 200, y - 150, "px from the images' centre; say --origin centre", {"origin": "centre"}),
+        (
+            x / 400 - 0.5,
+            y / 300 - 0.5,
+            "shares from the centre; say --units share --origin centre",
+            {"units": "share", "origin": "centre"},
+        ),
+    ]
+    for number, (across, down, reason, options) in enumerate(cases):
+        load = recorded(tmp_path / str(number), across, down)
+        for drop in (False, True):
+            with pytest.raises(UserError, match=reason):
+                load(drop_outside=drop)
+        dataset = load(**options)
+        np.testing.assert_allclose(dataset.x, expected.x, atol=1e-9)
+        np.testing.assert_allclose(dataset.y, expected.y, atol=1e-9)
+        assert dataset.notes
+    # A few fixations off the screen do not make shares px; 1 is the edge and in the image.
+    x, y = x / 400, y / 300
+    x[0, :2] = -0.02, 1.01
+    with pytest.raises(UserError, match="say --units share"):
+        recorded(tmp_path / "stray", x, y)(drop_outside=True)
+    x[0, :2] = 1.0
+    assert recorded(tmp_path / "edge", x, y)(units="share").x.max() == np.nextafter(400, 0)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "reason"),
+    [
+        (lambda x, y: x / 200 - 1, lambda x, y: y / 150 - 1, r"half the width and height from the centre \(-1 to 1\)"),
+        (lambda x, y: x / 4, lambda x, y: y / 3, "look like percent; divide by 100 and say --units share"),
+        (lambda x, y: np.ceil(x / x.max() * 400), lambda x, y: y.clip(1), "counted from 1; subtract 1"),
+        (lambda x, y: y, lambda x, y: x, "fit when x and y are swapped"),
+        (lambda x, y: x * 4.8, lambda x, y: y * 3.6, "4.7 times as far as the images: are they px of a screen"),
+        (lambda x, y: np.where(x < 80, -9999, x), lambda x, y: np.where(x < 80, -9999, y), "as a lost eye is written"),
+        (lambda x, y: np.where(x < 80, 0, x), lambda x, y: np.where(x < 80, 0, y), "exactly at x=0 y=0"),
+    ],
+)
+def test_the_likely_reason_is_named(
+    tmp_path: Path,
+    px: tuple[np.ndarray, np.ndarray],
+    x: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    y: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    reason: str,
+) -> None:
+    with pytest.raises(UserError, match=reason) as caught:
+        recorded(tmp_path, x(*px), y(*px))()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_exif_orientation_is_named_where_it_explains(tmp_path: Path, px: tuple[np.ndarray, np.ndarray]) -> None:
+    x, y = px
+    with pytest.raises(UserError, match=r"a\.jpg has an EXIF orientation that turns it"):
+        recorded(tmp_path, x * 0.75, y / 0.75, orientation=6)()
+
+
+def test_fixations_of_a_smaller_image_are_noted(tmp_path: Path, px: tuple[np.ndarray, np.ndarray]) -> None:
+    x, y = px
+    (note,) = recorded(tmp_path, x * 0.4, y * 0.4)().notes
+    assert "upper left 39% by 39%" in note
+
+
+def test_units_are_not_for_marked_pixels(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="marks pixels of the images, so leave out --units and --origin"):
+        load_dataset(str(cat2000(tmp_path)), units="share")
+
+
+def test_a_fixation_stays_in_the_pixel_that_pysaliency_takes(tmp_path: Path) -> None:
+    x, y = np.full((2, 1), 327.99999999999994), np.full((2, 1), 10.5)
+    assert recorded(tmp_path, x, y)().x.astype(int).tolist() == [327, 327]
+
+
+def test_a_folder_states_its_pixels_per_degree(tmp_path: Path, px: tuple[np.ndarray, np.ndarray]) -> None:
+    """And its name alone changes nothing: a folder called gaze is like any other."""
+    load = recorded(tmp_path / "gaze", *px)
+    assert load().blur_sigma == pytest.approx(400 / 48)
+    statement = tmp_path / "gaze" / "acw.json"
+    statement.write_text('{"pixels_per_degree": 30, "name": "ours", "licence": "MIT"}', encoding="utf-8")
+    dataset = load()
+    assert (dataset.name, dataset.blur_sigma, dataset.summary()["licence"]) == ("ours", 30, "MIT")
+    for text, message in (
+        ("{", "cannot be read as JSON"),
+        ('{"pixels": 3}', "no JSON object with keys of licence, name, pixels_per_degree"),
+        ('{"pixels_per_degree": 0}', "pixels_per_degree is 0"),
+        ('{"pixels_per_degree": true}', "pixels_per_degree is True"),
+        ('{"name": 3}', "name is 3"),
+    ):
+        statement.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            load()
+
+
+# --- Maps of fixations -------------------------------------------------------------------------------------------
+
+
+def marked(folder: Path, marks: np.ndarray) -> Callable[[], Dataset]:
+    """What reads a CAT2000 folder of one image with these marks."""
+    cat2000(folder, {"Action/001": marks.shape})  # type: ignore[dict-item]
+    savemat(folder / "trainSet/FIXATIONLOCS/Action/001.mat", {"fixLocs": marks})
+    return lambda: load_dataset(str(folder))
+
+
+def test_counts_are_counted_and_equal_marks_are_one_fixation_each(tmp_path: Path) -> None:
+    marks = np.zeros((120, 160))
+    marks[[3, 50, 90], [4, 60, 100]] = 1, 3, 2
+    dataset = marked(tmp_path / "counts", marks)()
+    assert list(zip(dataset.x.tolist(), dataset.y.tolist(), strict=True)) == [(4, 3), *[(60, 50)] * 3, *[(100, 90)] * 2]
+    for number, equal in enumerate((np.uint8(255), np.float64(1), True)):
+        assert (
+            len(marked(tmp_path / str(number), np.where(marks > 0, equal, 0).astype(np.asarray(equal).dtype))().x) == 3
+        )
+    assert len(marked(tmp_path / "sparse", csc_array(marks.astype(np.float64)))().x) == 6
+
+
+def test_a_map_that_is_none_of_fixations_is_refused(tmp_path: Path) -> None:
+    marks = np.zeros((240, 320))
+    marks[np.random.default_rng(0).integers(20, 200, (2, 40))[0], np.random.default_rng(1).integers(20, 300, 40)] = 1
+    blurred = gaussian_filter(marks, 8)
+    cases = {
+        "blurred map": blurred,
+        "a blurred map?": np.round(blurred / blurred.max() * 255).astype(np.uint8),
+        "areas and not pixels": np.round(blurred / blurred.max() * 12) * (blurred > 0.3 * blurred.max()),
+        "(a blurred map, or an inverted one?)": 1 - marks,
+        "areas and not pixels (a blurred map, or discs?)": (gaussian_filter(marks, 3) > 0.004).astype(np.uint8),
+        "values below 0": marks - 2 * np.roll(marks, 5),
+        "transposed": marks.T,
+    }
+    for number, (reason, wrong) in enumerate(cases.items()):
+        folder = tmp_path / str(number)
+        load = marked(folder, marks)
+        savemat(folder / "trainSet/FIXATIONLOCS/Action/001.mat", {"fixLocs": wrong})
+        with pytest.raises(UserError, match=re.escape(reason)):
+            load()
+
+
+# --- Images of 16 bits -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("depth", [8, 10, 12, 14, 16])
+def test_grey_is_scaled_by_the_bits_that_it_uses(tmp_path: Path, suffix: str, depth: int) -> None:
+    ramp = np.linspace(0, 255, 120 * 90).reshape(90, 120)
+    grey = np.floor(ramp / 256 * 2**depth).astype(np.uint16)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(grey).save(path)
+    np.testing.assert_allclose(decode_image(path)[:, :, 0], ramp, atol=1.01)
+    inspected = inspect_image(path)
+    assert inspected.depth == depth
+    # Features of what an earlier version read otherwise are not taken for this image's.
+    assert (inspected.digest == hashlib.sha256(path.read_bytes()).hexdigest()) == (depth == 16)
+
+
+def test_colours_of_16_bits_that_use_fewer_are_refused(tmp_path: Path) -> None:
+    def tiff(bits: int) -> Path:
+        """A minimal uncompressed TIFF of 8x8 px with 16 bits a channel, whose values use so many."""
+        pixels = np.full((8, 8, 3), 2**bits - 1, "<u2").tobytes()
+        tags = [(256, 3, 8), (257, 3, 8), (259, 3, 1), (262, 3, 2), (277, 3, 3), (278, 3, 8), (279, 4, len(pixels))]
+        end = 8 + 2 + 12 * (len(tags) + 2) + 4
+        entries = [struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags]
+        entries += [struct.pack("<HHII", 258, 3, 3, end), struct.pack("<HHII", 273, 4, 1, end + 6)]
+        entries.sort(key=lambda entry: struct.unpack("<H", entry[:2]))
+        body = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4) + struct.pack("<3H", 16, 16, 16)
+        path = tmp_path / f"{bits}.tif"
+        path.write_bytes(b"II*\0" + struct.pack("<I", 8) + body + pixels)
+        return path
+
+    assert decode_image(tiff(16)).tolist() == np.full((8, 8, 3), 255).tolist()
+    for bits in (8, 12):
+        for function in (decode_image, inspect_image):
+            with pytest.raises(UserError, match=r"has 16 bits a channel and uses .* save it with 8 bits"):
+                function(tiff(bits))
 
 
 def test_csv_that_is_missing_or_no_text(tmp_path: Path) -> None:

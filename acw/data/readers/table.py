@@ -134,7 +134,7 @@ def _coordinate(text: str, axis: str, where: str) -> float:
     if not math.isfinite(value):
         if is_missing(text):
             reason = "missing; remove the line"
-        elif _NUMBER.fullmatch(text.replace(",", ".", 1)):
+        elif "," in text and _NUMBER.fullmatch(text.replace(",", ".", 1)):
             reason = "with a decimal comma; write decimal points"
         else:
             reason = "not a number; correct or remove the line"
