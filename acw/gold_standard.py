@@ -18,9 +18,9 @@ from acw.center_bias import CenterBias
 from acw.data import Dataset
 from acw.finalizer import Finalizer
 from acw.fusion import Likelihoods, em
-from acw.metrics import gaussian_blur
 
-# Bandwidths to choose from, in image px, and the grid's cell: the kernel is wider than the cell everywhere.
+# Bandwidths to choose from, in image px, and the grid's cell: the kernel is wider than the cell everywhere, so that
+# whoever looked at an image gives mass to some cell of it.
 BANDWIDTHS = (12.0, 16.0, 20.0, 25.0, 32.0, 40.0, 50.0, 64.0)
 FINALIZER = Finalizer(cell=8.0)
 # Three numbers are fitted: more images than this would only cost time.
@@ -66,20 +66,17 @@ def fit(dataset: Dataset, indices: Sequence[int] | np.ndarray, center_bias: Cent
     log_p: dict[float, list[np.ndarray]] = {bandwidth: [] for bandwidth in BANDWIDTHS}
     fixations = []
     for index in indices:
-        size = dataset.stimuli[index].size
-        x, y, subject = dataset.fixations_of(index)
         seen = _Seen.of(dataset, index, center_bias)
-        # At the fixations, subject by subject.
-        person = np.searchsorted(seen.people, subject)
+        # At the fixations, in the cells that they are in.
         rows, columns = (
-            (axis / length * cells).astype(int)
-            for axis, length, cells in zip((y, x), size, seen.counts.shape[1:], strict=True)
+            (place / length * cells).astype(int)
+            for place, length, cells in zip((seen.y, seen.x), seen.size, seen.bias.shape, strict=True)
         )
         bias = seen.bias[rows, columns]
         for bandwidth, parts in log_p.items():
-            others = seen.others(bandwidth)[person, rows, columns]
+            others = seen.others(bandwidth)[seen.person, rows, columns]
             parts.append(np.log(np.stack([others, bias, np.full_like(bias, 1 / seen.bias.size)], 1) + 1e-30))
-        fixations.append(len(x))
+        fixations.append(len(seen.person))
     image = np.repeat(np.arange(len(indices)), fixations)
     best: tuple[float, float, np.ndarray] | None = None
     for bandwidth, parts in log_p.items():
@@ -96,32 +93,43 @@ def fit(dataset: Dataset, indices: Sequence[int] | np.ndarray, center_bias: Cent
 
 @dataclass(frozen=True)
 class _Seen:
-    """Where people looked in an image, on a grid over it.
+    """Where people looked in an image.
 
-    people: (P,) the subjects, ascending. counts: (P, H, W) float64 of each one's fixations. bias: (H, W) centre bias.
+    size: of the image, px. x, y: (n,) float64, the middles of the fixated pixels. people: (P,) the subjects, ascending;
+    person: (n,) the place among them of whoever made each fixation. bias: (H, W) centre bias on a grid over the image.
     """
 
+    size: tuple[int, int]
+    x: np.ndarray
+    y: np.ndarray
     people: np.ndarray
-    counts: np.ndarray
+    person: np.ndarray
     bias: np.ndarray
 
     @classmethod
     def of(cls, dataset: Dataset, index: int, center_bias: CenterBias) -> _Seen:
         x, y, subject = dataset.fixations_of(index)
         size = dataset.stimuli[index].size
-        grid = FINALIZER.grid(size)
-        people, number = np.unique(subject, return_counts=True)
-        maps = [
-            FINALIZER.target_map(x[subject == one], y[subject == one], size, grid).double().numpy() for one in people
-        ]
-        return cls(people, np.stack(maps) * number[:, None, None], np.exp(center_bias.of_size(grid).astype(np.float64)))
+        people, person = np.unique(subject, return_inverse=True)
+        bias = np.exp(center_bias.of_size(FINALIZER.grid(size)).astype(np.float64))
+        return cls(size, x.astype(np.int64) + 0.5, y.astype(np.int64) + 0.5, people, person, bias)
 
     def others(self, bandwidth: float) -> np.ndarray:
         """(P, H, W) for each subject: the KDE of all others' fixations, with sum 1."""
         smooth = self.smoothed(bandwidth)
+        # A difference of equal numbers may be below 0 by rounding.
         others = np.maximum(smooth.sum(0) - smooth, 0)
         return others / others.sum((1, 2), keepdims=True)
 
     def smoothed(self, bandwidth: float) -> np.ndarray:
-        """(P, H, W) each subject's fixations, blurred."""
-        return gaussian_blur(torch.from_numpy(self.counts), bandwidth / FINALIZER.cell, "constant").numpy()
+        """(P, H, W) the sum of Gaussians at each subject's fixations, at the cells' centres; none is below 0.
+
+        Interpolated, a fixation between two cells would have negative weights beside it, which a narrow Gaussian does
+        not fill where all people look at one place.
+        """
+        rows, columns = (
+            np.exp(-0.5 * (((np.arange(cells) + 0.5) * (length / cells) - place[:, None]) / bandwidth) ** 2)
+            for place, length, cells in zip((self.y, self.x), self.size, self.bias.shape, strict=True)
+        )
+        mine = [self.person == number for number in range(len(self.people))]
+        return np.stack([rows[some].T @ columns[some] for some in mine])

@@ -27,8 +27,9 @@ ALL_METRICS = (*METRICS, "SIM_opt")  # the last only where it is asked for
 
 # The regulariser of the Tuebingen/MIT saliency benchmark, as in pysaliency.metrics.MIT_KLDiv.
 _KLDIV_REGULARISER = 2.2204e-16
-# Relative standard deviation below which a map is flat: float32 log-densities of full-HD images cannot tell less.
-_FLAT = 1e-9
+# Relative standard deviation below which a map is flat: float32 log-densities of full-HD images cannot tell less, and a
+# map that is blurred in float32, even where it is one value, differs from it by more.
+FLAT, _FLAT_BLURRED = 1e-9, 1e-6
 _BAND = 64
 # Pixels that are worked on at a time: what is made of them stays in the cache.
 _BLOCK = 1 << 17
@@ -334,7 +335,7 @@ def score_mixtures(components: Components, weights: Tensor, target: Target) -> l
     - LL, bits a fixation: `m.information_gain(stimuli, fixations, UniformModel())`
     - AUC: `density.AUC(stimuli, fixations, nonfixations="uniform")`, all pixels are negatives
     - NSS: `density.NSS(stimuli, fixations)`; 0 for a flat map
-    - CC: `smooth.CC(stimuli, empirical)`
+    - CC: `smooth.CC(stimuli, empirical)`; 0 also where the blurred fixations are flat
     - KLDiv, nats: `smooth.KLDiv(stimuli, empirical, minimum_value=0, log_regularization=2.2204e-16,
       quotient_regularization=2.2204e-16)`, which is KL(empirical || model)
     - SIM: `smooth.SIM(stimuli, empirical)`
@@ -355,7 +356,7 @@ def score_mixtures(components: Components, weights: Tensor, target: Target) -> l
         "IG": (log_p - target.baseline).mean(1) / math.log(2),
         "LL": log_p.mean(1) / math.log(2),
         "AUC": _auc(components.density, sharp, at_fixations),
-        "NSS": torch.where(std > _FLAT, (at_fixations.mean(1) - 1) / std, 0),
+        "NSS": torch.where(std > FLAT, (at_fixations.mean(1) - 1) / std, 0),
         **_map_scores(components, smooth, target),
     }
     names = [metric for metric in METRICS if metric in columns]
@@ -395,9 +396,10 @@ def _map_scores(components: Components, weights: Tensor, target: Target) -> dict
             # empirical map times log(regulariser + q) differs from the map times log(q) by less than 1e-15. So the
             # model's part stands alone.
             sums[0, k] += torch.dot(mixed.add_(_KLDIV_REGULARISER * pixels).log_(), empirical)
-    std = _std(weights, components.blurred_covariance) * target.std
+    std = _std(weights, components.blurred_covariance)
+    varies = (std > _FLAT_BLURRED) & (target.std > _FLAT_BLURRED)
     return {
-        "CC": torch.where(std > 0, weights @ products / pixels / std, 0),
+        "CC": torch.where(varies, weights @ products / pixels / (std * target.std), 0),
         "KLDiv": target.information - sums[0] / pixels,
         "SIM": sums[1] / pixels,
     }
@@ -406,26 +408,30 @@ def _map_scores(components: Components, weights: Tensor, target: Target) -> dict
 def score_saliency(saliency: Tensor, target: Target) -> dict[str, float]:
     """AUC, NSS, CC, KLDiv and SIM of a saliency map that is no density, float64 (H, W), as it is: without a blur.
 
-    As pysaliency's `SaliencyMapModel` scores it: for KLDiv and SIM, a map with negative values is lifted to a minimum
-    of 0, and both maps are taken over their sums. Raises ValueError for another shape, or values that are not finite.
+    As pysaliency's `SaliencyMapModel` scores it: NSS and CC of a constant map are 0; for KLDiv and SIM, a map with
+    negative values is lifted to a minimum of 0, and both maps are taken over their sums. Raises ValueError for another
+    shape, or values that are not finite.
     """
     if saliency.shape != target.size or not bool(saliency.isfinite().all()):
         raise ValueError(f"a saliency map is finite and {target.size} as its image, not {tuple(saliency.shape)}")
     values, empirical = saliency.flatten(), target.empirical.double()
+    # Ranks of any values: float64 itself, where a density's leading bits would do.
+    order = values[target.pixels].sort().values
+    below, not_above = (torch.searchsorted(order, values, right=right) for right in (False, True))
+    doubled = 2 * len(order) - below - not_above
+    # The scale changes no other score, and no square of these overflows, or vanishes.
+    values = values / values.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     lifted = values - values.min().clamp_max(0)
     density = lifted / lifted.mean() if bool(lifted.any()) else torch.ones_like(lifted)
     std, at_fixations = values.std(correction=0), values[target.pixels]
-    varies = bool(std > 0)
-    # Ranks of any values: float64 itself, where a density's leading bits would do.
-    order = at_fixations.sort().values
-    below, not_above = (torch.searchsorted(order, values, right=right) for right in (False, True))
-    doubled = 2 * len(order) - below - not_above
+    # The mean of equal values need not equal them.
+    varies = bool(values.max() > values.min()) and bool(std > 0)
     covariance = ((values - values.mean()) * (empirical - 1)).mean()
     quotient = empirical / (density + _KLDIV_REGULARISER * len(values))
     return {
         "AUC": float(doubled.sum()) / (2 * len(order) * len(values)),
         "NSS": float((at_fixations.mean() - values.mean()) / std) if varies else 0.0,
-        "CC": float(covariance / std) / target.std if varies else 0.0,
+        "CC": float(covariance / std) / target.std if varies and target.std > _FLAT_BLURRED else 0.0,
         "KLDiv": float((empirical * (_KLDIV_REGULARISER + quotient).log()).mean()),
         "SIM": float(torch.minimum(density, empirical).mean()),
     }

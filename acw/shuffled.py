@@ -46,8 +46,8 @@ def reduced(log_densities: Tensor, weights: Tensor) -> Tensor:
     for row, small in zip(weights, result, strict=True):
         logs = (row @ densities).log_().view(1, 1, *size)
         small.copy_(interpolate(logs, size=(SIDE, SIDE), mode="bilinear", align_corners=True)[0, 0])
-    # Between two places of which one has no mass there is none.
-    return result.nan_to_num_(nan=-torch.inf).flatten(1).softmax(1).view_as(result)
+    # Between two places of which one has no mass there is none; nor anywhere, where all is between the places.
+    return result.nan_to_num_(nan=-torch.inf).flatten(1).softmax(1).nan_to_num_(nan=0).view_as(result)
 
 
 @dataclass(frozen=True, eq=False)

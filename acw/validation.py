@@ -15,7 +15,7 @@ import torch
 from acw.data import Dataset, Split
 from acw.features import FeatureStore
 from acw.fusion import mix
-from acw.metrics import Ranking
+from acw.metrics import FLAT, Ranking
 from acw.model import Model
 from acw.process import compute_with
 
@@ -66,10 +66,11 @@ def _scores(dataset: Dataset, index: int, model: Model, stores: Sequence[Feature
     log_likelihood = float(log_density[fixated].mean())
     baseline = float(model.center_bias.of_size(stimulus.size)[fixated].astype(np.float64).mean())
     doubled = Ranking(at_fixations).doubled(density.flatten())
+    std = density.std(correction=0)
     return {
         "loss": -log_likelihood,
         "IG": (log_likelihood - baseline) / math.log(2),
         "LL": (log_likelihood + math.log(pixels)) / math.log(2),
         "AUC": float(doubled.sum()) / (2 * len(x) * pixels),
-        "NSS": float((at_fixations.mean() - density.mean()) / density.std(correction=0)),
+        "NSS": float((at_fixations.mean() - density.mean()) / std) if std * pixels > FLAT else 0.0,
     }
