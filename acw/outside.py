@@ -8,7 +8,8 @@ density: natural log-densities, or densities; which of them, their values say. T
     values over their sum are taken for it, and a grey of 0 is a density of 0, which costs an infinite score where
     anybody looks.
 saliency: any finite values, of any size. They are resized as pysaliency's `ResizingSaliencyMapModel` does it: linearly,
-    the centres of the corner pixels on those of the image, without smoothing first.
+    the centres of the corner pixels on those of the image, without smoothing first. Turned on their side, coloured or
+    partly transparent ones are refused: each would be scored without a word, as another map than was meant.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,12 +34,17 @@ from acw import pysaliency_compat
 from acw.data import Dataset, Stimulus
 from acw.data.dataset import SYNTHETIC
 from acw.hdf5 import keys_of, open_hdf5
-from acw.storage import UserError, resolve_inside
+from acw.storage import UserError, expanded, resolve_inside
 
 Kind = Literal["density", "saliency"]
 SUFFIXES = (".npy", ".png", ".jpg", ".jpeg")
 # Of logsumexp from 0, and of a sum from 1: as pysaliency's HDF5Model tolerates it.
 TOLERANCE = 1e-2
+# Between the greatest and the least of R, G and B, of 255; and the share of pixels that may be above it. What JPEG's
+# chroma or a slight tint makes of a grey map is far below, every colour map with a hue is far above.
+COLOUR, COLOURED_SHARE = 24, 1e-3
+# Of an aspect ratio, that whoever scales a map may round it by, beside whole pixels.
+ASPECT = 0.02
 # As Pillow refuses larger images: a few bytes of a file can say that an array has terabytes.
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**26)
 
@@ -67,18 +74,36 @@ class Outside:
     def of(self, index: int) -> np.ndarray:
         """float64 (H, W) of the size of stimulus `index`: a natural log-density with logsumexp 0, or a saliency map.
 
-        Raises UserError for a map that is damaged, of another size (density), negative, not finite or not normalised.
+        Raises UserError for a map that is damaged, coloured, transposed, of another size (density), negative, not
+        finite or not normalised.
         """
         where, values = self.source.read(index)
         prepare = _log_density if self.kind == "density" else _saliency
         return prepare(values, self.stimuli[index].size, where)
 
+    def check(self, dataset: Dataset) -> None:
+        """Reads every map, so that what is wrong with one is known before hours of scoring.
+
+        Raises UserError as `of` does, and for a density of 0 where somebody looked, whose score is infinite. A live
+        model is not asked: its predictions take as long as the scoring.
+        """
+        if isinstance(self.source, _Live):
+            return
+        for index in range(len(self.stimuli)):
+            values = self.of(index)
+            x, y, _ = dataset.fixations_of(index)
+            if not np.isfinite(values[y.astype(int), x.astype(int)]).all():
+                raise UserError(
+                    f"{self.name}: its density for {self.stimuli[index].name} is 0 where somebody looked, which costs "
+                    "an infinite score; give densities that are positive everywhere, or --kind saliency"
+                )
+
 
 def open_maps(spec: str, kind: Kind, dataset: Dataset) -> Outside:
     """A model's maps in a folder, `FOLDER` or `NAME=FOLDER`: per stimulus one NPY, PNG or JPEG file of its name.
 
-    For the stimulus `Street/001.jpg` that is `Street/001.npy`, `.png`, `.jpg` or `.jpeg`. Colour becomes grey (ITU-R
-    601 luma), 16-bit grey is kept. Raises UserError unless every stimulus has exactly one, of its own.
+    For the stimulus `Street/001.jpg` that is `Street/001.npy`, `.png`, `.jpg` or `.jpeg`. 16-bit grey is kept; what is
+    stored in colour has to be grey. Raises UserError unless every stimulus has exactly one, of its own.
     """
     name, folder = _named(spec)
     if not folder.is_dir():
@@ -221,7 +246,7 @@ def _named(spec: str) -> tuple[str, Path]:
         name, path = "", spec
     elif not name:
         raise UserError(f"'{spec}': the name before = is empty; write NAME=PATH or PATH alone")
-    return name, Path(path).expanduser().resolve()
+    return name, expanded(path).resolve()
 
 
 def _stem(stimulus: Stimulus) -> str:
@@ -246,17 +271,38 @@ def _npy(path: Path) -> np.ndarray:
 
 
 def _grey(path: Path) -> np.ndarray:
-    """float64 (H, W), grey values as they are stored, of 8 or 16 bits."""
+    """float64 (H, W), grey values as they are stored, of 8 or 16 bits.
+
+    Raises UserError for what cannot be read, for colours, and where some pixels are more transparent than others.
+    """
+    colours: np.ndarray | None
+    alpha: np.ndarray
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             image.load()
             if image.mode.startswith("I"):
-                return np.asarray(image).astype(np.float64)
-            # Pillow warns where a palette's transparency would be lost on the direct way.
-            opaque = image.convert("RGBA") if image.mode == "P" else image
-            return np.asarray(opaque.convert("L")).astype(np.float64)
+                grey = np.asarray(image).astype(np.float64)
+                colours, alpha = None, grey != image.info.get("transparency")  # at most one value is transparent
+            else:
+                # Pillow warns where a palette's transparency would be lost on the direct way.
+                whole = image.convert("RGBA")
+                grey = np.asarray(whole.convert("L")).astype(np.float64)
+                colours, alpha = np.asarray(whole)[..., :3], np.asarray(whole)[..., 3]
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: no PNG or JPEG that can be read whole ({error}); write it anew") from error
+    if alpha.min() < alpha.max():
+        raise UserError(
+            f"{path}: some of its pixels are more transparent than others, so what it shows depends on what is behind; "
+            "save the saliency map itself, in grey without an alpha channel"
+        )
+    if colours is not None:
+        coloured = np.count_nonzero(np.ptp(colours, axis=2) > COLOUR) / grey.size
+        if coloured > COLOURED_SHARE:
+            raise UserError(
+                f"{path}: is coloured ({coloured:.1%} of its pixels), as by a colour map or drawn over its image, and "
+                "the brightness of a colour is not its saliency; save the saliency map itself, in grey or as NPY"
+            )
+    return grey
 
 
 def _matching(stimuli: Sequence[Stimulus], keys: Sequence[str], path: Path) -> tuple[str, ...]:
@@ -292,7 +338,22 @@ def _is_normalised(values: np.ndarray) -> bool:
     return abs(logsumexp(values)) <= TOLERANCE or (values.min() >= 0 and abs(values.sum() - 1) <= TOLERANCE)
 
 
+def _check_upright(values: np.ndarray, size: tuple[int, int], where: str) -> None:
+    """Raises UserError for what has the aspect ratio of the image on its side, and not of the image.
+
+    Of square images it cannot be known.
+    """
+    (height, width), aspect = values.shape, math.log(size[1] / size[0])
+    mine, tolerance = math.log(width / height), ASPECT + 1 / min(values.shape)
+    if abs(mine + aspect) <= tolerance < abs(mine - aspect):
+        raise UserError(
+            f"{where}: is {width}x{height} px, its image {size[1]}x{size[0]}, so it seems to be transposed, rows for "
+            "columns; turn it or, if it is upright, scale it to the image's size"
+        )
+
+
 def _log_density(values: np.ndarray, size: tuple[int, int], where: str) -> np.ndarray:
+    _check_upright(values, size, where)
     if values.shape != size:
         height, width = values.shape
         raise UserError(
@@ -318,6 +379,7 @@ def _log_density(values: np.ndarray, size: tuple[int, int], where: str) -> np.nd
 def _saliency(values: np.ndarray, size: tuple[int, int], where: str) -> np.ndarray:
     if not np.isfinite(values).all():
         raise UserError(f"{where}: has values that are NaN or infinite; write it anew")
+    _check_upright(values, size, where)
     if values.shape == size:
         return values
     factors = [target / own for target, own in zip(size, values.shape, strict=True)]

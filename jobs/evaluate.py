@@ -123,6 +123,10 @@ def main(argv: Sequence[str]) -> None:
     taken = [name for name in names if names.count(name) > 1 or name in ours or name.startswith("backbone:")]
     if taken:
         raise UserError(f"{taken[0]}: two models are called so; call yours otherwise: NAME=PATH, NAME=MODULE:OBJECT")
+    for other in outside:
+        other.check(dataset)
+    if len(dataset.stimuli) < 2:
+        raise UserError(f"dataset {dataset.location}: has one image, and sAUC needs fixations of a second; add images")
     fixations = fixations_of(dataset) if options["sim_opt"] else 0
     evaluate(location, dataset, out, tuple(outside), options["exact"], fixations)
     print(shown(out), flush=True)

@@ -80,7 +80,7 @@ def test_densities_are_told_from_log_densities_and_normalised(dataset: Dataset, 
 
 
 def test_grey_values_are_read_whole_and_taken_for_densities(dataset: Dataset, tmp_path: Path) -> None:
-    """16 bits, 8 bits, a palette with transparency, and colour, which becomes its luma."""
+    """16 bits, 8 bits, a palette that is half transparent all over, and grey that is stored as colour."""
     rng = np.random.default_rng(0)
     greys = [rng.integers(0, [65536, 256, 256, 256][i], stimulus.size) for i, stimulus in enumerate(dataset.stimuli)]
 
@@ -90,7 +90,7 @@ def test_grey_values_are_read_whole_and_taken_for_densities(dataset: Dataset, tm
             image = image.convert("P")
         if index == 3:
             image = image.convert("RGB")
-        image.save(path.with_suffix(".png"), **({"transparency": bytes(range(256))} if index == 2 else {}))
+        image.save(path.with_suffix(".png"), **({"transparency": bytes([128] * 256)} if index == 2 else {}))
 
     folder = folder_of(dataset, tmp_path, save)
     with warnings.catch_warnings():
@@ -234,7 +234,8 @@ def changed(values: np.ndarray, place: tuple[int, int], value: float) -> np.ndar
     ("stored", "density", "saliency"),
     [
         (log_density((60, 80)), "is 80x60 px, its image 160x120", None),
-        (log_density(SIZE).T, "is 120x160 px, its image 160x120", None),
+        (log_density(SIZE).T, "is 120x160 px, its image 160x120, so it seems to be transposed", "transposed"),
+        (log_density((20, 15)), "transposed", "transposed"),
         (changed(log_density(SIZE), (3, 4), np.nan), "NaN or infinite", "NaN or infinite"),
         (changed(log_density(SIZE), (3, 4), np.inf), "NaN or infinite", "NaN or infinite"),
         (changed(log_density(SIZE), (3, 4), -np.inf), None, "NaN or infinite"),
@@ -297,3 +298,106 @@ def test_damaged_files_are_named(dataset: Dataset, tmp_path: Path) -> None:
     for path in (hdf5, tmp_path / "grey.png", tmp_path / "nowhere.hdf5"):
         with pytest.raises(UserError, match=f"{path.name}: "):
             open_predictions(str(path), dataset)
+
+
+def _gradient() -> np.ndarray:
+    """uint8, of the size of Size/000.png: every grey."""
+    return np.linspace(0, 255, SIZE[0] * SIZE[1]).reshape(SIZE).astype(np.uint8)
+
+
+def _jet(values: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) from 0 to 1, in matplotlib's colours."""
+    import matplotlib
+
+    return np.uint8(255 * matplotlib.colormaps["jet"](values)[..., :3])
+
+
+def _with_alpha(alpha: np.ndarray) -> Image.Image:
+    image = Image.fromarray(_gradient()).convert("RGB")
+    image.putalpha(Image.fromarray(alpha))
+    return image
+
+
+def _keyed(folder: Path) -> Image.Image:
+    """Grey, of which one value is transparent."""
+    Image.fromarray(_gradient()).save(folder / "keyed.png", transparency=0)
+    return Image.open(folder / "keyed.png")
+
+
+NOISE = np.random.default_rng(5).normal(0, 3, (*SIZE, 3))
+SPOT = np.exp(-((np.mgrid[: SIZE[0], : SIZE[1]] - 40) ** 2).sum(0) / 50)[..., None]
+GREY_OR_NOT: dict[str, tuple[Callable[[Path], Image.Image], str, str | None]] = {
+    "jet": (lambda _: Image.fromarray(_jet(_gradient() / 255)), ".png", "is coloured"),
+    "jet as JPEG": (lambda _: Image.fromarray(_jet(_gradient() / 255)), ".jpg", "is coloured"),
+    "jet in a palette": (lambda _: Image.fromarray(_jet(_gradient() / 255)).quantize(64), ".png", "is coloured"),
+    "a spot drawn over a grey photograph": (
+        lambda _: Image.fromarray(
+            np.uint8((1 - SPOT / 2) * _gradient()[..., None] + 127 * SPOT * np.array([1.0, 0, 0]))
+        ),
+        ".png",
+        r"is coloured \(\d\.\d% of its pixels\)",
+    ),
+    "saliency in the alpha channel": (lambda _: _with_alpha(_gradient()), ".png", "more transparent than others"),
+    "a transparent grey": (_keyed, ".png", "more transparent than others"),
+    "opaque": (lambda _: _with_alpha(np.full(SIZE, 255, np.uint8)), ".png", None),
+    "equally transparent": (lambda _: _with_alpha(np.full(SIZE, 100, np.uint8)), ".png", None),
+    "grey with the chroma of noise": (
+        lambda _: Image.fromarray(np.uint8(np.clip(_gradient()[..., None] + NOISE, 0, 255))),
+        ".jpg",
+        None,
+    ),
+    "grey in CMYK": (lambda _: Image.fromarray(_gradient()).convert("RGB").convert("CMYK"), ".jpg", None),
+    "12 bits in 16": (lambda _: Image.fromarray(_gradient().astype(np.uint16) * 16), ".png", None),
+    "8 bits in 16": (lambda _: Image.fromarray(_gradient().astype(np.uint16)), ".png", None),
+    "one value all over": (lambda _: Image.new("L", SIZE[::-1], 77), ".png", None),
+}
+
+
+@pytest.mark.parametrize("name", GREY_OR_NOT)
+def test_a_map_that_is_not_grey_is_refused(dataset: Dataset, tmp_path: Path, name: str) -> None:
+    make, suffix, problem = GREY_OR_NOT[name]
+    one = dataclasses.replace(dataset, stimuli=dataset.stimuli[:1])
+    path = tmp_path / "maps" / f"Size/000{suffix}"
+    path.parent.mkdir(parents=True)
+    make(tmp_path).save(path)
+    for kind in ("saliency", "density"):
+        opened = open_maps(str(tmp_path / "maps"), kind, one)  # type: ignore[arg-type]
+        if problem:
+            with pytest.raises(UserError, match=rf"Size/000\{suffix}: .*{problem}") as caught:
+                opened.check(one)
+            assert "save the saliency map itself" in str(caught.value)
+        elif kind == "saliency":
+            values, expected = opened.of(0), np.asarray(_gradient(), float)
+            if name == "one value all over":
+                assert (values == 77).all()
+            else:
+                assert np.corrcoef(values.ravel(), expected.ravel())[0, 1] > 0.999
+        else:
+            assert logsumexp(opened.of(0)) == pytest.approx(0, abs=1e-9)
+
+
+def test_maps_are_looked_at_before_the_scoring(dataset: Dataset, tmp_path: Path) -> None:
+    """The last of them too, and whether somebody looked where there is no density."""
+    folder = folder_of(dataset, tmp_path, save_densities)
+    last, path = dataset.stimuli[-1], folder / Path(dataset.stimuli[-1].name).with_suffix(".npy")
+    open_maps(str(folder), "density", dataset).check(dataset)
+    x, y, _ = dataset.fixations_of(len(dataset.stimuli) - 1)
+    for place, refused in (((int(y[0]), int(x[0])), True), (_elsewhere(last.size, x, y), False)):
+        np.save(path, changed(log_density(last.size), place, -np.inf))
+        opened = open_maps(f"rival={folder}", "density", dataset)
+        if refused:
+            with pytest.raises(UserError, match=rf"rival: its density for {last.name} is 0 where somebody looked"):
+                opened.check(dataset)
+        else:
+            opened.check(dataset)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="read whole"):
+        open_maps(str(folder), "density", dataset).check(dataset)
+
+
+def _elsewhere(size: tuple[int, int], x: np.ndarray, y: np.ndarray) -> tuple[int, int]:
+    """A pixel that nobody looked at."""
+    seen = np.zeros(size, bool)
+    seen[y.astype(int), x.astype(int)] = True
+    row, column = np.argwhere(~seen)[0]
+    return int(row), int(column)
