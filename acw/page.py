@@ -130,8 +130,13 @@ def _lead(run: Path, evaluation: dict[str, Any]) -> str:
         f'<p class="soft">{scored} {escape(dataset["scored"])} of {dataset["images"]}, '
         f"{len(dataset['categories'])} categories. Brackets are 95 % intervals over images, here and below. "
         f'Run <span class="hash">{escape(run.name)}</span>, commit '
-        f'<span class="hash">{escape(record["commit"])}</span>.</p><div class="cards">{shown}</div>'
+        f'<span class="hash">{escape(record["commit"])}</span>.</p>{_notes(dataset)}<div class="cards">{shown}</div>'
     )
+
+
+def _notes(dataset: dict[str, Any]) -> str:
+    """What was done to the data, or is odd in them: before any number that depends on it."""
+    return "".join(f"<p><b>Note:</b> {escape(note)}.</p>" for note in dataset["notes"])
 
 
 def _range(low: float, high: float, signed: bool = False) -> str:

@@ -69,7 +69,8 @@ def _stimuli() -> Dataset:
     )
     image = np.arange(len(stimuli), dtype=np.int32)
     x = np.full(len(image), 40.0)
-    return Dataset("made up", "csv", "", stimuli, image, x, x, np.full(len(image), -1, np.int32), 10.0, ())
+    subject = np.full(len(image), -1, np.int32)
+    return Dataset("made up", "csv", "", stimuli, image, x, x, subject, 10.0, ("dropped 2 of 9",))
 
 
 def _write_run(folder: Path, steps: int = 3, *, joint: bool = False, learned: bool = True) -> None:
@@ -135,6 +136,11 @@ def _column(table: Any, name: str) -> tuple[Any, list[str]]:
     place = [head.text.rstrip("↕↑↓ ") for head in heads].index(name)
     rows = table.find_elements(By.CSS_SELECTOR, "tbody:nth-of-type(1) tr:not(.group)")
     return heads[place], [row.find_elements(By.TAG_NAME, "td")[place].text for row in rows]
+
+
+def test_what_was_done_to_the_data_is_said_before_the_scores(run: Path) -> None:
+    text = (run / page.FILE).read_text(encoding="utf-8")
+    assert text.index("<b>Note:</b> dropped 2 of 9.") < text.index("bits per fixation of information gain")
 
 
 def test_a_table_is_sorted_by_clicks_and_by_keys(run: Path, browser: Any) -> None:
