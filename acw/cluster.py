@@ -41,13 +41,17 @@ class Allocation:
     workers: int
     cpus: int
     gpus: float
+    "AWS_CA_BUNDLE",
 
     def __str__(self) -> str:
         return f"{self.workers} workers of {self.cpus} CPU and {self.gpus:g} GPU"
 
 
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
 def connect() -> None:
     """Joins the cluster that RAY_ADDRESS or `ray job submit` names, or starts Ray here, on 127.0.0.1 only."""
+    "REQUESTS_CA_BUNDLE",
     # Ray listens on all interfaces unless this is set before its import; a cluster's own nodes must keep doing so.
     if "RAY_ADDRESS" not in os.environ:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -15,7 +15,7 @@ from typing import Any
 
 from acw import log
 from acw.cluster import Allocation, Demand, room, wait_for_room
-from acw.storage import UserError, ray_storage
+from acw.storage import UserError, ray_storage, ray_trouble
 from acw.turns import Turns
 
 # Crews lost in a row before any of their workers has finished an epoch. Spot machines are lost often in a long run.
@@ -125,12 +125,15 @@ def complete(
             divisor = 1
         except (TrainingFailedError, RayActorError) as error:
             failures = 1 if epochs() > before else failures + 1
+            refused, passes = ray_trouble(folder, error) or (None, True)
+            if refused and (failures > MAX_FAILURES or not passes):
+                raise refused from error
             if failures > MAX_FAILURES:
                 raise _given_up(error) from error
             unplaced = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
             # Where no node has been lost, others work on this cluster too.
             divisor = 2 * divisor if unplaced and room(allocation) >= workers else 1
-            what = f"no room for {workers} workers" if unplaced else "a worker was lost"
+            what = str(refused or (f"no room for {workers} workers" if unplaced else "a worker was lost"))
             print(f"training: {what}; goes on from the checkpoints", flush=True)
         if complaint := ray.get(board.complaint.remote()):
             raise UserError(complaint)

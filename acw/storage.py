@@ -115,8 +115,17 @@ def ray_storage(folder: Path) -> dict[str, Any]:
         return {"storage_path": str(path)}
     from acw import mirror, s3
 
-    place = mirror.uri(path).removeprefix("s3://")
-    return {"storage_path": place, "storage_filesystem": s3.Settings.from_environment().filesystem()}
+    place = mirror.uri(path)
+    return {"storage_path": place.removeprefix("s3://"), "storage_filesystem": s3.ray_filesystem(place)}
+
+
+def ray_trouble(folder: Path, error: BaseException) -> tuple[UserError, bool] | None:
+    """What befell Ray's own files below a folder, if an error of Ray's tells of it, and whether that may pass."""
+    if not mirrored(folder):
+        return None
+    from acw import mirror, s3
+
+    return s3.trouble_of_ray(error, mirror.uri(folder / "ray"))
 
 
 def write_atomic(path: Path, content: bytes | str | Callable[[Path], None]) -> None:

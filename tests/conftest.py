@@ -23,6 +23,8 @@ atexit.register(shutil.rmtree, CACHE_FOLDER, ignore_errors=True)
 # No test may join a cluster, a tracking server or an account that the developer's shell happens to name.
 for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "AWS_PROFILE"):
     os.environ.pop(name, None)
+for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL"):
+    os.environ.pop(name, None)
 
 os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux this is what keeps Ray on the loopback interface

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from certificates import Certificates
 
 PATIENCE = 90.0
 # SeaweedFS's gRPC ports lie so far above the others.
@@ -48,11 +51,14 @@ def node(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
 
 class SeaweedFS:
-    """`weed` on 127.0.0.1 with its files in a folder; killed and started again, it has what it had."""
+    """`weed` on 127.0.0.1 with its files in a folder; killed and started again, it has what it had.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.ports = folder, _free_ports(4)
-        self.address = f"http://127.0.0.1:{self.ports[3]}"
+    certificates: by which it speaks TLS.
+    """
+
+    def __init__(self, folder: Path, certificates: Certificates | None = None) -> None:
+        self.folder, self.ports, self.certificates = folder, _free_ports(4), certificates
+        self.address = f"http{'s' if certificates else ''}://127.0.0.1:{self.ports[3]}"
         folder.mkdir(parents=True)
         (folder / "data").mkdir()
         identity = {"name": "tests", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
@@ -87,6 +93,8 @@ class SeaweedFS:
         command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"]
         command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=20"]
         command += [f"-s3.config={self.folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        if self.certificates:
+            command += [f"-s3.cert.file={self.certificates.server}", f"-s3.key.file={self.certificates.key}"]
         log = (self.folder / "log").open("ab")
         self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
         end = time.monotonic() + PATIENCE
@@ -97,8 +105,9 @@ class SeaweedFS:
 
     def _answers(self) -> bool:
         """Whether it serves requests: anonymous ones are denied by then."""
+        context = ssl.create_default_context(cafile=self.certificates.authority) if self.certificates else None
         try:
-            urllib.request.urlopen(self.address, timeout=5).close()
+            urllib.request.urlopen(self.address, timeout=5, context=context).close()
         except urllib.error.HTTPError as error:
             return error.code == 403
         except OSError:
@@ -113,8 +122,15 @@ class SeaweedFS:
             self._process = None
 
 
+# By what a request shows that it brings a checksum as S3 has known them since 2024.
+CHECKSUM = re.compile(rb"x-amz-sdk-checksum-algorithm|x-amz-checksum-(crc|sha)|x-amz-trailer|aws-chunked", re.I)
+
+
 class Proxy:
-    """Passes connections on to a server, each answer `delay` seconds late; `sent` is what clients have asked."""
+    """Passes connections on to a server, each answer `delay` seconds late; `sent` is what clients have asked.
+
+    refusal: the code of the error that it answers instead of requests with a checksum, as older servers do.
+    """
 
     def __init__(self, address: str) -> None:
         self._host, self._port = address.removeprefix("http://").split(":")
@@ -122,6 +138,7 @@ class Proxy:
         self.address = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self.delay = 0.0
         self.sent = b""
+        self.refusal = ""
         threading.Thread(target=self._serve, daemon=True).start()
 
     def close(self) -> None:
@@ -142,6 +159,9 @@ class Proxy:
             while content := source.recv(1 << 16):
                 if asks:
                     self.sent += content
+                    if self.refusal and CHECKSUM.search(content):
+                        source.sendall(_refusal(self.refusal))
+                        return
                 else:
                     time.sleep(self.delay)
                 target.sendall(content)
@@ -150,3 +170,9 @@ class Proxy:
         finally:
             for one in (source, target):
                 one.close()
+
+
+def _refusal(code: str) -> bytes:
+    body = f"<Error><Code>{code}</Code><Message>A header that you provided is not known here</Message></Error>".encode()
+    head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}Connection: close\r\n\r\n".encode() + body

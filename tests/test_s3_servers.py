@@ -1,0 +1,138 @@
+"""S3 servers as institutes run them: behind a certificate authority of their own, or older than S3's checksums."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import certificates
+import pytest
+from ray.train import TrainingFailedError
+from seaweed import BUCKET, Proxy, SeaweedFS
+
+from acw import s3
+from acw.cli import parse
+from acw.cluster import SHARED
+from acw.storage import UserError, fetch, local, ray_storage, ray_trouble, write_atomic
+
+NAMES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", s3.CALCULATION, s3.VALIDATION)
+ROOT = f"s3://{BUCKET}/here"
+UNKNOWN = "is of an authority that this machine does not know .*; set AWS_CA_BUNDLE to the PEM file"
+REFUSED = r"refuses an upload \({}\), .* set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+
+
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    folder = tmp_path_factory.mktemp("secure")
+    server = SeaweedFS(folder / "server", certificates.make(folder))
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        server.used_by(patch, folder / "cache")
+        patch.setenv("AWS_CA_BUNDLE", str(folder / "authority.pem"))
+        s3.client().create_bucket(Bucket=BUCKET)
+    yield server
+    server.kill()
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    # What MLflow was told of another test's server.
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "")
+    monkeypatch.delenv("MLFLOW_S3_ENDPOINT_URL")
+    s3._client.cache_clear()
+    yield
+    s3._client.cache_clear()
+
+
+def use_all_clients(tmp_path: Path) -> None:
+    """boto3, pyarrow and MLflow each write a file there, and boto3 reads one back."""
+    from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository, _cached_get_s3_client
+
+    from acw.tracking import quiet_mlflow
+
+    path = local(f"{ROOT}/a")
+    write_atomic(path, b"content")
+    path.unlink()
+    assert fetch(path).read_bytes() == b"content"
+    storage = ray_storage(local(ROOT))
+    with storage["storage_filesystem"].open_output_stream(f"{storage['storage_path']}/b") as file:
+        file.write(b"content")
+    quiet_mlflow(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    _cached_get_s3_client.cache_clear()
+    (tmp_path / "c").write_bytes(b"content")
+    S3ArtifactRepository(ROOT).log_artifact(str(tmp_path / "c"))
+    assert {entry.key for entry in s3.listing(ROOT)} == {"here/a", "here/ray/b", "here/c"}
+
+
+@pytest.mark.parametrize("given", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "ca_bundle"])
+def test_an_authority_of_ones_own_holds_for_all_clients(
+    given: str, secure: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secure.used_by(monkeypatch, tmp_path / "node")
+    with pytest.raises(UserError, match=f"^{ROOT}: .*{UNKNOWN}"):
+        parse(["demo", "--root", ROOT], "")
+    with pytest.raises(UserError, match=f"^{ROOT}/ray: .*{UNKNOWN}"):
+        ray_storage(local(ROOT))
+    for path, problem in ((tmp_path / "none", "No such file"), (tmp_path / "empty", "no certificate is in it")):
+        (tmp_path / "empty").touch()
+        _give(given, path, monkeypatch)
+        for use in (lambda: s3.reach(ROOT), lambda: ray_storage(local(ROOT))):
+            with pytest.raises(UserError, match=rf"^{given}.* \({path}\): cannot be used on .*{problem}.*; name a PEM"):
+                use()
+    assert secure.certificates
+    _give(given, secure.certificates.authority, monkeypatch)
+    use_all_clients(tmp_path)
+
+
+def _give(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in NAMES:
+        monkeypatch.setenv(name, str(path))
+    else:
+        Path(os.environ["AWS_CONFIG_FILE"]).write_text(f"[default]\n{name} = {path}\n", encoding="utf-8")
+    s3._client.cache_clear()
+
+
+@pytest.mark.parametrize("code", ["NotImplemented", "XAmzContentSHA256Mismatch", "MissingContentLength"])
+def test_a_server_older_than_checksums(
+    code: str, server: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.used_by(monkeypatch, tmp_path / "node")
+    for entry in s3.listing(ROOT):
+        s3.delete(f"s3://{BUCKET}/{entry.key}")
+    proxy = Proxy(server.address)
+    proxy.refusal = code
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+    with pytest.raises(UserError, match=REFUSED.format(code)):
+        parse(["demo", "--root", ROOT], "")
+    with pytest.raises(UserError, match=f"^{ROOT}/ray: .*{REFUSED.format(code)}"):
+        ray_storage(local(ROOT))
+    monkeypatch.setenv(s3.CALCULATION, "when_required")
+    s3._client.cache_clear()
+    use_all_clients(tmp_path)
+    proxy.close()
+
+
+def test_what_befalls_s3_inside_ray_is_not_called_a_lost_worker(
+    secure: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a node without the authority's file, Ray keeps but the text of pyarrow's error."""
+    secure.used_by(monkeypatch, tmp_path / "node")
+    with pytest.raises(OSError, match="SSL peer certificate") as caught:
+        s3.Settings.from_environment().filesystem(attempts=1).create_dir(f"{BUCKET}/there")
+    told = ray_trouble(local(ROOT), TrainingFailedError(f"Training failed due to controller error:\n{caught.value}"))
+    assert told
+    error, passes = told
+    assert not passes
+    with pytest.raises(UserError, match=f"^{ROOT}/ray: .*{UNKNOWN}"):
+        raise error
+    assert ray_trouble(local(ROOT), TrainingFailedError("A worker died: out of memory")) is None
+    assert ray_trouble(tmp_path, TrainingFailedError(str(caught.value))) is None
+
+
+def test_workers_on_other_nodes_get_all_of_it() -> None:
+    assert set(NAMES) <= set(SHARED)
