@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from acw.model import Model
 
 
-def load(location: str | Path, device: str = "cpu") -> Model:
+def load(location: str | Path, device: torch.device | str = "cpu") -> Model:
     """A finished model, from a run's folder, a model's folder, here or in S3, or an MLflow model URI
     (`models:/acw@champion`).
 
-    Raises UserError where there is no model.
+    Raises UserError where there is no model, or no such device (`cpu`, `cuda`, `cuda:N`).
     """
+    from acw.arguments import as_device
     from acw.model import Model
     from acw.storage import local, present
 
+    device = as_device(device)
     if ":/" in str(location) and not str(location).startswith("s3://"):
         from acw.registry import download_model
 

@@ -1,7 +1,7 @@
 """A finished model: frozen backbones, trained heads, category weights. One line loads it, one line predicts.
 
 model = acw.load("runs/gaze-.../")                        # or an MLflow URI: models:/acw@champion
-prediction = model.predict(image, category="Street")      # uint8 (H, W, 3); the category may be left out
+prediction = model.predict(image, category="Street")      # a path, a PIL image, uint8 (H, W, 3), ...; category or none
 prediction.log_density                                     # (H, W) float32, natural log, logsumexp 0
 for prediction in model.predict_batch(images): ...         # many images, in order, in bounded memory
 """
@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from acw.arguments import as_center_bias, as_device, as_image
 from acw.backbones import Backbone, FrozenBackbone, load_backbone
 from acw.categories import CategoryClassifier
 from acw.center_bias import CenterBias
@@ -86,56 +88,63 @@ class Model:
     one_backbone_at_a_time: bool = False
     _loaded: dict[str, FrozenBackbone] = field(default_factory=dict, repr=False)
 
-    def predict(
-        self, image: np.ndarray, category: str | None = None, center_bias: np.ndarray | None = None
-    ) -> Prediction:
-        """The density of one image, uint8 (H, W, 3) RGB of any size.
+    def predict(self, image: Any, category: str | None = None, center_bias: Any = None) -> Prediction:
+        """The density of one image of any size: a path, a PIL image, uint8 (H, W, 3) RGB or what else `as_image` takes.
 
         Without a category, the weights are `sum_c p(c | image) w[c]`. center_bias: float (H, W) natural log-density of
-        the image's size that the heads add instead of their own; a constant in it changes nothing. Raises UserError for
-        a category that the model does not know, ValueError for an array that is no such image or centre bias.
+        the image's size that the heads add instead of their own, as an array or a tensor; a constant in it changes
+        nothing. Raises UserError for a category that the model does not know or a file that is no image, ValueError for
+        what is no image or centre bias.
         """
+        pixels = as_image(image)
         if center_bias is None:
-            return next(self.predict_batch([image], [category]))
-        if center_bias.shape != image.shape[:2] or not np.isfinite(center_bias).all():
-            raise ValueError(f"a centre bias is finite and {image.shape[:2]} as the image, not {center_bias.shape}")
-        next(self._windows([(image, category)]))
+            return next(self.predict_batch([pixels], [category]))
+        (((pixels, category),),) = self._windows([(pixels, category)])
+        size = (pixels.shape[0], pixels.shape[1])
+        given = as_center_bias(center_bias, size)
         # A step towards 0 first: what float32 keeps of a log-density are its differences.
-        given = torch.from_numpy((center_bias - np.max(center_bias)).astype(np.float32))
-        bias = self.finalizer.on_grid(given).to(self.device)
-        ((log_densities, pooled),) = self._densities([image], bias)
-        return self._mixed(log_densities, pooled, (image.shape[0], image.shape[1]), category)
+        bias = self.finalizer.on_grid(torch.from_numpy((given - given.max()).astype(np.float32))).to(self.device)
+        ((log_densities, pooled),) = self._densities([pixels], bias)
+        return self._mixed(log_densities, pooled, size, category)
 
     def predict_batch(
-        self, images: Iterable[np.ndarray], categories: Iterable[str | None] | None = None
+        self, images: Iterable[Any], categories: Iterable[str | None] | None = None
     ) -> Iterator[Prediction]:
-        """The densities of many images, each uint8 (H, W, 3) RGB of any size, in order; categories: one an image.
+        """The densities of many images, each as `predict` takes it, in order; categories: one an image.
 
         They are worked on in windows of a few megapixels, so memory does not grow with the number of images, which may
         come from a generator; images of one size in a window pass the backbones together. Raises as `predict` does,
         before the window with the wrong image.
         """
+        shape = tuple(images.shape) if isinstance(images, np.ndarray | Tensor) else None
+        if isinstance(images, str | bytes) or not isinstance(images, Iterable) or (shape and len(shape) != 4):
+            found = f"an array {shape}" if shape else type(images).__name__
+            raise ValueError(f"predict_batch takes several images, not {found}; predict takes one")
+        if isinstance(categories, str):
+            raise ValueError(f"categories are one an image, not '{categories}' for all; give a list")
         if categories is None:
-            pairs: Iterable[tuple[np.ndarray, str | None]] = ((image, None) for image in images)
+            pairs: Iterable[tuple[Any, str | None]] = ((image, None) for image in images)
         else:
             pairs = zip(images, categories, strict=True)
+        return self._predicted(pairs)
+
+    def _predicted(self, pairs: Iterable[tuple[Any, str | None]]) -> Iterator[Prediction]:
         for window in self._windows(pairs):
             densities = self._densities([image for image, _ in window])
             for (image, category), (log_densities, pooled) in zip(window, densities, strict=True):
                 yield self._mixed(log_densities, pooled, (image.shape[0], image.shape[1]), category)
 
-    def _windows(self, pairs: Iterable[tuple[np.ndarray, str | None]]) -> Iterator[list[tuple[np.ndarray, str | None]]]:
+    def _windows(self, pairs: Iterable[tuple[Any, str | None]]) -> Iterator[list[tuple[np.ndarray, str | None]]]:
         """The images with their categories, checked, as many at a time as memory is meant for."""
+        room = PIXELS_AT_ONCE[as_device(self.device).type] * (PASSES_PER_LOAD if self.one_backbone_at_a_time else 1)
         window: list[tuple[np.ndarray, str | None]] = []
         pixels = 0
-        for image, category in pairs:
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-                raise ValueError(f"an image is uint8 (H, W, 3) RGB, not {image.dtype} {image.shape}")
+        for number, (given, category) in enumerate(pairs):
+            image = as_image(given, f"images[{number}]")
             if category is not None:
                 self._row(category)
             own = self._pixels((image.shape[0], image.shape[1]))
-            passes = PASSES_PER_LOAD if self.one_backbone_at_a_time else 1
-            if window and pixels + own > passes * PIXELS_AT_ONCE[self.device.type]:
+            if window and pixels + own > room:
                 yield window
                 window, pixels = [], 0
             window.append((image, category))
@@ -232,9 +241,12 @@ class Model:
         return self.weights[self._row(category)]
 
     def _row(self, category: str) -> int:
-        if category not in self.categories:
+        # One name has several forms in Unicode: those of macOS's folders are others than those of a keyboard.
+        names = [unicodedata.normalize("NFC", name) for name in self.categories]
+        wanted = unicodedata.normalize("NFC", category) if isinstance(category, str) else category
+        if wanted not in names:
             raise UserError(f"unknown category '{category}'; the model knows {', '.join(self.categories)}, or none")
-        return self.categories.index(category)
+        return names.index(wanted)
 
     def component_log_densities(self, image: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """(C, H, W) each component's density on the grid, and (D,) pooled features, of one uint8 image (H, W, 3)."""
@@ -322,9 +334,11 @@ class Model:
         It may come from anywhere: numbers and names are all that is taken from it, never code.
         """
         try:
-            return cls._read(folder, describe(folder), torch.device(device))
+            return cls._read(folder, describe(folder), as_device(device))
         except UserError:
             raise
+        except PermissionError as error:
+            raise UserError(f"{folder}: the model cannot be read ({error}); correct its files' permissions") from error
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise UserError(f"{folder}: this model is damaged ({reason}); copy it anew") from error
@@ -371,6 +385,8 @@ def describe(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         version = description["format"]
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no description of a model; copy the model anew") from error
     if version != FORMAT:

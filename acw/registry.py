@@ -49,8 +49,9 @@ def log_model(run: Path) -> str:
     from mlflow.models import ModelSignature
     from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
+    # No inputs: by uint8, MLflow would cast what JSON brings, and make black pictures of shares of 0..1 before our code
+    # could see them. `serving` says what it takes.
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, 3))]),
         outputs=Schema([TensorSpec(np.dtype("float32"), (-1, -1, -1))]),
         params=ParamSchema([ParamSpec("category", DataType.string, "")]),
     )

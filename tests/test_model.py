@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.special import logsumexp
 
 from acw import ensemble as ensembles
 from acw import finalizer, heads, load
 from acw import model as prediction
+from acw.arguments import as_image
 from acw.backbones import BACKBONES, Backbone, load_backbone
 from acw.categories import CategoryClassifier
 from acw.center_bias import fixed_gaussian, kde
@@ -180,10 +182,11 @@ def test_a_batch_is_what_its_images_are_alone(model: Model, monkeypatch: pytest.
         batched = dataclasses.replace(model, one_backbone_at_a_time=one_at_a_time)
         actual = list(batched.predict_batch(iter(images), iter(categories)))
         for one, other in zip(actual, expected, strict=True):
-            np.testing.assert_allclose(one.log_density, other.log_density, rtol=0, atol=2e-5)
-            assert one.weights == pytest.approx(other.weights, abs=1e-6)
+            # Convolutions round otherwise with another batch, by how much is the CPU's affair: up to 4e-5 was seen.
+            np.testing.assert_allclose(one.log_density, other.log_density, rtol=0, atol=1e-4)
+            assert one.weights == pytest.approx(other.weights, abs=1e-5)
     unlabelled = list(model.predict_batch(images))
-    np.testing.assert_allclose(unlabelled[3].log_density, expected[3].log_density, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(unlabelled[3].log_density, expected[3].log_density, rtol=0, atol=1e-4)
 
 
 def test_a_batch_reads_images_only_as_it_predicts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,11 +244,132 @@ def test_what_is_no_model_says_so(tmp_path: Path, folder: Path) -> None:
         load(tmp_path)
 
 
+PIXELS = image(24, 32)
+GREY = np.repeat(PIXELS[:, :, :1], 3, axis=2)
+# What people have in hand -> the uint8 RGB that it is.
+IMAGES: dict[str, tuple[object, np.ndarray]] = {
+    "PIL image": (Image.fromarray(PIXELS), PIXELS),
+    "PIL image with transparency": (Image.fromarray(np.dstack([PIXELS, PIXELS[:, :, 0]])), PIXELS),
+    "grey PIL image": (Image.fromarray(GREY[:, :, 0]), GREY),
+    "PIL image of 16 bits": (Image.fromarray(GREY[:, :, 0].astype(np.uint16) * 257), GREY),
+    "grey": (GREY[:, :, 0], GREY),
+    "grey with an axis": (GREY[:, :, :1], GREY),
+    "transparency": (np.dstack([PIXELS, PIXELS[:, :, 0]]), PIXELS),
+    "int64, as of JSON": (PIXELS.astype(np.int64), PIXELS),
+    "uint16": (PIXELS.astype(np.uint16) * 257, PIXELS),
+    "12 of 16 bits": (PIXELS.astype(np.uint16) * 16, PIXELS),
+    "mirrored view": (PIXELS[:, ::-1], PIXELS[:, ::-1]),
+    "tensor": (torch.from_numpy(PIXELS), PIXELS),
+    "tensor, channels first": (torch.from_numpy(PIXELS).permute(2, 0, 1), PIXELS),
+    "black": (np.zeros_like(PIXELS), np.zeros_like(PIXELS)),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_in_hand_is_the_array_that_it_is(name: str) -> None:
+    given, expected = IMAGES[name]
+    actual = as_image(given)
+    assert actual.dtype == np.uint8
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_model_takes_files_and_pil_images(model: Model, tmp_path: Path) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    expected = model.predict(PIXELS).log_density
+    for given in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png")):
+        np.testing.assert_array_equal(model.predict(given).log_density, expected)
+        (of_batch,) = model.predict_batch([given])
+        np.testing.assert_array_equal(of_batch.log_density, expected)
+    with pytest.raises(UserError, match=r"b\.png: the image cannot be read"):
+        model.predict(tmp_path / "b.png")
+
+
 @pytest.mark.parametrize(
-    "pixels",
-    [image(4, 4) / np.float32(255), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), image(0, 4)],
-    ids=["divided by 255 before", "grey", "alpha", "empty"],
+    ("given", "line"),
+    [
+        (PIXELS / np.float32(255), r"not float32 \(24, 32, 3\) of values .*; multiply by 255 first"),
+        (torch.rand(3, 24, 32, requires_grad=True), "multiply by 255 first"),
+        ((PIXELS - 100.0) / 50, "undo what was done to its pixels"),
+        (PIXELS * np.nan, "no number"),
+        (PIXELS // 128, "values that are all 0 or 1; were they 0..1"),
+        (PIXELS[:, :, 0] > 128, "turn a mask to grey"),
+        (PIXELS.astype(int) * 257, "of values .* to 65535; scale it"),
+        (PIXELS.transpose(2, 0, 1), "channels come last"),
+        (PIXELS[None], "predict_batch takes several"),
+        (PIXELS[:, :, :2], r"not uint8 \(24, 32, 2\)"),
+        (PIXELS[:0], "not of 0 x 32 px"),
+        (PIXELS.tolist(), "not list"),
+        (None, "not NoneType"),
+        (b"\x89PNG", "not bytes"),
+    ],
 )
-def test_what_is_no_image_is_refused(model: Model, pixels: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"an image is uint8 \(H, W, 3\) RGB, not"):
-        model.predict(pixels)
+def test_what_is_no_image_is_refused_in_a_line(model: Model, given: object, line: str) -> None:
+    with pytest.raises(ValueError, match=rf"^an image is uint8 \(H, W, 3\) RGB, .*{line}"):
+        model.predict(given)
+    with pytest.raises(ValueError, match=rf"^images\[1\]: an image is .*{line}"):
+        list(model.predict_batch([PIXELS, given]))
+
+
+@pytest.mark.parametrize("given", [PIXELS, torch.from_numpy(PIXELS), "a.png", Image.fromarray(PIXELS), None])
+def test_one_image_is_no_batch(model: Model, given: object) -> None:
+    """Its rows would be taken for grey images, a path's letters for files."""
+    with pytest.raises(ValueError, match="predict_batch takes several images, not"):
+        model.predict_batch(given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="categories are one an image, not 'Zoo' for all"):
+        model.predict_batch([PIXELS] * 3, "Zoo")
+
+
+BIAS = np.random.default_rng(0).normal(size=(24, 32))
+CORNER = np.zeros((24, 32), bool)
+CORNER[:2, :3] = True
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (np.where(CORNER, -np.inf, BIAS), "not -inf as at 6 of its 768 pixels"),
+        (np.where(CORNER, np.nan, BIAS), r"not NaN or \+inf as at 6 of its 768 pixels"),
+        (np.full((24, 32), 1 / (24 * 32)), "not a density"),
+        (BIAS.T, r"finite floats \(24, 32\) as the image, not float64 \(32, 24\)"),
+        (BIAS.astype(int), "not int64"),
+        (BIAS.tolist(), "not list"),
+    ],
+)
+def test_what_is_no_centre_bias_is_refused_in_a_line(model: Model, given: object, line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        model.predict(PIXELS, center_bias=given)
+
+
+def test_a_centre_bias_may_be_a_tensor(model: Model) -> None:
+    expected = model.predict(PIXELS, center_bias=BIAS).log_density
+    assert np.abs(expected - model.predict(PIXELS).log_density).max() > 0.1
+    for given in (torch.from_numpy(BIAS), torch.from_numpy(BIAS).float().requires_grad_()):
+        np.testing.assert_allclose(model.predict(PIXELS, center_bias=given).log_density, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "line"),
+    [
+        ("mps", "device 'mps': acw computes on 'cpu' and 'cuda'"),
+        ("gpu", "device 'gpu': there is no such thing"),
+        (None, "device None: there is no such thing"),
+        pytest.param("cuda", "this machine has no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="")),
+        ("cuda:99", "device 'cuda:99': "),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_in_a_line(folder: Path, device: str, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        load(folder, device)
+
+
+def test_a_device_is_looked_at_when_it_is_set_later_too(model: Model) -> None:
+    with pytest.raises(UserError, match="device 'mps': acw computes on"):
+        dataclasses.replace(model, device=torch.device("mps")).predict(PIXELS)
+
+
+def test_a_category_is_known_in_either_unicode_form(model: Model) -> None:
+    cafe = dataclasses.replace(model, categories=["Art", "Caf\N{LATIN SMALL LETTER E WITH ACUTE}", "Zoo"])
+    weights = cafe.predict(PIXELS, "Cafe\N{COMBINING ACUTE ACCENT}").weights
+    assert list(weights.values()) == pytest.approx(list(WEIGHTS[1]))
+    with pytest.raises(UserError, match="unknown category '3'"):
+        model.predict(PIXELS, 3)  # type: ignore[arg-type]

@@ -8,11 +8,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 
 import acw
 from acw import registry, run_log, tracking
@@ -158,12 +160,68 @@ def test_registered_model_predicts_like_the_model(first: registry.Registration, 
         assert np.abs(inferred - named).max() > 1e-3
     with pytest.raises(UserError, match="unknown category 'cars'"):
         loaded.predict(images, params={"category": "cars"})
-    for wrong in (images.astype(np.float32) / 255, images[0], images[..., :1]):
-        with pytest.raises(Exception, match=r"uint8|shape|dimension"):
-            loaded.predict(wrong)
+    for wrong in (images.astype(np.float32) / 255, images[0], images[:0], images[..., :2]):
         with pytest.raises(UserError, match="uint8"):
-            loaded.unwrap_python_model().predict(None, wrong)
+            loaded.predict(wrong)
     assert acw.load("models:/acw/1").predict(images[0]).log_density == pytest.approx(inferred[0], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def invocations(first: registry.Registration, store: str) -> Iterator[str]:
+    """The address at which MLflow's own scoring server, in a thread, takes requests for the registered model."""
+    import mlflow
+    import uvicorn
+    from mlflow.pyfunc import scoring_server
+
+    mlflow.set_tracking_uri(store)
+    app = scoring_server.init(mlflow.pyfunc.load_model("models:/acw@champion"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()  # so that requests wait for the server to start
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/invocations"
+        server.should_exit = True
+        thread.join()
+
+
+SERVED = np.random.default_rng(4).integers(0, 256, (1, 24, 32, 3))
+
+
+def test_the_served_model_takes_what_json_makes_of_images(invocations: str, model: Model) -> None:
+    body = {"inputs": SERVED.tolist(), "params": {"category": "text"}}
+    answer = requests.post(invocations, json=body)
+    assert answer.status_code == 200, answer.text
+    expected = model.predict(SERVED[0].astype(np.uint8), "text").log_density
+    np.testing.assert_allclose(answer.json()["predictions"][0], expected, atol=1e-5)
+    assert requests.post(invocations, json={"inputs": (0 * SERVED).tolist()}).status_code == 200, "black is a picture"
+
+
+@pytest.mark.parametrize(
+    ("images", "category", "line"),
+    [
+        (SERVED, "cars", "unknown category 'cars'; the model knows faces, text, or none"),
+        (SERVED / 255, "", "inputs[0]: an image is uint8 (H, W, 3) RGB, not float64 (24, 32, 3) of values"),
+        (SERVED / 127.5 - 1, "", "undo what was done to its pixels"),
+        (SERVED // 128, "", "inputs[0]: an image is uint8 (H, W, 3) RGB, not of values that are all 0 or 1"),
+        (SERVED - 1, "", "of values -1 to 254; scale it to 0..255"),
+        (SERVED * 257, "", "to 65535; scale it to 0..255"),
+        (SERVED[0], "", "input int64 (24, 32, 3): give a batch of RGB images of one size, uint8 (B, H, W, 3)"),
+        (SERVED.transpose(0, 3, 1, 2), "", "channels come last"),
+        (SERVED[:0], "", "input list of 0: give a batch"),
+    ],
+)
+def test_the_served_model_refuses_with_one_line_first(
+    invocations: str, images: np.ndarray, category: str, line: str
+) -> None:
+    """Shares of 0..1 above all: cast to uint8, they were a black picture, whose density came with status 200."""
+    answer = requests.post(invocations, json={"inputs": images.tolist(), "params": {"category": category}})
+    assert answer.status_code == 400
+    body = answer.json()
+    assert line in body["message"]
+    assert "\n" not in body["message"]
+    assert "Traceback" not in answer.text
 
 
 def test_loads_in_a_fresh_process_elsewhere(first: registry.Registration, store: str, tmp_path: Path) -> None:
@@ -172,7 +230,10 @@ def test_loads_in_a_fresh_process_elsewhere(first: registry.Registration, store:
         "model = mlflow.pyfunc.load_model('models:/acw@champion')\n"
         "print(model.predict(np.zeros((1, 40, 30, 3), np.uint8)).shape, sys.modules['acw'].__file__)\n"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    unset = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
+    environment = {key: value for key, value in os.environ.items() if key not in unset}
+    artifacts = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts"
+    before = sorted(artifacts.rglob("*"))
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,
@@ -184,6 +245,7 @@ def test_loads_in_a_fresh_process_elsewhere(first: registry.Registration, store:
     assert done.stdout.startswith("(1, 40, 30)")
     assert "mlartifacts" in done.stdout, "the package comes with the model"
     assert list(tmp_path.iterdir()) == []
+    assert sorted(artifacts.rglob("*")) == before, "a model that is only read stays as it is"
 
 
 def test_artifacts_hold_no_pickles_and_stay_beside_the_store(first: registry.Registration, store: str) -> None:
