@@ -9,6 +9,7 @@ from typing import Any
 
 import h5py
 
+from acw.file_kinds import recognised
 from acw.storage import UserError
 
 
@@ -21,7 +22,9 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path}: no HDF5 file that can be read whole ({error}); write it anew") from error
+        found = recognised(path, "HDF5")
+        reason = f"it {found}" if found else f"({error}); write it anew"
+        raise UserError(f"{path}: no HDF5 file that can be read whole: {reason}") from error
 
 
 def keys_of(file: h5py.File) -> list[str]:

@@ -33,6 +33,7 @@ from scipy.special import logsumexp
 from acw import pysaliency_compat
 from acw.data import Dataset, Stimulus
 from acw.data.dataset import SYNTHETIC
+from acw.file_kinds import recognised
 from acw.hdf5 import keys_of, open_hdf5
 from acw.storage import UserError, expanded, resolve_inside
 
@@ -263,7 +264,9 @@ def _npy(path: Path) -> np.ndarray:
         # Mapped, so that a file's header alone allocates nothing, and one cut short is noticed.
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise UserError(f"{path}: no NPY file that can be read whole ({error}); write it anew") from error
+        found = recognised(path, "NPY")
+        reason = f"it {found}" if found else f"({error}); write it anew"
+        raise UserError(f"{path}: no NPY file that can be read whole: {reason}") from error
     if not isinstance(stored, np.ndarray):
         raise UserError(f"{path}: holds several arrays, as NPZ does; save one array with numpy.save")
     _check_array(stored, str(path))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acw.file_kinds import DOWNLOAD, recognised
 from acw.storage import UserError, fetch, local
 
 if TYPE_CHECKING:
@@ -190,14 +194,16 @@ def _read_file(path: Path, location: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"{location}: no such file of weights; set the weights to {SOURCES}")
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             content: Any = safetensors.torch.load_file(path)
         else:
-            # Only zipped checkpoints can be mapped into memory; of a large one, only what is used is then read.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*looks like a TorchScript archive")  # the error says so
+                # Only zipped checkpoints can be mapped into memory; of a large one, only what is used is then read.
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     # Readers raise whatever the damaged bytes lead them to.
     except Exception as error:
-        raise UserError(f"{location}: cannot be read as weights ({_first_line(error)}); give {SOURCES}") from error
+        raise _unreadable(path, location, error) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     # The indices of sparse tensors are not checked where they are read, and those of a stranger's may point anywhere.
@@ -209,3 +215,34 @@ def _read_file(path: Path, location: str) -> dict[str, torch.Tensor]:
     if all(key.startswith("module.") for key in content):
         return {key.removeprefix("module."): tensor for key, tensor in content.items()}
     return dict(content)
+
+
+def _unreadable(path: Path, location: str, error: Exception) -> UserError:
+    """What is wrong with a file that no reader takes, not in their words: torch advises to load it unsafely."""
+    if isinstance(error, PermissionError):
+        return UserError(f"{location}: the weights cannot be read ({error.strerror}); correct the file's permissions")
+    if found := recognised(path):
+        return UserError(f"{location}: {found}")
+    if path.suffix == ".safetensors" and zipfile.is_zipfile(path):
+        return UserError(f"{location}: was written by torch.save, not as safetensors; name it .pth")
+    if "TorchScript" in str(error):
+        return UserError(f"{location}: is a TorchScript archive, which holds code; save `model.state_dict()`")
+    if isinstance(error, pickle.UnpicklingError) and (zipfile.is_zipfile(path) or _head(path)[:1] == pickle.PROTO):
+        held = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"objects ({held[1]})" if held else "objects"
+        return UserError(f"{location}: holds {what}, not tensors alone, and could run code; save `model.state_dict()`")
+    short = isinstance(error, EOFError) or re.search("unexpected EOF|incomplete", str(error), re.IGNORECASE)
+    reason = "cut short" if short else "damaged"
+    return UserError(
+        f"{location}: cannot be read as weights: it is {reason}, or no file of torch or safetensors; {DOWNLOAD}"
+    )
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do, whatever its name: 8 bytes of a length, then JSON."""
+    return _head(path)[8:9] == b"{"
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(9)

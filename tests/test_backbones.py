@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import io
 import json
 import math
 import subprocess
 import sys
+import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,7 @@ from torch.nn import functional
 
 from acw.backbones import BACKBONES, Backbone, FrozenBackbone, _pad_same, load_backbone, tap_outputs
 from acw.storage import UserError
-from acw.weights import load_weights
+from acw.weights import load_weights, read_weights
 
 DEEPGAZE_IIE_KEYS = Path(__file__).parents[2] / "shared" / "deepgaze_iie" / "keys.json"
 
@@ -238,11 +242,78 @@ def test_file_that_does_not_fit_is_refused(lite0: FrozenBackbone, tmp_path: Path
     refused(state | {"fc.weight": torch.zeros(3)}, r"1 unknown \(fc.weight\)")
     refused(state | {"bn1.bias": torch.zeros(3)}, r"bn1.bias is \[3\], but \[32\]")
     refused([1, 2], "not a state dict")
-    path.write_bytes(b"<html>not found</html>")
-    with pytest.raises(UserError, match="cannot be read as weights"):
-        load_backbone(with_weights("lite0", str(path)))
     with pytest.raises(UserError, match="no such file"):
         load_backbone(with_weights("lite0", str(tmp_path / "absent.pth")))
+
+
+def torch_file(zipped: bool = True) -> bytes:
+    content = io.BytesIO()
+    torch.save({"a": torch.zeros(1000)}, content, _use_new_zipfile_serialization=zipped)
+    return content.getvalue()
+
+
+def archive() -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        file.writestr("README.txt", "weights are in the other archive")
+    return content.getvalue()
+
+
+def script() -> bytes:
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is on its way out, files of it are not
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), content)
+    return content.getvalue()
+
+
+def whole_network() -> bytes:
+    content = io.BytesIO()
+    torch.save(torch.nn.Linear(2, 2), content)
+    return content.getvalue()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+# What was saved as weights -> its bytes and what it has to be called.
+DISGUISES = {
+    "login page": (
+        b"\n<!DOCTYPE html>\n<html>Sign in</html>",
+        "is an HTML page, not the file; download",
+    ),
+    "quota page": (b"<html>Quota exceeded</html>" * 100, "is an HTML page, not the file; download"),
+    "S3's error": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is an XML document"),
+    "hub's error": (b'{"error": "not found"}', r"is JSON \('{.error"),
+    "text": (b"Too many requests\n", r"is text \('Too many requests'\)"),
+    "pointer": (LFS, "is a pointer of Git LFS.*git lfs pull"),
+    "nothing": (b"", "is empty; download"),
+    "zeros": (bytes(4096), "is all zeros"),
+    "gzip": (gzip.compress(torch_file()), "is a gzip archive; unpack it"),
+    "other archive": (archive(), r"is a zip archive of other files \(README.txt\)"),
+    "part": (torch_file()[:2000], "is cut short"),
+    "part of an old one": (torch_file(zipped=False)[:2000], "it is (cut short|damaged), or no file of torch"),
+    "part of safetensors": (safetensors.torch.save({"a": torch.zeros(1000)})[:2000], "it is cut short"),
+    "network": (whole_network(), r"holds objects \(torch.nn.modules.linear.Linear\)|was written by torch.save"),
+    "script": (script(), "is a TorchScript archive|was written by torch.save"),
+}
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_a_file_that_is_something_else_is_called_that(name: str, disguise: str, tmp_path: Path) -> None:
+    """And not by torch's words, which are to load it in a way that runs any code that is in it."""
+    content, line = DISGUISES[disguise]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=line) as caught:
+        read_weights(str(path))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_safetensors_are_read_whatever_their_name(tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_bytes(safetensors.torch.save({"a": torch.ones(3)}))
+    assert read_weights(str(tmp_path / "a.pth"))["a"].tolist() == [1, 1, 1]
 
 
 def test_sources_that_are_not_there_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
+from acw import command
 from acw.data.images import decode_image
 from acw.deepgaze import import_checkpoint
 from acw.heads import WIDTHS
@@ -64,3 +65,17 @@ def test_a_file_that_is_no_checkpoint_of_it_is_named(tmp_path: Path) -> None:
     torch.save({f"models.0.x{k}": torch.zeros(2) for k in range(len(WIDTHS))}, path)
     with pytest.raises(UserError, match=r"other.pth.*shapenet_c"):
         import_checkpoint(str(path))
+
+
+def test_a_page_saved_as_the_checkpoint_is_called_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "deepgaze2e.pth"
+    path.write_bytes(b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title></html>")
+    monkeypatch.setattr(sys, "argv", ["acw", "import-deepgaze", str(path), "--out", str(tmp_path / "model")])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {path}: is an HTML page, not the file; download the file itself anew")
+    assert not (tmp_path / "model" / "model.json").exists()

@@ -186,6 +186,29 @@ def test_a_pickle_is_refused_wherever_it_is_put(
     assert str(tmp_path) in text
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"<!doctype html><title>Sign in</title>", "is an HTML page, not the file; download"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a pointer of Git LFS"),
+    ],
+)
+@pytest.mark.parametrize(
+    "entrance", [as_image, as_fixations, as_matlab, as_map], ids=lambda entrance: entrance.__name__
+)
+def test_a_page_or_a_pointer_instead_of_data_is_called_that(
+    entrance: Callable[[Path, Any], None],
+    content: bytes,
+    expected: str,
+    tmp_path: Path,
+    line: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pickle, "dumps", lambda payload: content)  # what the entrances write
+    monkeypatch.setattr(np, "save", lambda path, *_, **__: path.write_bytes(content))
+    assert expected in line(lambda: entrance(tmp_path, None))
+
+
 # --- Images -------------------------------------------------------------------------------------------------------
 
 

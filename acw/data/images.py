@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import ExifTags, Image
 
+from acw.file_kinds import recognised
 from acw.storage import UserError
 
 # Only these decoders are ever tried, each on the files that are named so: Pillow has some thirty others, one of which
@@ -164,9 +165,9 @@ def _open(content: bytes, path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: {error}; scale it down or remove it") from None
     except Exception as error:  # decoders of damaged headers raise whatever they stumble over
-        raise UserError(
-            f"{path}: not an image in {expected}, as its name says; rename, replace or remove it"
-        ) from error
+        found = recognised(path, expected)
+        reason = f"it {found}" if found else "rename, replace or remove it"
+        raise UserError(f"{path}: not an image in {expected}, as its name says; {reason}") from error
     if image.width * image.height > MOST_PIXELS:
         raise UserError(
             f"{path}: has {image.width}x{image.height} px, more than the {MOST_PIXELS} that an image may have; "

@@ -12,6 +12,7 @@ import numpy as np
 
 from acw.data.images import names_stimulus
 from acw.data.recording import Reader, Recording, is_stimulus, refuse, stimulus
+from acw.file_kinds import recognised
 from acw.storage import UserError, resolve_inside
 
 _IMAGE = re.compile(r"(trainSet/)?Stimuli/[^/]+/[^/]+")
@@ -108,7 +109,9 @@ def _stored(path: Path) -> np.ndarray:
     try:
         content: dict[str, Any] = loadmat(path, variable_names=["fixLocs"])
     except Exception as error:  # scipy has no one error for a damaged file
-        raise UserError(f"{path}: cannot be read as a MATLAB file up to version 7 ({error}); replace it") from error
+        found = recognised(path)
+        reason = f"it {found}" if found else f"({error}); replace it"
+        raise UserError(f"{path}: cannot be read as a MATLAB file up to version 7: {reason}") from error
     if "fixLocs" not in content:
         raise UserError(f"{path}: has no variable fixLocs; replace it by CAT2000's file")
     marks = content["fixLocs"]

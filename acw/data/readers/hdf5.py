@@ -12,6 +12,7 @@ import numpy as np
 from acw import pysaliency_compat
 from acw.data.images import names_stimulus
 from acw.data.recording import NO_CATEGORY, Folder, Reader, Recording, stimulus, subjects
+from acw.file_kinds import recognised
 from acw.storage import UserError, resolve_inside
 
 FILES = ("stimuli.hdf5", "fixations.hdf5")
@@ -74,7 +75,8 @@ def _hdf5_object(folder: Path, name: str) -> Any:
     except UserError:
         raise
     except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{path}: pysaliency cannot read it ({error}); write it again with to_hdf5") from error
+        reason = recognised(path, "HDF5") or f"pysaliency cannot read it ({error}); write it again with to_hdf5"
+        raise UserError(f"{path}: {reason}") from error
 
 
 def _refuse_missing_coordinates(file: Any, path: Path) -> None:
