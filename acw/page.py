@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -130,13 +131,15 @@ def _lead(run: Path, evaluation: dict[str, Any]) -> str:
         f'<p class="soft">{scored} {escape(dataset["scored"])} of {dataset["images"]}, '
         f"{len(dataset['categories'])} categories. Brackets are 95 % intervals over images, here and below. "
         f'Run <span class="hash">{escape(run.name)}</span>, commit '
-        f'<span class="hash">{escape(record["commit"])}</span>.</p>{_notes(dataset)}<div class="cards">{shown}</div>'
+        f'<span class="hash">{escape(record["commit"])}</span>.</p>{_notes(evaluation)}<div class="cards">{shown}</div>'
     )
 
 
-def _notes(dataset: dict[str, Any]) -> str:
-    """What was done to the data, or is odd in them: before any number that depends on it."""
-    return "".join(f"<p><b>Note:</b> {escape(note)}.</p>" for note in dataset["notes"])
+def _notes(evaluation: dict[str, Any]) -> str:
+    """What was done to the data, is odd in them, or makes a score doubtful: before any number that depends on it."""
+    notes = [("Note", note) for note in evaluation["dataset"]["notes"]]
+    notes += [("Warning", f"{name}: {doubt}") for name, doubt in evaluation.get("doubts", {}).items()]
+    return "".join(f"<p><b>{kind}:</b> {escape(text)}.</p>" for kind, text in notes)
 
 
 def _range(low: float, high: float, signed: bool = False) -> str:
@@ -409,7 +412,7 @@ def _measured(rows: Sequence[dict[str, Any]]) -> str:
 def _runs(folder: Path, runs: Mapping[str, Path]) -> str:
     links = []
     for name, run in runs.items():
-        report = os.path.relpath(run / FILE, folder)
+        report = quote(os.path.relpath(run / FILE, folder))
         links.append(
             f'<li><a href="{escape(report)}">{escape(name)}</a> <span class="hash">{escape(str(run))}</span></li>'
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import csv
 import importlib.metadata
+import json
 import os
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ import numpy as np
 
 from acw import tracking
 from acw.bootstrap import interval
-from acw.storage import UserError, present
+from acw.storage import UserError, fetch, present
 from acw.tracking import NAME
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 DEFAULT_ROOT = Path("runs")
+HEADLINE = "category_weights"  # the registered model, among those that a run scores
 # What loading and prediction import; pinned to the versions in use, with which the scores were measured.
 REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "scipy", "timm", "torch", "torchvision")
 
@@ -61,7 +63,7 @@ def log_model(run: Path) -> str:
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(package / "serving.py"),
-            artifacts={"model": str(run / "model")},
+            artifacts={"model": (run / "model").absolute().as_uri()},  # of a path, MLflow would read `#` and `%20`
             code_paths=[str(package)],
             pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
             signature=signature,
@@ -75,9 +77,12 @@ def _public_version(package: str) -> str:
 
 
 def promote(client: MlflowClient, parent: str, version: ModelVersion, run: Path) -> Registration:
-    """Sets the version's alias by the champion's rule. Decided once: a repeat after a kill keeps to what was noted."""
+    """Sets the version's alias by the champion's rule; run: its folder.
+
+    Decided once: a repeat after a kill keeps to what was noted.
+    """
     if "reason" not in version.tags:
-        alias, reason = _decide(client, version, run / "out_of_fold.csv")
+        alias, reason = _decide(client, version, run)
         client.set_model_version_tag(NAME, version.version, "alias", alias)
         client.set_model_version_tag(NAME, version.version, "reason", reason)
         version = client.get_model_version(NAME, version.version)
@@ -93,10 +98,19 @@ def decided(run_id: str, tags: Mapping[str, str]) -> Registration:
     return Registration(run_id, int(tags["acw.version"]), alias, tags["acw.reason"])
 
 
-def _decide(client: MlflowClient, version: ModelVersion, out_of_fold: Path) -> tuple[Alias, str]:
-    """Champion is who is first, or better than the champion on out-of-fold IG, paired by image, beyond chance."""
+def _decide(client: MlflowClient, version: ModelVersion, run: Path) -> tuple[Alias, str]:
+    """Champion is who is first, or better than the champion on out-of-fold IG, paired by image, beyond chance.
+
+    But never whose scores are not to be believed (`evaluation.doubts`), even if there is no other: who knows better
+    sets the alias in MLflow.
+    """
     import mlflow
 
+    doubts = json.loads(fetch(run / "evaluation.json").read_text(encoding="utf-8")).get("doubts", {})
+    for model in (HEADLINE, "center_bias"):
+        if model in doubts:
+            return "challenger", f"never champion: {doubts[model]}"
+    out_of_fold = run / "out_of_fold.csv"
     try:
         champion = client.get_model_version_by_alias(NAME, "champion")
     except mlflow.MlflowException as error:

@@ -92,6 +92,7 @@ def _write_run(folder: Path, steps: int = 3, *, joint: bool = False, learned: bo
     evaluation = {
         "dataset": dataset.summary() | {"scored": "held-out images", "images_scored": len(scores)},
         **summarise(dataset, scores, 0),
+        "doubts": {"category_weights": "too good to be true"},
         "weights": {"prior_strength": "inf", "crossvalidation_nats": {"inf": -1.0}, "global": {}},
         "provenance": record,
     }
@@ -140,7 +141,9 @@ def _column(table: Any, name: str) -> tuple[Any, list[str]]:
 
 def test_what_was_done_to_the_data_is_said_before_the_scores(run: Path) -> None:
     text = (run / page.FILE).read_text(encoding="utf-8")
-    assert text.index("<b>Note:</b> dropped 2 of 9.") < text.index("bits per fixation of information gain")
+    scores = text.index("bits per fixation of information gain")
+    assert text.index("<b>Note:</b> dropped 2 of 9.") < scores
+    assert text.index("<b>Warning:</b> category_weights: too good to be true.") < scores
 
 
 def test_a_table_is_sorted_by_clicks_and_by_keys(run: Path, browser: Any) -> None:
