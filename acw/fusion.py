@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import logsumexp
 from torch import Tensor
 
 # Strength of the prior, in images: what is added to a category is as if it had that many more with the global weights.
@@ -49,13 +50,13 @@ class Likelihoods:
 
     def mean_log_likelihood(self, weights: np.ndarray) -> np.ndarray:
         """(N,) nats per fixation of each image under the mixture; weights: (B,), or (N, B) for one an image."""
-        scaled, shift = self._scaled()
-        mixed = np.log((scaled * (weights[self.image] if weights.ndim == 2 else weights)).sum(1)) + shift
+        # In the logarithm: left out, the one model that knew of a fixation may have a weight of 0.
+        mixed = logsumexp(self.log_p, axis=1, b=weights[self.image] if weights.ndim == 2 else weights)
         return np.bincount(self.image, mixed, self.images) / np.bincount(self.image, minlength=self.images)
 
-    def _scaled(self) -> tuple[np.ndarray, np.ndarray]:
-        shift = self.log_p.max(1)
-        return np.exp(self.log_p - shift[:, None]), shift
+    def _scaled(self) -> np.ndarray:
+        """(F, B) densities up to a factor a fixation."""
+        return np.exp(self.log_p - self.log_p.max(1, keepdims=True))
 
 
 def mix(log_densities: Tensor, weights: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def em(
     steps: takes the weights (R, B) at the start and after each step, for R up to EM_COLUMNS.
     """
     fixations = np.bincount(likelihoods.image, minlength=likelihoods.images)
-    scaled, _ = likelihoods._scaled()
+    scaled = likelihoods._scaled()
     results = []
     for first in range(0, counts.shape[1], EM_COLUMNS):
         columns = slice(first, first + EM_COLUMNS)
