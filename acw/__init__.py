@@ -19,10 +19,10 @@ def load(location: str | Path, device: torch.device | str = "cpu") -> Model:
     """
     from acw.arguments import as_device
     from acw.model import Model
-    from acw.storage import local, present
+    from acw.storage import is_model_uri, local, present
 
     device = as_device(device)
-    if ":/" in str(location) and not str(location).startswith("s3://"):
+    if is_model_uri(location):
         from acw.registry import download_model
 
         return Model.load(download_model(str(location)), device)

@@ -18,7 +18,19 @@ from acw.data import Dataset, Split, load_dataset, split
 from acw.data.coordinates import MOST_DROPPED, Origin, Units
 from acw.data.readers import READERS
 from acw.recipes import RECIPES, Recipe, derive, named_recipe
-from acw.storage import UserError, fetch, fingerprint, local, present, remove, sha256_file, shown, version, write_atomic
+from acw.storage import (
+    UserError,
+    fetch,
+    fingerprint,
+    local,
+    plain_name,
+    present,
+    remove,
+    sha256_file,
+    shown,
+    version,
+    write_atomic,
+)
 
 if TYPE_CHECKING:
     from acw.features import FeatureStore
@@ -59,7 +71,7 @@ class Job:
             path = fetch(_heads_of(local(self.recipe.heads)))
             heads = [_sha256(path, version(path))]
         identity = fingerprint([self.recipe.fingerprint, self.dataset.fingerprint, self.dataset.blur_sigma, *heads])
-        return self.root / f"{self.recipe.name}-{self.dataset.name}-{identity}"
+        return self.root / f"{self.recipe.name}-{plain_name(self.dataset.name)}-{identity}"
 
     def stores(self) -> dict[str, FeatureStore]:
         """The features that jobs/extract.py left for this run, by backbone; raises UserError if it did not."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from acw.cli import Parser, check_writable, local_path, parse, run
-from acw.storage import UserError, local, shown, write_atomic
+from acw.storage import UserError, is_model_uri, local, shown, write_atomic
 
 
 def plan(argv: Sequence[str]) -> None:
@@ -89,7 +89,7 @@ def export_submission(argv: Sequence[str]) -> None:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU that torch can use; leave it out")
-    location = options.model if ":/" in options.model else local_path(options.model, "MODEL")
+    location = options.model if is_model_uri(options.model) else local_path(options.model, "MODEL")
     print(submission.export(acw.load(location, options.device), local_path(options.stimuli, "--stimuli"), out))
     print(shown(out), flush=True)
 

@@ -218,6 +218,8 @@ def _gauge(name: str) -> Any:
 
 def measure(tags: dict[str, str], values: dict[str, float | None]) -> None:
     """Sets metrics that Ray's nodes offer to Prometheus and the dashboard, as `ray_NAME`; those that are known."""
+    # Ray takes nothing else.
+    tags = {name: value.encode("ascii", "backslashreplace").decode() for name, value in tags.items()}
     for name, value in values.items():
         if value is not None:
             _gauge(name).set(value, tags)

@@ -9,6 +9,7 @@ place in the mirror: what is there is in the bucket too, and may go.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ SLACK = 0.05
 # What was used so lately may be about to be opened.
 RECENT_SECONDS = 30.0
 REQUESTS_AT_ONCE = 16
+LONGEST_NAME = 255 - len(".json")  # bytes, on most disks, with what a note has behind it
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class _Place:
         temporary.replace(self.path)
         note = self.state(".json")
         note.parent.mkdir(parents=True, exist_ok=True)
-        partial = note.with_name(f".{note.name}.{os.getpid()}.{threading.get_ident()}.partial")
+        partial = note.with_name(f".{os.getpid()}.{threading.get_ident()}.partial")
         partial.write_text(json.dumps(asdict(Note(etag, status.st_size, status.st_mtime_ns, kept))), encoding="utf-8")
         partial.replace(note)
         _added(self.cache, status.st_size)
@@ -151,7 +153,7 @@ def fetch(path: Path, immutable: bool = False) -> None:
 
 def _download(place: _Place, found: s3.Found | None) -> None:
     place.path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=place.path.parent, prefix=f".{place.path.name}.", suffix=".partial")
+    handle, name = tempfile.mkstemp(dir=place.path.parent, prefix=f".{place.path.name[:40]}.", suffix=".partial")
     os.close(handle)
     temporary = Path(name)
     tried: list[str] = []
@@ -186,6 +188,8 @@ def _writing(place: _Place) -> Iterator[None]:
 def no_room(path: Path, error: OSError) -> str:
     """What to say of a file that cannot be written to the mirror."""
     place = _Place(path)
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{place.uri}: its name is too long for copies of it; give it one of at most {LONGEST_NAME} bytes"
     return (
         f"{place.uri}: its copy below {place.cache} cannot be written ({error.strerror or error}); free that disk, "
         f"lower {LIMIT} or set ACW_CACHE to a folder elsewhere"

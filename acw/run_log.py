@@ -60,7 +60,7 @@ def _log_run(
 
     record = json.loads(fetch(run / "recipe.json").read_text(encoding="utf-8"))
     parent = version = None
-    for attempt in client.search_runs([experiment], f'tags."acw.folder" = "{run.name}"'):
+    for attempt in tracking.runs_of(client, experiment, "acw.folder", run.name):
         if "acw.reason" in attempt.data.tags:
             client.set_terminated(attempt.info.run_id, "FINISHED", attempt.info.end_time)
             return registry.decided(attempt.info.run_id, attempt.data.tags)

@@ -126,8 +126,8 @@ class Settings:
                 except OSError as error:
                     problem = "no certificate is in it" if isinstance(error, ssl.SSLError) else error.strerror
                     raise UserError(
-                        f"{name} ({path}): cannot be used on {socket.gethostname()} ({problem}); name a PEM file that is "
-                        "at the same place on all nodes, or unset it"
+                        f"{name} ({path}): cannot be used on {socket.gethostname()} ({problem}); name a PEM file that "
+                        "is at the same place on all nodes, or unset it"
                     ) from error
                 return path
         return None

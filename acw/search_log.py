@@ -37,7 +37,7 @@ def log(uri: str, found: Search, recipe: Recipe, origin: Mapping[str, Any], *, e
 
 def _parent(client: MlflowClient, experiment: str, found: Search, recipe: Recipe, origin: Mapping[str, Any]) -> str:
     name = found.folder.name
-    known = client.search_runs([experiment], f"tags.\"acw.search\" = '{name}'")
+    known = tracking.runs_of(client, experiment, "acw.search", name)
     if known:
         client.update_run(known[0].info.run_id, status="RUNNING")
         return known[0].info.run_id

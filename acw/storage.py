@@ -13,7 +13,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,11 @@ def _mirror() -> Path:
 def shown(text: str | Path) -> str:
     """A path, or a text with paths in it, with s3:// addresses for what is in S3."""
     return str(text).replace(f"{_mirror()}/", "s3://")
+
+
+def is_model_uri(location: str | Path) -> bool:
+    """Whether MLflow is meant, as by `models:/acw@champion`, not a path, which may hold `:/` somewhere, or S3."""
+    return re.match(r"(?!s3:)[A-Za-z][\w+.-]*:/", str(location)) is not None
 
 
 def mirrored(path: Path) -> bool:
@@ -138,7 +145,7 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], None]) -> N
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".partial")
         os.close(handle)
         temporary = Path(name)
         if callable(content):
@@ -166,8 +173,8 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], None]) -> N
             from acw import mirror
 
             raise UserError(mirror.no_room(path, known)) from error
-        reason = known.strerror or known
-        raise UserError(f"{path}: cannot be written ({reason}); free the disk or choose another --root") from error
+        remedy = "shorten its name" if known.errno == errno.ENAMETOOLONG else "free the disk or choose another --root"
+        raise UserError(f"{path}: cannot be written ({known.strerror or known}); {remedy}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -189,6 +196,13 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue()
+
+
+def plain_name(text: str) -> str:
+    """A text as part of a file's name that means the same in a path, an address and a filter, on any disk: letters and
+    digits of any script, spaces, points, `_` and `-`; at most 100 bytes, for names have 255 in all."""
+    plain = re.sub(r"[^\w .-]", "_", unicodedata.normalize("NFC", text))
+    return plain.encode()[:100].decode(errors="ignore").strip()
 
 
 def resolve_inside(path: Path, folder: Path) -> Path:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import logging
 import os
+import re
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +21,7 @@ from acw.storage import UserError, local, mirrored, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, Run
 
 T = TypeVar("T")
 NAME = "acw"  # of the experiment and of the registered model
@@ -34,6 +39,9 @@ def tracking_uri(root: Path, given: str | None) -> str:
     if uri.startswith("s3://"):
         uri = f"sqlite:///{local(uri)}"
     if uri.startswith("sqlite:///"):
+        # A folder's name may hold anything; what stands behind a file's is meant for SQLAlchemy.
+        if "?" in database_of(uri).name:
+            raise UserError(f"tracking URI {uri}: takes no options; give sqlite:///FILE, and nothing behind it")
         return f"sqlite:///{database_of(uri)}"
     uri = credentials.taken_out(uri)
     if urlsplit(uri).scheme not in ("http", "https"):
@@ -45,6 +53,21 @@ def tracking_uri(root: Path, given: str | None) -> str:
 
 def database_of(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///")).absolute()
+
+
+@functools.cache
+def _address(database: Path) -> str:
+    """What SQLAlchemy and MLflow take for a database: where `?` or `%20` is in its path, which SQLAlchemy would read as
+    something else and MLflow, when it is quoted, as another folder, a link that goes at exit leads there."""
+    from sqlalchemy.engine import make_url
+
+    plain = f"sqlite:///{database}"
+    if make_url(plain).database == str(database):
+        return plain
+    link = Path(tempfile.mkdtemp(prefix="acw-mlflow-")) / "store"
+    link.symlink_to(database.parent)
+    atexit.register(shutil.rmtree, link.parent, ignore_errors=True)
+    return f"sqlite:///{link / database.name}"
 
 
 def in_s3(uri: str) -> bool:
@@ -102,7 +125,10 @@ def quiet_mlflow(uri: str) -> Any:
     # A new sqlite file goes through some fifty migrations, each a line.
     for logger in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store"):
         logging.getLogger(logger).setLevel(logging.WARNING)
-    mlflow.set_tracking_uri(f"sqlite:///{database.take(database_of(uri))}" if in_s3(uri) else uri)
+    store = uri
+    if uri.startswith("sqlite:"):
+        store = _address(database.take(database_of(uri)) if in_s3(uri) else database_of(uri))
+    mlflow.set_tracking_uri(store)
     return mlflow
 
 
@@ -177,6 +203,14 @@ def explained(uri: str) -> Iterator[None]:
             reason = getattr(error, "strerror", None) or "the disk is full"
             raise UserError(f"{uri}: cannot be written ({reason}); free the disk and {rerun}") from error
         raise
+
+
+def runs_of(client: MlflowClient, experiment: str, tag: str, value: str) -> list[Run]:
+    """The experiment's runs whose tag has this value, which may hold anything: MLflow's filters take no quotes."""
+    # Names end with what tells them apart. `_` and `%` would stand for anything in a filter.
+    end = re.search(r"[0-9A-Za-z-]*$", value)
+    found = client.search_runs([experiment], f"tags.`{tag}` LIKE '%{end[0] if end else ''}'")
+    return [run for run in found if run.data.tags[tag] == value]
 
 
 def metric(name: str, value: float, step: int) -> Metric:

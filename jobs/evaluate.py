@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from acw.cli import Parser, add_dataset_options, check_writable, local_path, read_dataset, run
 from acw.data import Dataset
-from acw.storage import UserError, shown, write_atomic, write_json
+from acw.storage import UserError, is_model_uri, shown, write_atomic, write_json
 
 if TYPE_CHECKING:
     from acw.outside import Outside
@@ -108,8 +108,7 @@ def main(argv: Sequence[str]) -> None:
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file in it")
     check_writable(out.parent)
-    mlflow = ":/" in options["model"] and not options["model"].startswith("s3://")
-    location = options["model"] if mlflow else shown(local_path(options["model"], "--model"))
+    location = options["model"] if is_model_uri(options["model"]) else shown(local_path(options["model"], "--model"))
     dataset = read_dataset(options)
     from acw.outside import open_maps, open_object, open_predictions
     from acw.scoring import MODELS, REFERENCES

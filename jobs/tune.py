@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acw.cli import Job, Parser, parse, run
-from acw.storage import UserError, fetch, shown
+from acw.storage import UserError, fetch, plain_name, shown
 
 if TYPE_CHECKING:
     from acw.search import Search, Space
@@ -125,7 +125,7 @@ def _search(job: Job, space: Space, options: Options) -> Search:
     if outside := [fold for fold in options.folds if not 0 <= fold < recipe.folds]:
         raise UserError(f"--search-folds {outside[0]}: the recipe has folds 0 to {recipe.folds - 1}")
     identity = fingerprint([recipe.fingerprint, job.dataset.fingerprint, space.identity, options.folds])
-    folder = job.root / "tune" / f"{space.name}-{recipe.name}-{job.dataset.name}-{identity}"
+    folder = job.root / "tune" / f"{space.name}-{recipe.name}-{plain_name(job.dataset.name)}-{identity}"
     size = max(recipe.heads_per_worker // len(options.folds), 1)
     return Search(folder, space, size, options.samples, recipe.seed)
 
