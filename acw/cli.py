@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import io
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ from acw.storage import (
     local,
     plain_name,
     present,
+    refuse_undecodable,
     remove,
     sha256_file,
     shown,
@@ -263,6 +265,7 @@ def local_path(location: str, option: str) -> Path:
     """An absolute path; on a cluster a relative one is refused, as a job's folder is not the one it was typed in.
 
     Of an s3:// address, where the copy belongs on this node; raises UserError if its bucket cannot be had."""
+    refuse_undecodable(location, option)
     if location.startswith("s3://"):
         from acw import s3
 
@@ -310,6 +313,9 @@ def user_error(error: BaseException | None) -> UserError | None:
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a job: exit status 0 if it did all that it says, 2 and one line on stderr for an error of the user's."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without the letters of a name ends no job
     try:
         credentials.refuse(sys.argv[1:])
         main(sys.argv[1:])

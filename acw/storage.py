@@ -198,6 +198,19 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
+def refuse_undecodable(name: str | Path, what: str) -> None:
+    """Raises UserError for a name whose bytes are no UTF-8, as of an archive from another system: no result could hold
+    it."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        shown_name = str(name).encode(errors="backslashreplace").decode()
+        raise UserError(
+            f"{what} {shown_name}: its name is not UTF-8; rename it (convmv -f latin1 -t utf8 does so for a whole "
+            "folder)"
+        ) from None
+
+
 def plain_name(text: str) -> str:
     """A text as part of a file's name that means the same in a path, an address and a filter, on any disk: letters and
     digits of any script, spaces, points, `_` and `-`; at most 100 bytes, for names have 255 in all."""

@@ -115,6 +115,7 @@ def is_stimulus(path: Path) -> bool:
 
 def stimulus(folder: Path, file: str, category: str, source: str | None = None) -> Stimulus:
     """The stimulus of a file of a data set's folder, by its relative path; raises UserError for no sound image."""
+    printable(file, f"{folder}: the name of an image")
     printable(category, f"{folder / file}: its category")
     found = inspect_image(folder / file)
     # The same image has the same name whether a reader was given CAT2000's folder or the one above it.
