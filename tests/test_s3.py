@@ -231,7 +231,7 @@ def test_a_staged_data_set_is_the_local_one(root: str, tmp_path: Path, monkeypat
     _, folder, _, table = displays(tmp_path / "set", ("Colour", "Size"), 3)
     here = load_dataset(folder, fixations=table)
     (tmp_path / "set" / "notes.txt").write_text("not read", encoding="utf-8")
-    chosen = files(Path(folder), None, Path(table), False)
+    chosen = files(Path(folder), Path(table))
     assert sorted(chosen) == sorted([*(stimulus.name for stimulus in here.stimuli), "fixations.csv"])
     uri = f"{root}/set"
     assert stage(chosen, uri) == 7
