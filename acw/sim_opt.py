@@ -50,7 +50,8 @@ def best_map(log_density: np.ndarray, blur_sigma: float, fixations: int) -> np.n
 
     blur_sigma: of the empirical map, px. fixations: an image's number of them.
     """
-    factor = min(1.0, BLUR / blur_sigma)
+    # At least one cell is left along each side.
+    factor = max(min(1.0, BLUR / blur_sigma), 1 / min(log_density.shape))
     # Between a density of 0 and any other, interpolation of logs says NaN.
     small = np.nan_to_num(zoom(log_density, factor, order=1, mode="nearest"), nan=-np.inf, neginf=-np.inf)
     # A cell has the mass of so many px, of which each step moves the same share; in small images it would take ages.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp
 from test_evaluation import model as model
 
-from acw import categories, center_bias, evaluation, fusion, gold_standard, pysaliency_compat, registry
+from acw import categories, center_bias, evaluation, fusion, gold_standard, pysaliency_compat, registry, sim_opt
 from acw.data import Dataset, Stimulus
 from acw.data.folds import split
 from acw.finalizer import Finalizer, normalise, upsample
@@ -242,6 +242,13 @@ def test_a_density_of_one_pixel_has_finite_scores_where_that_is_looked_at() -> N
     target = Target.of(x, y, ShuffledFixations(size, np.array([7]), np.array([1])), Components.of(flat, 8.0))
     assert np.isfinite(list(score(log_density[0], target).values())).all()
     assert bool(reduced(log_density, torch.ones((1, 1), dtype=torch.float64)).isfinite().all())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 30)])
+def test_the_map_for_sim_of_an_image_narrower_than_its_blur(size: tuple[int, int]) -> None:
+    found = sim_opt.best_map(np.full(size, -math.log(size[0] * size[1])), blur_sigma=40.0, fixations=3)
+    assert found.shape == size
+    assert np.isfinite(found).all()
 
 
 @SOMETIMES
