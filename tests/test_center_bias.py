@@ -138,7 +138,7 @@ def dataset(seed: int) -> Dataset:
     image = np.arange(30, dtype=np.int32).repeat(20)
     x, y = generator.normal(0.5, 0.1, (2, 600)).clip(0, 0.99)
     heights = np.array([stimulus.size[0] for stimulus in stimuli])[image]
-    x, y = (x * 200).astype(np.float32), (y * heights).astype(np.float32)
+    x, y = x * 200, y * heights
     subject = np.full(600, -1, dtype=np.int32)
     return Dataset("made up", "csv", "", stimuli, image, x, y, subject, 10.0, ())
 
