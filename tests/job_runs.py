@@ -27,6 +27,8 @@ RECIPE = (
     *("demo", "--backbones", "lite0,lite1", "--seeds", "1", "--folds", "2", "--heads_per_worker", "2"),
     *("--workers", "2", "--max_epochs", str(EPOCHS), "--lr_patience", str(EPOCHS)),
 )
+# Of a data set's folder and a root: people name folders as they like.
+NAME = 'Anna\'s "5 inch" images?#50%2F <b>\N{LATIN SMALL LETTER E WITH ACUTE}'
 SIZES = ((120, 160), (128, 160), (120, 152))
 # In the environment of the finished run, which must not write them anywhere (tests/test_security.py).
 SECRETS = {
@@ -95,7 +97,7 @@ class Run(NamedTuple):
 @functools.cache
 def finished(base: Path) -> Run:
     """The pipeline over 2 categories of 8 pictures, run once for all tests of a session; below a temporary folder."""
-    arguments = [*RECIPE, *displays(base / "tiny", ("Colour", "Faces"), 8), "--root", str(base / "finished")]
+    arguments = [*RECIPE, *displays(base / NAME, ("Colour", "Faces"), 8), "--root", str(base / f"runs on {NAME}")]
     result = run("pipeline", *arguments, **SECRETS)
     output = result.stdout + result.stderr
     assert result.returncode == 0, output

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from job_runs import JOBS, RECIPE, displays, histories, succeed
+from job_runs import JOBS, NAME, RECIPE, displays, histories, succeed
 from test_faults import kill_driver
 from tiny_training import CPU, make_store, make_training_set
 from tiny_training import RECIPE as TINY
@@ -295,8 +295,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Itera
     base = tmp_path_factory.mktemp("search")
     (base / "spaces").mkdir()
     (base / "spaces" / "two_rates.py").write_text(TWO_RATES, encoding="utf-8")
-    arguments = [*SMALL, "--max_epochs", "2", "--learning_rate", "1e-3", "--root", str(base / "root")]
-    arguments += displays(base / "tiny", ("Colour", "Faces"), 8)
+    arguments = [*SMALL, "--max_epochs", "2", "--learning_rate", "1e-3", "--root", str(base / f"runs on {NAME}")]
+    arguments += displays(base / NAME, ("Colour", "Faces"), 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(JOBS))
         import tune
