@@ -21,8 +21,10 @@ from acw.data.readers import READERS
 from acw.recipes import RECIPES, Recipe, derive, named_recipe
 from acw.storage import (
     UserError,
+    expanded,
     fetch,
     fingerprint,
+    give_home,
     local,
     plain_name,
     present,
@@ -105,7 +107,8 @@ def parse(argv: Sequence[str], description: str, program: str | None = None, *, 
     add_dataset_options(parser)
     about = "folder, or s3://BUCKET/PREFIX, for features, runs and MLflow's store (default: runs)"
     parser.add_argument("--root", default="runs", help=about)
-    parser.add_argument("--tracking-uri", help="MLflow server (default: sqlite under the root, in S3 too)")
+    about = "MLflow server or sqlite:///FILE (default: MLFLOW_TRACKING_URI, else sqlite under the root, in S3 too)"
+    parser.add_argument("--tracking-uri", help=about)
     parser.add_argument("--overlay", help="JSON file of recipe fields, as jobs/tune.py writes it")
     _add_fields(parser, base)
     options = vars(parser.parse_args(argv[1:]))
@@ -271,7 +274,7 @@ def local_path(location: str, option: str) -> Path:
 
         s3.reach(location)
         return local(location)
-    path = Path(location).expanduser()
+    path = expanded(location)
     if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise UserError(f"{option} {location}: a relative path means nothing on a cluster; use an absolute path")
     return path.resolve()
@@ -317,6 +320,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without the letters of a name ends no job
     try:
+        give_home()
         credentials.refuse(sys.argv[1:])
         main(sys.argv[1:])
     except Exception as error:

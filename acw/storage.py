@@ -47,13 +47,41 @@ def local(location: str | Path) -> Path:
     return _mirror() / bucket / key
 
 
+def expanded(location: str | Path) -> Path:
+    """A path with its `~` written out; raises UserError where that is nobody's home directory."""
+    try:
+        return Path(location).expanduser()
+    except RuntimeError:
+        raise UserError(f"{location}: there is no such home directory; write the path in full") from None
+
+
+def give_home() -> None:
+    """Has an arbitrary user id, which no home directory belongs to, name one that is not there.
+
+    Programs then do without what they would keep there; MLflow could not even be imported.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/nonexistent"
+
+
 def _mirror() -> Path:
-    return Path(os.environ.get("ACW_CACHE") or "~/.cache").expanduser().resolve() / MIRROR
+    folder = os.environ.get("ACW_CACHE") or "~/.cache"
+    try:
+        return expanded(folder).resolve() / MIRROR
+    except UserError:
+        raise UserError(
+            f"{folder}: there is no home directory for copies of what is in S3; set ACW_CACHE to a folder for them"
+        ) from None
 
 
 def shown(text: str | Path) -> str:
     """A path, or a text with paths in it, with s3:// addresses for what is in S3."""
-    return str(text).replace(f"{_mirror()}/", "s3://")
+    try:
+        return str(text).replace(f"{_mirror()}/", "s3://")
+    except UserError:  # without a place for copies there are none
+        return str(text)
 
 
 def is_model_uri(location: str | Path) -> bool:
