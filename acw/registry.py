@@ -6,7 +6,6 @@ import atexit
 import csv
 import importlib.metadata
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -159,20 +158,23 @@ def download_model(uri: str) -> Path:
         raise UserError(
             f"{uri}: no model URI; give models:/{NAME}@champion, models:/{NAME}/VERSION or runs:/RUN_ID/model"
         )
-    store = tracking.tracking_uri(DEFAULT_ROOT, os.environ.get("MLFLOW_TRACKING_URI"))
+    store = tracking.tracking_uri(DEFAULT_ROOT, None)
     remedy = f"no such model in {store}; set MLFLOW_TRACKING_URI to the right store, or give a run's folder"
     destination = None
     here = store.startswith("sqlite:")
     if here and not present(tracking.database_of(store)):
         raise UserError(f"{uri}: {remedy}")
+    mlflow = tracking.quiet_mlflow(store)
+    if not here:
+        tracking.answers(store)
+    elif not tracking.in_s3(store):
+        tracking.try_out(tracking.database_of(store), write=False)
     if not here or tracking.in_s3(store):
-        if not here:
-            tracking.answers(store)
         destination = tempfile.mkdtemp(prefix="acw-model-")
         # Backbones are read when they are first needed, so the files stay for as long as the process.
         atexit.register(shutil.rmtree, destination, ignore_errors=True)
-    mlflow = tracking.quiet_mlflow(store)
     try:
         return Path(mlflow.artifacts.download_artifacts(f"{uri.rstrip('/')}/artifacts/model", dst_path=destination))
     except (mlflow.MlflowException, OSError) as error:
-        raise UserError(f"{uri}: {remedy} ({str(error).partition(chr(10))[0]})") from error
+        known = tracking.explanation(store, error)
+        raise known or UserError(f"{uri}: {remedy} ({str(error).partition(chr(10))[0]})") from error

@@ -192,8 +192,11 @@ def _json_number(value: float) -> float | str:
 
 def main(argv: Sequence[str]) -> None:
     job = parse(argv, __doc__.splitlines()[0])
-    from acw.cluster import connect
+    from acw import tracking
+    from acw.cluster import address, connect
 
+    address()
+    tracking.ready(job.root, job.tracking_uri)
     connect()
     aggregate(job)
 

@@ -42,10 +42,11 @@ def pipeline(job: Job) -> Path:
     from train import train
 
     from acw import tracking
-    from acw.cluster import connect
+    from acw.cluster import address, connect
 
-    # A tracking server that does not answer is better known now than after the training.
-    tracking.connect(tracking.tracking_uri(job.root, job.tracking_uri))
+    # What is wrong with a cluster or an MLflow store is better known now than after the training.
+    address()
+    tracking.ready(job.root, job.tracking_uri)
     connect()
     for step in (extract, train, aggregate):
         start = time.monotonic()

@@ -91,6 +91,7 @@ def _complete(job: Job, found: Search, options: Options, uri: str) -> None:
     from mlflow.exceptions import MlflowException
 
     from acw import search_log, search_page, tracking, tuning
+    from acw.cluster import address
     from acw.storage import write_json
 
     folder, origin = found.folder, _origin(job, options)
@@ -102,8 +103,9 @@ def _complete(job: Job, found: Search, options: Options, uri: str) -> None:
         except (MlflowException, UserError) as error:
             print(f"not in MLflow yet: {str(error).partition(chr(10))[0]}", flush=True)
 
-    # One that does not answer at all is better known now than after the search.
-    tracking.connect(uri)
+    # What is wrong with a cluster or an MLflow store is better known now than after the search.
+    address()
+    tracking.ready(job.root, job.tracking_uri)
     if found.waiting or found.missing:
         tuning.search(_work(job, found.space, options, folder), found, ended)
     write_json(folder / "overlay.json", tuning.overlay(found, origin))
