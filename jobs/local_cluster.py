@@ -3,8 +3,8 @@
     python jobs/local_cluster.py -- python jobs/pipeline.py demo --root "$PWD/runs"
 
 does on the loopback interface what `ray up` and `ray job submit` do on a cluster: it starts a head, submits the command
-with the current folder (less what .gitignore names) as its working directory, streams its output, and stops the head,
-whatever happens. The exit status is the command's own. The last line on stdout is the command's last line.
+with the current folder (less what .gitignore and .rayignore name) as its working directory, streams its output, and
+stops the head, whatever happens. The exit status is the command's own. The last line on stdout is the command's last.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -34,6 +35,12 @@ STARTUP_SECONDS = 120
 GRACE_SECONDS = 5
 """How long processes may take to end on SIGTERM before they get SIGKILL."""
 
+ENTRY_BYTES = 300
+"""What a file adds to the package besides its own bytes."""
+
+LARGE = 5
+"""So many of the largest files are named where a folder is too large to be sent."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,6 +49,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit_on_signal)
     try:
+        refuse_what_is_too_large(Path.cwd())
         with local_head() as (address, environment):
             return submit(address, environment, command)
     except KeyboardInterrupt:
@@ -168,6 +176,30 @@ def _get(url: str, environment: dict[str, str]) -> Any:
 # --- The job ------------------------------------------------------------------------------------------------------
 
 
+def refuse_what_is_too_large(folder: Path) -> None:
+    """Raises SystemExit where Ray's job server would not take a folder as a working directory; it names no file."""
+    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE, get_runtime_env_default_excludes
+    from ray._private.runtime_env import packaging
+
+    sizes: dict[Path, int] = {}
+
+    def note(path: Path) -> None:
+        if path.is_file():
+            sizes[path] = path.stat().st_size + ENTRY_BYTES
+
+    excludes = [packaging._get_excludes(folder, get_runtime_env_default_excludes())]
+    # Its files as Ray finds them.
+    packaging._dir_travel(folder, excludes, note, include_gitignore=True, logger=logging.getLogger(__name__))
+    total = sum(sizes.values())
+    if total >= DASHBOARD_CLIENT_MAX_SIZE:
+        largest = sorted(sizes, key=lambda path: -sizes[path])[:LARGE]
+        named = ", ".join(f"{path.relative_to(folder)} ({sizes[path] / 1e6:.0f} MB)" for path in largest)
+        raise SystemExit(
+            f"error: {folder}: {total / 1e6:.0f} MB would be sent with the job, and Ray takes "
+            f"{DASHBOARD_CLIENT_MAX_SIZE / 1e6:.0f}; name in .rayignore, or move elsewhere, the largest files: {named}"
+        )
+
+
 def submit(address: str, environment: dict[str, str], command: list[str]) -> int:
     """Run `command` as a job from the current folder, stream its output, and return its exit status."""
     job = f"acw-{os.getpid()}"
@@ -185,6 +217,8 @@ def submit(address: str, environment: dict[str, str], command: list[str]) -> int
         if info["status"] == "SUCCEEDED":
             print(_get(f"{address}/api/jobs/{job}/logs", environment)["logs"].rstrip().rpartition("\n")[2], flush=True)
             return 0
+    except urllib.error.HTTPError:
+        return client_status or 1  # the job was not taken, and `ray job submit` has said why
     except urllib.error.URLError as error:
         raise SystemExit(f"The local Ray head no longer answers ({error}); the job's fate is unknown.") from error
     status = info.get("driver_exit_code") or client_status or 1
