@@ -20,11 +20,14 @@ atexit.register(shutil.rmtree, RAY_FOLDER, ignore_errors=True)
 CACHE_FOLDER = tempfile.mkdtemp(prefix="acw-test-cache-")
 atexit.register(shutil.rmtree, CACHE_FOLDER, ignore_errors=True)
 
-# No test may join a cluster, a tracking server or an account that the developer's shell happens to name.
-for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "AWS_PROFILE"):
-    os.environ.pop(name, None)
-for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL"):
-    os.environ.pop(name, None)
+# No test may join a cluster, a tracking server or an account that the developer's shell happens to name, nor lean on
+# what else it sets for them, for git or for a terminal.
+AMBIENT = ("RAY_", "TUNE_", "MLFLOW_", "DATABRICKS_", "AWS_", "ACW_", "GIT_", "REQUESTS_CA_BUNDLE", "COLUMNS", "LINES")
+for name in [name for name in os.environ if name.startswith(AMBIENT)]:
+    del os.environ[name]
+# Tests' own servers are asked directly, whatever proxy leads to the registries of packages.
+for name in ("no_proxy", "NO_PROXY"):
+    os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), "127.0.0.1", "localhost"])
 
 os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux this is what keeps Ray on the loopback interface
@@ -32,6 +35,8 @@ os.environ |= {
     "RAY_TMPDIR": RAY_FOLDER,
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,  # the developer's own, with regions and endpoints
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,  # and keys
     "ACW_CACHE": CACHE_FOLDER,
     "MPLBACKEND": "Agg",
     "OMP_NUM_THREADS": "1",
