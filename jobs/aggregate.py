@@ -48,6 +48,7 @@ def aggregate(job: Job) -> None:
     stores = list(job.stores().values())
     banks, systems = aggregation.trained(recipe, folder)
     heads = aggregation.heads_by_fold(recipe, banks, systems)
+    uri = tracking.ready(job.root, job.tracking_uri)
     # Each takes one core for long, beside what follows; asked for where it is needed.
     shared = ray.put(dataset)
     classifier = begin(aggregation.fit_classifier, shared, split, stores)
@@ -83,7 +84,6 @@ def aggregate(job: Job) -> None:
     curves = report.head_curves({bank: state.history for bank, state in banks.items()})
     curves |= report.joint_curves([system.history for system in systems])
     _report(job, Predictions(dataset, model, stores, gold), curves)
-    uri = tracking.tracking_uri(job.root, job.tracking_uri)
     log.event("registering")
     registration = run_log.log_run(uri, folder, recipe, banks, evaluation)
     print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
@@ -192,11 +192,8 @@ def _json_number(value: float) -> float | str:
 
 def main(argv: Sequence[str]) -> None:
     job = parse(argv, __doc__.splitlines()[0])
-    from acw import tracking
-    from acw.cluster import address, connect
+    from acw.cluster import connect
 
-    address()
-    tracking.ready(job.root, job.tracking_uri)
     connect()
     aggregate(job)
 

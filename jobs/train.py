@@ -23,6 +23,7 @@ def train(job: Job) -> None:
 
     recipe, dataset, folder = job.recipe, job.dataset, job.folder
     stores = job.stores()
+    job.split.refuse_unscorable()
     record = provenance(recipe) | {"dataset": dataset.summary(), "split_hash": job.split.hash}
     record |= {"overlay": job.overlay} if job.overlay else {}
     write_json(folder / "recipe.json", record)

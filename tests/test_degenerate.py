@@ -340,7 +340,7 @@ def test_a_split_that_cannot_be_scored_is_refused(images: int, folds: int, probl
     alike = [Stimulus(s.name, s.path, s.size, "all", None, "") for s in everything.stimuli]
     dataset = Dataset(**{**vars(everything), "stimuli": tuple(alike)})
     with pytest.raises(UserError, match=problem):
-        split(dataset, seed=0, folds=folds)
+        split(dataset, seed=0, folds=folds).refuse_unscorable()
 
 
 # --- Too good to be true -----------------------------------------------------------------------------------------

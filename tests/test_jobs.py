@@ -231,7 +231,7 @@ def test_other_models_maps_are_scored_beside_ours(done: Run, tmp_path: Path) -> 
     assert any(line.startswith("theirs") for line in lines)
     failed = run("evaluate", *common, "--maps", tmp_path / "hole", "--kind", "density")
     assert failed.returncode == 2
-    assert "hole: its IG on" in failed.stderr.splitlines()[-1]
+    assert "is 0 where somebody looked, which costs an infinite score" in failed.stderr.splitlines()[-1]
 
 
 # --- Help ------------------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def test_a_spoilt_csv(call: Callable[..., tuple[int, str, str]], tmp_path: Path)
     assert_nothing_written(tmp_path / "root")
     job = parse([*arguments, "--drop-outside"], "")
     assert len(job.dataset.x) == len(text.splitlines()) - 1
-    assert "dropped 2 fixations" in job.dataset.summary()["notes"][0]
+    assert "dropped 2 of" in job.dataset.summary()["notes"][0]
     assert_one_line(call("extract", *arguments[:3], "--root", tmp_path / "root"), "CSV of fixations")
 
 
@@ -393,7 +393,7 @@ TYPED = {
     "unknown overlay field": (["demo", "--overlay", "OVERLAY"], "no field 'sigmaa'"),
     "overlay that is no JSON": (["demo", "--overlay", "FILE"], "FILE: no JSON"),
     "overlay without fields": (["demo", "--overlay", "LIST"], "LIST: holds no fields"),
-    "odd tracking URI": (["demo", "--tracking-uri", "ftp://host"], "tracking URI ftp://host"),
+    "odd tracking URI": (["demo", "--tracking-uri", "ftp://host"], "--tracking-uri ftp://host: is no store"),
 }
 
 

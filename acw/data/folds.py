@@ -25,6 +25,14 @@ class Split:
         """Indices of the images that are scored and never chosen on."""
         return np.flatnonzero(self.fold < 0)
 
+    def refuse_unscorable(self) -> None:
+        """Raises UserError if too few images are held out to be scored: better known before a training than after."""
+        if len(self.held_out) < 2:
+            raise UserError(
+                f"data set: only one of {len(self.fold)} images is held out, and sAUC needs fixations of a second; "
+                "add images or give a larger --holdout"
+            )
+
     @property
     def development(self) -> np.ndarray:
         """Indices of all other images."""
@@ -50,7 +58,7 @@ def split(dataset: Dataset, seed: int, folds: int = 5, holdout: float = 0.2) -> 
     therefore depends on the seed and its category's names, not on other categories or on the order of the stimuli.
 
     Raises UserError for a category that is too small to be held out and in every fold (with the defaults: fewer than
-    6 images), for a data set of which less than two images are held out, and for folds or holdout out of range.
+    6 images), and for folds or holdout out of range.
     """
     if not 2 <= folds <= 100:
         raise UserError(f"folds: {folds} is not between 2 and 100; choose 5, as the paper does")
@@ -71,11 +79,6 @@ def split(dataset: Dataset, seed: int, folds: int = 5, holdout: float = 0.2) -> 
         start = int(_digest(seed, category), 16) % folds
         place |= dict.fromkeys(ranked[:held], -1)
         place |= {name: (start + turn) % folds for turn, name in enumerate(ranked[held:])}
-    if list(place.values()).count(-1) < 2:
-        raise UserError(
-            f"data set: only one of {len(place)} images is held out, and sAUC needs fixations of a second; add images "
-            "or give a larger --holdout"
-        )
     fold = np.array([place[stimulus.name] for stimulus in dataset.stimuli], dtype=np.int8)
     return Split(fold, fingerprint({"seed": seed, "folds": folds, "holdout": holdout, "place": place}))
 
