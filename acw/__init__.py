@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from acw.model import Model
+    from acw.model.model import Model
 
 
 def load(location: str | Path, device: torch.device | str = "cpu") -> Model:
@@ -17,13 +17,14 @@ def load(location: str | Path, device: torch.device | str = "cpu") -> Model:
 
     Raises UserError where there is no model, or no such device (`cpu`, `cuda`, `cuda:N`).
     """
-    from acw.arguments import as_device
-    from acw.model import Model
-    from acw.storage import is_model_uri, local, present
+    from acw.model.arguments import as_device
+    from acw.model.model import Model
+    from acw.storage.addresses import local
+    from acw.storage.files import is_model_uri, present
 
     device = as_device(device)
     if is_model_uri(location):
-        from acw.registry import download_model
+        from acw.tracking.registry import download_model
 
         return Model.load(download_model(str(location)), device)
     folder = local(location)

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from acw.backbones import BACKBONE_SETS, BACKBONES, TAPS, Backbone
-from acw.storage import UserError, fingerprint
+from acw.features.backbone import BACKBONE_SETS, BACKBONES, TAPS, Backbone
+from acw.storage.checksums import fingerprint
+from acw.storage.errors import UserError
 
 if TYPE_CHECKING:
-    from acw.finalizer import Finalizer
+    from acw.heads.finalizer import Finalizer
 
 UPSAMPLINGS = ("bilinear", "nearest", "bicubic")
 
@@ -116,7 +117,7 @@ class Recipe:
 
     @property
     def finalizer(self) -> Finalizer:
-        from acw.finalizer import Finalizer  # brings torch, which no command line's help should wait for
+        from acw.heads.finalizer import Finalizer  # brings torch, which no command line's help should wait for
 
         steps = [step.split("x") for step in self.upsampling_steps]
         return Finalizer(self.upsampling, self.density_cell, tuple((int(h), int(w)) for h, w in steps))

@@ -29,13 +29,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from acw.backbones import BACKBONES, Backbone, load_backbone, tap_outputs
 from acw.data import Stimulus
 from acw.data.images import decode_image
-from acw.extraction import write_shards
-from acw.features import shard_path
-from acw.pace import Pace
-from acw.weights import load_weights
+from acw.features.backbone import BACKBONES, Backbone, load_backbone, tap_outputs
+from acw.features.batch_size import Pace
+from acw.features.extraction import write_shards
+from acw.features.store import shard_path
+from acw.features.weights import load_weights
 
 SIZE = (1088, 1920)  # half of it divides by 32: there, timm's padding is DeepGaze IIE's
 

@@ -18,8 +18,8 @@ import numpy as np
 from harness import Figures
 from scipy.optimize import minimize
 
-from acw import fusion
-from acw.fusion import EM_GAP, EM_STEPS, PRIOR_STRENGTHS, Likelihoods
+from acw.fusion import category_weights
+from acw.fusion.category_weights import EM_GAP, EM_STEPS, PRIOR_STRENGTHS, Likelihoods
 
 BACKBONES = 4
 PLACES = 60  # where an image can be fixated
@@ -90,12 +90,12 @@ def benchmark(arguments: argparse.Namespace) -> Figures:
         return np.array([[solve(part, strength * overall) for part in parts] for strength in STRENGTHS])
 
     def ours() -> np.ndarray:
-        overall = fusion.global_weights(likelihoods)
-        return fusion._fit_groups(likelihoods, category, len(groups), overall, STRENGTHS)
+        overall = category_weights.global_weights(likelihoods)
+        return category_weights._fit_groups(likelihoods, category, len(groups), overall, STRENGTHS)
 
     def heights(weights: np.ndarray) -> np.ndarray:
         """(strengths, categories): the objectives, in nats per fixation."""
-        overall = fusion.global_weights(likelihoods)
+        overall = category_weights.global_weights(likelihoods)
         result = np.empty(weights.shape[:2])
         for (s, g), _ in np.ndenumerate(result):
             prior, row = STRENGTHS[s] * overall, weights[s, g]
@@ -116,7 +116,7 @@ def benchmark(arguments: argparse.Namespace) -> Figures:
         figures[f"nats above {name}'s optimum, least"] = float(above.min())
         figures[f"nats above {name}'s optimum, most"] = float(above.max())
     whole = harness.alternate(
-        {"": lambda: fusion.fit(likelihoods, category, arguments.categories, 0)}, rounds=arguments.rounds
+        {"": lambda: category_weights.fit(likelihoods, category, arguments.categories, 0)}, rounds=arguments.rounds
     )
     return figures | {"fit with cross-validation and 200 bootstrap samples, s": whole[""]}
 

@@ -4,7 +4,7 @@
     python benchmarks/grid.py --json grid.json
 
 Each row sums over cells `stride` times as long as the density grid's 8 px; the error is that of the loss, averaged over
-images as training does, for the worst of the trained heads. `acw.training.coarsest` takes the first within 1e-4 nat.
+images as training does, for the worst of the trained heads. `trainer.coarsest` takes the first within 1e-4 nat.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pathlib import Path
 import harness
 import torch
 
-from acw import finalizer, heads
-from acw.aggregation import training_set
-from acw.banks import plan_banks
-from acw.batches import Batches
 from acw.data import load_dataset, split
-from acw.extraction import write_shards
-from acw.features import SHARD_IMAGES, FeatureStore
-from acw.pace import Pace
+from acw.features.batch_size import Pace
+from acw.features.extraction import write_shards
+from acw.features.store import SHARD_IMAGES, FeatureStore
+from acw.heads import finalizer, readout
 from acw.recipes import derive, named_recipe
-from acw.training import COARSE_CELLS, REFERENCE_CELL, coarsest, log_likelihood, train_epochs
+from acw.training.bank import plan_banks
+from acw.training.batches import Batches
+from acw.training.trainer import COARSE_CELLS, REFERENCE_CELL, coarsest, log_likelihood, train_epochs
+from acw.training.training_set import training_set
 
 BACKBONE = "lite0"
 
 
 def benchmark(arguments: argparse.Namespace) -> harness.Figures:
-    from acw.backbones import load_backbone
+    from acw.features.backbone import load_backbone
 
     recipe = derive(named_recipe("demo"), {"backbones": BACKBONE, "max_epochs": arguments.epochs})
     dataset = load_dataset("synthetic", reader=None, fixations=None, drop_outside=False)
@@ -64,7 +64,7 @@ def benchmark(arguments: argparse.Namespace) -> harness.Figures:
 
     with torch.no_grad():
         bias = batches.bias("finalizer_bias", batch.grid)[folds]
-        priority = heads.readout(state.parameters, batch.features)
+        priority = readout.readout(state.parameters, batch.features)
         coarse = finalizer.finalize(state.parameters, priority, bias, recipe.finalizer)
         exact = torch.stack([_at_pixels(coarse[:, k], training, index) for k, index in enumerate(images)], 1)
     cells = (REFERENCE_CELL, *COARSE_CELLS[::-1])

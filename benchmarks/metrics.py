@@ -25,16 +25,17 @@ import torch
 import torch.nn.functional as F
 from harness import Figures
 
-from acw import cluster, finalizer, pysaliency_compat
-from acw.backbones import BACKBONES
-from acw.categories import CategoryClassifier
-from acw.center_bias import fixed_gaussian
-from acw.data import Dataset, Stimulus
-from acw.finalizer import Finalizer
-from acw.metrics import METRICS, Components, ShuffledFixations, Target, score_mixtures
-from acw.model import Model
-from acw.scoring import Scoring, score_images
-from acw.shuffled import MeanPrediction, reduced, shuffled_aucs
+from acw.cluster import joining
+from acw.data import Dataset, Stimulus, pysaliency_compat
+from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Target, score_mixtures
+from acw.evaluation.sauc import MeanPrediction, reduced, shuffled_aucs
+from acw.evaluation.scoring import Scoring, score_images
+from acw.features.backbone import BACKBONES
+from acw.fusion.classifier import CategoryClassifier
+from acw.heads import finalizer
+from acw.heads.center_bias import fixed_gaussian
+from acw.heads.finalizer import Finalizer
+from acw.model.model import Model
 
 SIZE = (1080, 1920)
 IMAGES = 400  # of CAT2000 are held out
@@ -173,10 +174,10 @@ def of_a_data_set(images: int) -> Figures:
             everything.sums([index])
             everything.image(index, means)
             seconds.append(time.process_time() - before)
-    cluster.connect()
+    joining.connect()
     _, start = score_images(everything, range(cores))
     _, cost = score_images(everything, range(images))
-    cluster.disconnect()
+    joining.disconnect()
     each = cost.seconds * cores / images
     return {
         "images scored": images,

@@ -26,15 +26,16 @@ from scipy.interpolate import make_interp_spline
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from acw import heads
-from acw.backbones import BACKBONES, Backbone, FrozenBackbone, load_backbone
-from acw.categories import CategoryClassifier
-from acw.center_bias import fixed_gaussian
-from acw.ensemble import ensemble
-from acw.features import compute
-from acw.finalizer import Finalizer
-from acw.heads import Features, Parameters
-from acw.model import Model
+from acw.features.backbone import BACKBONES, Backbone, FrozenBackbone, load_backbone
+from acw.features.store import compute
+from acw.features.tensors import Features
+from acw.fusion.classifier import CategoryClassifier
+from acw.heads import readout
+from acw.heads.center_bias import fixed_gaussian
+from acw.heads.ensemble import ensemble
+from acw.heads.finalizer import Finalizer
+from acw.heads.readout import Parameters
+from acw.model.model import Model
 
 NAMES = ("shapenet_c", "efficientnet_b5", "densenet201", "resnext50_32x4d")
 HEADS = 30  # a backbone
@@ -52,7 +53,7 @@ class LayerNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(weight[:, None, None]), nn.Parameter(bias[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[1:], eps=heads.LAYER_NORM_EPS) * self.weight + self.bias
+        return F.layer_norm(x, x.shape[1:], eps=readout.LAYER_NORM_EPS) * self.weight + self.bias
 
 
 class Head(nn.Module):
@@ -61,8 +62,8 @@ class Head(nn.Module):
     def __init__(self, one: Parameters) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for layer in range(len(heads.WIDTHS)):
-            last = layer == len(heads.WIDTHS) - 1
+        for layer in range(len(readout.WIDTHS)):
+            last = layer == len(readout.WIDTHS) - 1
             weight = one[f"conv{layer}.weight"]
             conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=not last)
             conv.weight.data = weight[:, :, None, None].clone()
@@ -181,7 +182,7 @@ def random_model() -> Model:
     generator = torch.Generator().manual_seed(0)
     banks = {}
     for number, (name, network) in enumerate(networks.items()):
-        bank = heads.new_heads(sum(network.channels), 16.0, range(HEADS * number, HEADS * (number + 1)))
+        bank = readout.new_heads(sum(network.channels), 16.0, range(HEADS * number, HEADS * (number + 1)))
         for value in bank.values():
             value += 0.3 * torch.randn(value.shape, generator=generator)
         banks[name] = bank
@@ -239,7 +240,7 @@ def benchmark(arguments: argparse.Namespace) -> Figures:
             "plain upsampling, mixing": lambda: plain.mixture(plain_densities),
             "plain, whole": plain.predict,
             "backbones": lambda: [network.features(images) for network in networks.values()],
-            "readouts": lambda: [heads.readout(*both) for both in zip(banks, features, strict=True)],
+            "readouts": lambda: [readout.readout(*both) for both in zip(banks, features, strict=True)],
             "readouts, finalizers, mixtures": lambda: [
                 ensemble(bank, one, plain.bias, Finalizer(cell=CELL)) for bank, one in zip(banks, features, strict=True)
             ],

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from acw.banks import plan_banks
-from acw.batches import TrainingSet
-from acw.center_bias import fixed_gaussian
-from acw.features import SHARD_IMAGES, FeatureStore, describe, shard_path
-from acw.process import compute_with
+from acw.cluster.process import compute_with
+from acw.features.store import SHARD_IMAGES, FeatureStore, describe, shard_path
+from acw.heads.center_bias import fixed_gaussian
 from acw.recipes import derive, named_recipe
-from acw.training import train_epochs
+from acw.training.bank import plan_banks
+from acw.training.batches import TrainingSet
+from acw.training.trainer import train_epochs
 
 SIZE, READOUT, FIXATIONS = (1080, 1920), (8, 15), 300
 TAPS = ((8, 15, 512), (8, 15, 512), (8, 15, 512), (4, 8, 1024))

@@ -5,7 +5,7 @@
     python benchmarks/training.py --json training.json --naive 0
 
 Features are random numbers of the four backbones' shapes, as they come from the store (float16); a step is what
-`acw.training` does with a batch: features to float32, readout, loss, backward pass, Adam. `--naive 1` (a minute) adds
+trainer.py does with a batch: features to float32, readout, loss, backward pass, Adam. `--naive 1` (a minute) adds
 the plain way: a network's forward pass in every step, each head by itself, its density at the image's full resolution.
 """
 
@@ -22,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acw import finalizer, heads
-from acw.backbones import BACKBONES
-from acw.banks import Bank, BankState, Head
-from acw.finalizer import Finalizer
-from acw.heads import Features, Parameters
-from acw.process import compute_with
+from acw.cluster.process import compute_with
+from acw.features.backbone import BACKBONES
+from acw.features.tensors import Features
+from acw.heads import finalizer, readout
+from acw.heads.finalizer import Finalizer
+from acw.heads.readout import Parameters
 from acw.recipes import named_recipe
-from acw.training import COARSE_CELLS, BankAdam
+from acw.training.bank import Bank, BankState, Head
+from acw.training.trainer import COARSE_CELLS, BankAdam
 
 IMAGE, CELL, BATCH, FIXATIONS = (1080, 1920), 8.0, 8, 300
 GRID = (135, 240)
@@ -68,11 +69,11 @@ class Step:
 
     def __call__(self) -> None:
         flat = self.adam.flat.index_select(0, self.on).requires_grad_(True)
-        parameters = heads.unflatten(flat, self.adam.like)
+        parameters = readout.unflatten(flat, self.adam.like)
         features = Features(
             [tap.float() for tap in self.stored], torch.full((BATCH,), 0.5), torch.full((BATCH,), 1 / 12), self.readout
         )
-        priority = heads.readout(parameters, features)
+        priority = readout.readout(parameters, features)
         loss = -finalizer.log_likelihood(
             parameters, priority, self.bias, self.coarse, self.target, Finalizer(cell=CELL)
         )
@@ -86,7 +87,7 @@ def roofline(readout: tuple[int, int]) -> tuple[float, float]:
     """
     cells = {by: math.ceil(readout[0] / by) * math.ceil(readout[1] / by) for by in (1, 2)}
     values = sum(channels * cells[by] for taps in TAPS.values() for channels, by in taps)
-    operations = values * heads.WIDTHS[0] * SEEDS * (FOLDS - 1) * 2 * 2
+    operations = values * readout.WIDTHS[0] * SEEDS * (FOLDS - 1) * 2 * 2
     x, w = torch.rand(2048, 2048), torch.rand(128, 2048)
     seconds = harness.alternate({"product": lambda: F.linear(x, w)}, 15)["product"]
     return operations, 2 * x.numel() * len(w) / seconds
@@ -96,12 +97,12 @@ def naive_head(parameters: Parameters, x: Tensor, rows: Tensor, columns: Tensor)
     """One head's loss on one image's concatenated features (1, C, h, w), as the original computes it: not smoothed."""
 
     def norm(x: Tensor, layer: int) -> Tensor:
-        x = F.layer_norm(x, x.shape[1:], eps=heads.LAYER_NORM_EPS)
+        x = F.layer_norm(x, x.shape[1:], eps=readout.LAYER_NORM_EPS)
         affine = parameters[f"norm{layer}.weight"], parameters[f"norm{layer}.bias"]
         return x * affine[0][0, :, None, None] + affine[1][0, :, None, None]
 
-    for layer in range(len(heads.WIDTHS)):
-        last = layer == len(heads.WIDTHS) - 1
+    for layer in range(len(readout.WIDTHS)):
+        last = layer == len(readout.WIDTHS) - 1
         x = x if last else norm(x, layer)
         bias = None if last else parameters[f"conv{layer}.bias"][0]
         x = F.conv2d(x, parameters[f"conv{layer}.weight"][0, :, :, None, None], bias)
@@ -123,7 +124,7 @@ def naive_seconds(readout: tuple[int, int]) -> tuple[float, float]:
     for tap in BACKBONES["resnext50_32x4d"].taps:
         module = network.get_submodule(tap)
         module.register_forward_hook(lambda module, args, output, tap=tap: found.update({tap: output.clone()}))
-    bank = [heads.new_heads(2560, 16.0, [seed]) for seed in range(FOLDS * SEEDS)]
+    bank = [readout.new_heads(2560, 16.0, [seed]) for seed in range(FOLDS * SEEDS)]
     for parameters in bank:
         for value in parameters.values():
             value.requires_grad_(True)

@@ -17,49 +17,57 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from acw import log
-from acw.cli import Job, parse, run
-from acw.storage import csv_text, fetch, shown, write_atomic, write_json
+from acw.cluster import event_log
+from acw.fusion import weights
+from acw.model import assembly
+from acw.pipeline import job
+from acw.pipeline.job import Job, parse, run
+from acw.storage.addresses import shown
+from acw.storage.files import csv_text, fetch, write_atomic, write_json
+from acw.training import checkpoints, training_set
 
 if TYPE_CHECKING:
-    from acw.aggregation import Fusion, OutOfFold
-    from acw.center_bias import CenterBias
-    from acw.fusion import CategoryWeights
-    from acw.gold_standard import GoldStandard
-    from acw.joint import SystemState
-    from acw.model import Model
-    from acw.predictions import Predictions
+    from acw.evaluation.gold_standard import GoldStandard
+    from acw.fusion.category_weights import CategoryWeights
+    from acw.fusion.out_of_fold import OutOfFold
+    from acw.fusion.weights import Fusion
+    from acw.heads.center_bias import CenterBias
+    from acw.model.model import Model
+    from acw.report.examples import Predictions
+    from acw.training.joint import SystemState
 
 EXAMPLES = 4  # categories in the picture
 
 
-@log.stage("aggregation")
+@job.stage("aggregation")
 def aggregate(job: Job) -> None:
     """Leaves the model, its weights and its scores in the run's folder and in MLflow."""
     import ray
 
-    from acw import aggregation, report, run_log, tracking
-    from acw.backbones import load_backbone
-    from acw.cluster import begin
-    from acw.evaluation import per_image_csv, summarise
-    from acw.predictions import Predictions
+    from acw.cluster.tasks import begin
+    from acw.evaluation.summary import per_image_csv, summarise
+    from acw.features.backbone import load_backbone
+    from acw.fusion import out_of_fold
+    from acw.report import figures
+    from acw.report.examples import Predictions
+    from acw.tracking import mlflow_store, runs
 
     recipe, dataset, split, folder = job.recipe, job.dataset, job.split, job.folder
     stores = list(job.stores().values())
-    banks, systems = aggregation.trained(recipe, folder)
-    heads = aggregation.heads_by_fold(recipe, banks, systems)
-    uri = tracking.ready(job.root, job.tracking_uri)
+    banks, systems = checkpoints.trained(recipe, folder)
+    heads = assembly.heads_by_fold(recipe, banks, systems)
+    uri = mlflow_store.ready(job.root, job.tracking_uri)
     # Each takes one core for long, beside what follows; asked for where it is needed.
     shared = ray.put(dataset)
-    classifier = begin(aggregation.fit_classifier, shared, split, stores)
-    center_bias = aggregation.kde_of(dataset, split.development)
+    classifier = begin(out_of_fold.fit_classifier, shared, split, stores)
+    center_bias = training_set.kde_of(dataset, split.development)
     people = _gold_standard(job, shared, center_bias)
     networks = [load_backbone(backbone) for backbone in recipe.backbone_values]
-    training = aggregation.training_set(dataset, split, recipe)
-    predictions = aggregation.out_of_fold(recipe, dataset, training, split, heads, stores)
+    training = training_set.training_set(dataset, split, recipe)
+    predictions = out_of_fold.out_of_fold(recipe, dataset, training, split, heads, stores)
     fitted = _weights(job, predictions, systems)
     record = json.loads(fetch(folder / "recipe.json").read_text(encoding="utf-8"))
-    model = aggregation.assemble(recipe, dataset, split, heads, center_bias, classifier(), fitted, record)
+    model = assembly.assemble(recipe, dataset, split, heads, center_bias, classifier(), fitted, record)
     model.save(folder / "model", networks)
     state = model.state_dict(networks)
     write_atomic(folder / "model.pth", lambda temporary: torch.save(state, temporary))
@@ -81,11 +89,11 @@ def aggregate(job: Job) -> None:
         "provenance": record,
     }
     write_json(folder / "evaluation.json", evaluation)
-    curves = report.head_curves({bank: state.history for bank, state in banks.items()})
-    curves |= report.joint_curves([system.history for system in systems])
+    curves = figures.head_curves({bank: state.history for bank, state in banks.items()})
+    curves |= figures.joint_curves([system.history for system in systems])
     _report(job, Predictions(dataset, model, stores, gold), curves)
-    log.event("registering")
-    registration = run_log.log_run(uri, folder, recipe, banks, evaluation)
+    event_log.event("registering")
+    registration = runs.log_run(uri, folder, recipe, banks, evaluation)
     print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
     # Last: it says that the run is finished.
     write_json(folder / "registration.json", dataclasses.asdict(registration) | {"store": shown(uri)})
@@ -93,23 +101,22 @@ def aggregate(job: Job) -> None:
 
 def _weights(job: Job, predictions: OutOfFold, systems: Sequence[SystemState]) -> Fusion:
     """The weights of the mixture, as the recipe says."""
-    from acw import aggregation
 
     recipe, dataset = job.recipe, job.dataset
     if recipe.joint:
         print(f"weights: learned with the heads, by {recipe.folds} systems", flush=True)
-        return aggregation.joint_weights(dataset, job.split, predictions, systems)
+        return weights.joint_weights(dataset, job.split, predictions, systems)
     if not recipe.category_weights:
-        return aggregation.even_weights(dataset, predictions)
-    fitted = aggregation.fit_weights(dataset, predictions, recipe.seed)
+        return weights.even_weights(dataset, predictions)
+    fitted = weights.fit_weights(dataset, predictions, recipe.seed)
     print(f"weights: prior strength {fitted.category.strength} images, chosen by cross-validation", flush=True)
     return fitted
 
 
 def _gold_standard(job: Job, dataset: Any, center_bias: CenterBias) -> Callable[[], GoldStandard | None]:
     """Begins to fit how well people predict people; dataset: the job's, as the cluster has it."""
-    from acw import gold_standard
-    from acw.cluster import begin
+    from acw.cluster.tasks import begin
+    from acw.evaluation import gold_standard
 
     if gold_standard.has_subjects(job.dataset, range(len(job.dataset.stimuli))):
         return begin(gold_standard.fit, dataset, job.split.development, center_bias)
@@ -120,8 +127,8 @@ def _gold_standard(job: Job, dataset: Any, center_bias: CenterBias) -> Callable[
 def _held_out_scores(
     job: Job, model: Model, stores: list, controls: dict[str, np.ndarray], gold: GoldStandard | None
 ) -> dict:
-    from acw.resources import note
-    from acw.scoring import Scoring, StoredDensities, score_images
+    from acw.cluster.costs import note
+    from acw.evaluation.scoring import Scoring, StoredDensities, score_images
 
     dataset, held_out = job.dataset, job.split.held_out
     scoring = Scoring(
@@ -142,11 +149,11 @@ def _held_out_scores(
 
 def _report(job: Job, predictions: Predictions, curves: dict[str, list[np.ndarray]]) -> None:
     """report.html, and the first held-out image of some categories as a picture."""
-    from acw import page, report
+    from acw.report import figures, page
 
     dataset, held_out = job.dataset, [job.dataset.stimuli[index] for index in job.split.held_out]
     first = [next(one.name for one in held_out if one.category == c) for c in dataset.categories[:EXAMPLES]]
-    report.examples_figure([predictions(name) for name in first], job.folder / "examples.png")
+    figures.examples_figure([predictions(name) for name in first], job.folder / "examples.png")
     page.write(job.folder, predictions, curves)
 
 
@@ -192,7 +199,7 @@ def _json_number(value: float) -> float | str:
 
 def main(argv: Sequence[str]) -> None:
     job = parse(argv, __doc__.splitlines()[0])
-    from acw.cluster import connect
+    from acw.cluster.joining import connect
 
     connect()
     aggregate(job)

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acw.cli import Parser, add_dataset_options, check_writable, local_path, read_dataset, run
 from acw.data import Dataset
-from acw.storage import UserError, is_model_uri, shown, write_atomic, write_json
+from acw.pipeline.job import Parser, add_dataset_options, check_writable, local_path, read_dataset, run
+from acw.storage.addresses import shown
+from acw.storage.errors import UserError
+from acw.storage.files import is_model_uri, write_atomic, write_json
 
 if TYPE_CHECKING:
-    from acw.outside import Outside
+    from acw.evaluation.external_models import Outside
 
 SEED = 0  # of the bootstrap
 
@@ -33,10 +35,10 @@ def evaluate(
     import numpy as np
 
     import acw
-    from acw import gold_standard
-    from acw.cluster import connect
-    from acw.evaluation import per_image_csv, summarise, table
-    from acw.scoring import ImageDensities, Scoring, score_images
+    from acw.cluster.joining import connect
+    from acw.evaluation import gold_standard
+    from acw.evaluation.scoring import ImageDensities, Scoring, score_images
+    from acw.evaluation.summary import per_image_csv, summarise, table
 
     model = acw.load(location)
     trained_on = model.provenance["dataset"]
@@ -110,9 +112,9 @@ def main(argv: Sequence[str]) -> None:
     check_writable(out.parent)
     location = options["model"] if is_model_uri(options["model"]) else shown(local_path(options["model"], "--model"))
     dataset = read_dataset(options)
-    from acw.outside import open_maps, open_object, open_predictions
-    from acw.scoring import MODELS, REFERENCES
-    from acw.sim_opt import fixations_of
+    from acw.evaluation.external_models import open_maps, open_object, open_predictions
+    from acw.evaluation.scoring import MODELS, REFERENCES
+    from acw.evaluation.sim_opt import fixations_of
 
     outside = [open_maps(spec, options["kind"], dataset) for spec in options["maps"]]
     outside += [open_predictions(spec, dataset, options["kind"]) for spec in options["predictions"]]

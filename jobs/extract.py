@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from acw.cli import Job, parse, run
-from acw.log import stage
+from acw.pipeline.job import Job, parse, run, stage
 
 
 @stage("features")
 def extract(job: Job) -> None:
     """Fills the feature stores and notes in the run's folder which they are, and what that cost."""
-    from acw import extraction
-    from acw.resources import note
-    from acw.storage import UserError, fetch, listing, shown, write_json
+    from acw.cluster.costs import note
+    from acw.features import extraction
+    from acw.storage.addresses import shown
+    from acw.storage.errors import UserError
+    from acw.storage.files import fetch, listing, write_json
 
     recipe, dataset = job.recipe, job.dataset
     stores, cost = extraction.extract(
@@ -45,7 +46,7 @@ def extract(job: Job) -> None:
 
 def main(argv: Sequence[str]) -> None:
     job = parse(argv, __doc__.splitlines()[0])
-    from acw.cluster import connect
+    from acw.cluster.joining import connect
 
     connect()
     extract(job)

@@ -18,14 +18,15 @@ from pathlib import Path
 
 from tune import HELP, parse_options, tune
 
-from acw.cli import Job, Parser, parse, run
+from acw.pipeline.job import Job, Parser, parse, run
 from acw.recipes import derive
-from acw.storage import fetch, shown
+from acw.storage.addresses import shown
+from acw.storage.files import fetch
 
 
 def _registered(job: Job) -> bool:
     """Whether this run's model is in the registry that was asked for."""
-    from acw.tracking import tracking_uri
+    from acw.tracking.mlflow_store import tracking_uri
 
     store = shown(tracking_uri(job.root, job.tracking_uri))
     path = fetch(job.folder / "registration.json")
@@ -41,12 +42,12 @@ def pipeline(job: Job) -> Path:
     from extract import extract
     from train import train
 
-    from acw import tracking
-    from acw.cluster import address, connect
+    from acw.cluster.joining import address, connect
+    from acw.tracking import mlflow_store
 
     # What is wrong with a cluster or an MLflow store is better known now than after the training.
     address()
-    tracking.ready(job.root, job.tracking_uri)
+    mlflow_store.ready(job.root, job.tracking_uri)
     connect()
     for step in (extract, train, aggregate):
         start = time.monotonic()
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         job = dataclasses.replace(job, recipe=derive(job.recipe, overlay["fields"]), overlay=overlay)
     print(f"run: {shown(job.folder)}", flush=True)
     result = pipeline(job)
-    from acw.evaluation import table
+    from acw.evaluation.summary import table
 
     print(table(json.loads(result.read_text(encoding="utf-8"))))
     print(shown(result), flush=True)

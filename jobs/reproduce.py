@@ -26,9 +26,13 @@ from typing import Any
 import numpy as np
 from pipeline import pipeline
 
-from acw.cli import Job, Parser, parse, run
+from acw.model import assembly
+from acw.pipeline.job import Job, Parser, parse, run
 from acw.recipes import Recipe
-from acw.storage import csv_text, fetch, fingerprint, listing, shown, write_atomic, write_json
+from acw.storage.addresses import shown
+from acw.storage.checksums import fingerprint
+from acw.storage.files import csv_text, fetch, listing, write_atomic, write_json
+from acw.training import checkpoints
 
 # Recipe -> what changed in it, as every row says.
 SYSTEMS = {
@@ -77,16 +81,15 @@ class System:
     @property
     def epochs(self) -> str:
         """The most that any head was trained, and any system jointly."""
-        from acw import aggregation
 
-        banks, systems = aggregation.trained(self.job.recipe, self.job.folder)
+        banks, systems = checkpoints.trained(self.job.recipe, self.job.folder)
         epochs = [[len(state.history) for state in banks.values()], [len(system.history) for system in systems]]
         return " + ".join(str(max(counts)) for counts in epochs if counts)
 
 
 def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
     """Runs all systems and compares them; the path of reproduction.json."""
-    from acw import page
+    from acw.report import page
 
     wanted = [(name, changed, [name, *argv]) for name, changed in SYSTEMS.items()]
     if deepgaze:
@@ -151,14 +154,13 @@ def _without_backbones(argv: Sequence[str]) -> list[str]:
 def _validation(job: Job) -> dict[int, dict[str, float]]:
     """Scores of each development image by what did not train on it, kept in the run's folder."""
     import acw
-    from acw import aggregation
-    from acw.cluster import connect
-    from acw.validation import validation_scores
+    from acw.cluster.joining import connect
+    from acw.evaluation.validation import validation_scores
 
     path = fetch(job.folder / "validation.json")
     if not path.exists():
-        heads = aggregation.heads_by_fold(job.recipe, *aggregation.trained(job.recipe, job.folder))
-        models = aggregation.fold_models(job.recipe, job.dataset, job.split, heads, acw.load(job.folder))
+        heads = assembly.heads_by_fold(job.recipe, *checkpoints.trained(job.recipe, job.folder))
+        models = assembly.fold_models(job.recipe, job.dataset, job.split, heads, acw.load(job.folder))
         connect()
         write_json(path, validation_scores(job.dataset, job.split, models, list(job.stores().values())))
     return {int(index): scores for index, scores in json.loads(path.read_text(encoding="utf-8")).items()}
@@ -202,7 +204,7 @@ def _scored(name: str, entry: dict[str, Any], changed: str) -> dict[str, Any]:
 
 def _comparisons(systems: Sequence[System]) -> list[dict[str, Any]]:
     """Every two systems on the same held-out images: means of differences with bootstrap intervals."""
-    from acw.bootstrap import interval
+    from acw.evaluation.bootstrap import interval
 
     columns = {system.name: _per_image(system) for system in systems}
     names = list(columns[systems[0].name])

@@ -15,8 +15,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from acw.cli import Parser, add_reader_options, local_path, reader_options, run
-from acw.storage import UserError, listing, sha256_file
+from acw.pipeline.job import Parser, add_reader_options, local_path, reader_options, run
+from acw.storage import addresses
+from acw.storage.checksums import sha256_file
+from acw.storage.errors import UserError
+from acw.storage.files import listing
 
 UPLOADS_AT_ONCE = 8
 PROGRESS_SECONDS = 5.0
@@ -46,9 +49,9 @@ def files(folder: Path, fixations: Path | None, **options: Any) -> dict[str, Pat
 
 def stage(chosen: Mapping[str, Path], uri: str) -> int:
     """Uploads files below an address, several at once; how many were not there yet."""
-    from acw import s3
+    from acw.storage import s3
 
-    prefix = s3.parts(uri)[1]
+    prefix = addresses.parts(uri)[1]
     there = {entry.key.removeprefix(f"{prefix}/" if prefix else ""): entry for entry in s3.listing(uri)}
 
     def copy(name: str) -> int:

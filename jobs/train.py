@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from acw.cli import Job, parse, run
-from acw.log import stage
+from acw.pipeline.job import Job, parse, run, stage
+from acw.training import checkpoints, training_set
 
 
 @stage("training")
 def train(job: Job) -> None:
     """Trains all heads, then, if the recipe says so, each fold's jointly; leaves checkpoints in the run's folder."""
-    from acw import aggregation, distributed
-    from acw.joint import JointSet
+    from acw.cluster.costs import note
     from acw.provenance import provenance
-    from acw.resources import note
-    from acw.storage import write_json
+    from acw.storage.files import write_json
+    from acw.training import distributed
+    from acw.training.joint import JointSet
 
     recipe, dataset, folder = job.recipe, job.dataset, job.folder
     stores = job.stores()
@@ -30,17 +30,17 @@ def train(job: Job) -> None:
     if recipe.heads:
         print(f"heads are those of {recipe.heads}: nothing to train", flush=True)
         return
-    training = aggregation.training_set(dataset, job.split, recipe)
+    training = training_set.training_set(dataset, job.split, recipe)
     note(folder, "heads", distributed.train(recipe, training, stores, folder))
     if recipe.joint:
         data = JointSet(training, dataset.category_index, len(dataset.categories), stores)
-        heads = aggregation.best_heads(recipe, aggregation.trained_heads(recipe, folder))
+        heads = checkpoints.best_heads(recipe, checkpoints.trained_heads(recipe, folder))
         note(folder, "systems", distributed.train_jointly(recipe, data, heads, folder))
 
 
 def main(argv: Sequence[str]) -> None:
     job = parse(argv, __doc__.splitlines()[0])
-    from acw.cluster import connect
+    from acw.cluster.joining import connect
 
     connect()
     train(job)

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from acw.cli import Job, Parser, parse, run
-from acw.storage import UserError, fetch, plain_name, shown
+from acw.pipeline.job import Job, Parser, parse, run
+from acw.storage.addresses import shown
+from acw.storage.errors import UserError
+from acw.storage.files import fetch, plain_name
 
 if TYPE_CHECKING:
-    from acw.search import Search, Space
-    from acw.tuning import Work
+    from acw.search.space import Search, Space
+    from acw.search.tuner import Work
 
 SPACES = Path(__file__).resolve().parents[1] / "tune_spaces"
 HELP = """--samples N       configurations, besides the recipe's own (default: 16)
@@ -67,11 +69,13 @@ def parse_options(parser: Parser, argv: Sequence[str]) -> tuple[Options | None, 
 
 def tune(job: Job, options: Options) -> Path:
     """Does all of the search that is not done yet; the path of its overlay."""
-    from acw import log, tracking, tuning
-    from acw.search import load_space
+    from acw.cluster import event_log
+    from acw.search import tuner
+    from acw.search.space import load_space
+    from acw.tracking import mlflow_store
 
     found = _search(job, load_space(SPACES, options.space), options)
-    folder, uri = found.folder, tracking.tracking_uri(job.root, job.tracking_uri)
+    folder, uri = found.folder, mlflow_store.tracking_uri(job.root, job.tracking_uri)
     unfinished = found.waiting or found.missing
     if unfinished and found.proposed and not options.resume:
         raise UserError(
@@ -80,9 +84,9 @@ def tune(job: Job, options: Options) -> Path:
         )
     print(f"search: {shown(folder)}", flush=True)
     if unfinished or not _logged(found, uri):
-        with log.kept(folder, "search", images=len(job.dataset.stimuli), recipe=dataclasses.asdict(job.recipe)):
+        with event_log.kept(folder, "search", images=len(job.dataset.stimuli), recipe=dataclasses.asdict(job.recipe)):
             _complete(job, found, options, uri)
-    print(tuning.table(found.trialled))
+    print(tuner.table(found.trialled))
     return folder / "overlay.json"
 
 
@@ -90,36 +94,38 @@ def _complete(job: Job, found: Search, options: Options, uri: str) -> None:
     """Trains what is missing, and writes down and logs what is found."""
     from mlflow.exceptions import MlflowException
 
-    from acw import search_log, search_page, tracking, tuning
-    from acw.cluster import address
-    from acw.storage import write_json
+    from acw.cluster.joining import address
+    from acw.report import search_page
+    from acw.search import tuner
+    from acw.storage.files import write_json
+    from acw.tracking import mlflow_store, searches
 
     folder, origin = found.folder, _origin(job, options)
 
     def ended() -> None:
         # A tracking server may be away for a while: at the end all is logged that is not there.
         try:
-            search_log.log(uri, found, job.recipe, origin, ended=False)
+            searches.log(uri, found, job.recipe, origin, ended=False)
         except (MlflowException, UserError) as error:
             print(f"not in MLflow yet: {str(error).partition(chr(10))[0]}", flush=True)
 
     # What is wrong with a cluster or an MLflow store is better known now than after the search.
     address()
-    tracking.ready(job.root, job.tracking_uri)
+    mlflow_store.ready(job.root, job.tracking_uri)
     if found.waiting or found.missing:
-        tuning.search(_work(job, found.space, options, folder), found, ended)
-    write_json(folder / "overlay.json", tuning.overlay(found, origin))
+        tuner.search(_work(job, found.space, options, folder), found, ended)
+    write_json(folder / "overlay.json", tuner.overlay(found, origin))
     write_json(folder / "search.json", found.summary() | _record(job, options))
     search_page.write(folder)
-    search_log.log(uri, found, job.recipe, origin, ended=True)
+    searches.log(uri, found, job.recipe, origin, ended=True)
     # Last: it says that all is done.
     write_json(folder / "logged.json", _log_entry(found, uri))
 
 
 def _search(job: Job, space: Space, options: Options) -> Search:
     """The search that the arguments name, with what earlier attempts have left of it."""
-    from acw.search import Search
-    from acw.storage import fingerprint
+    from acw.search.space import Search
+    from acw.storage.checksums import fingerprint
 
     recipe = job.recipe
     if recipe.heads:
@@ -134,10 +140,10 @@ def _search(job: Job, space: Space, options: Options) -> Search:
 
 def _work(job: Job, space: Space, options: Options, folder: Path) -> Work:
     """What all trials share; extracts the features that the space's recipes need."""
-    from acw.aggregation import training_set
-    from acw.cluster import connect
-    from acw.extraction import extract
-    from acw.tuning import Work
+    from acw.cluster.joining import connect
+    from acw.features.extraction import extract
+    from acw.search.tuner import Work
+    from acw.training.training_set import training_set
 
     connect()
     recipe, dataset = job.recipe, job.dataset

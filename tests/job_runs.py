@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from acw.cli import Job, parse
-from acw.data import synthetic
+from acw.data import known, synthetic
+from acw.pipeline.job import Job, parse
 
 JOBS = Path(__file__).parents[1] / "jobs"
 # Two banks of two heads. No rate falls, so all epochs are trained: enough of them to be interrupted in their midst.
@@ -54,7 +54,7 @@ def displays(folder: Path, categories: Sequence[str], count: int, first: int = 0
             place = next(i for i, stimulus in enumerate(dataset.stimuli) if stimulus.name == name)
             path = folder / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(synthetic.stimulus_pixels(category, index)).resize((width, height)).save(path)
+            Image.fromarray(known.stimulus_pixels(category, index)).resize((width, height)).save(path)
             full_height, full_width = dataset.stimuli[place].size
             for x, y, subject in zip(*dataset.fixations_of(place), strict=True):
                 row: dict[str, object] = {"image": f"{name}.png"}

@@ -44,7 +44,7 @@ def _free_ports(count: int) -> list[int]:
 
 def node(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """From here on, this process is on the node that has this cache."""
-    from acw.features import open_shard  # brings torch, for which conftest.py has not set the environment yet
+    from acw.features.store import open_shard  # brings torch, for which conftest.py has not set the environment yet
 
     monkeypatch.setenv("ACW_CACHE", str(cache))
     open_shard.cache_clear()

@@ -20,9 +20,9 @@ import torch
 from timm.layers import Conv2dSame
 from torch.nn import functional
 
-from acw.backbones import BACKBONES, Backbone, FrozenBackbone, _pad_same, load_backbone, tap_outputs
-from acw.storage import UserError
-from acw.weights import load_weights, read_weights
+from acw.features.backbone import BACKBONES, Backbone, FrozenBackbone, _pad_same, load_backbone, tap_outputs
+from acw.features.weights import load_weights, read_weights
+from acw.storage.errors import UserError
 
 DEEPGAZE_IIE_KEYS = Path(__file__).parents[2] / "shared" / "deepgaze_iie" / "keys.json"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from acw.bootstrap import interval
+from acw.evaluation.bootstrap import interval
 
 
 def test_interval_is_that_of_a_stratified_mean() -> None:

@@ -21,13 +21,15 @@ from PIL import Image
 from test_model import model as model
 from test_s3_servers import secure as secure
 
-from acw import cluster, gold_standard, tracking
-from acw.aggregation import kde_of
-from acw.cli import parse
+from acw.cluster import joining
 from acw.data import Dataset, load_dataset
 from acw.data.images import decode_image
-from acw.outside import open_maps
-from acw.storage import UserError
+from acw.evaluation import gold_standard
+from acw.evaluation.external_models import open_maps
+from acw.pipeline.job import parse
+from acw.storage.errors import UserError
+from acw.tracking import mlflow_store
+from acw.training.training_set import kde_of
 
 CASES = Path(__file__).parent / "cases"
 SHARED = Path(__file__).parents[2] / "shared" / "cases"
@@ -126,20 +128,20 @@ def stale_ray(case: Path, given: Given) -> None:
     (given.folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:9", encoding="utf-8")
     given.environment.setenv("RAY_TMPDIR", str(given.folder))
     given.environment.delenv("RAY_ADDRESS", raising=False)
-    assert cluster.address() == "local"
+    assert joining.address() == "local"
 
 
 def ray_addresses(case: Path, given: Given) -> None:
     for address in ("http://127.0.0.1:8265", "ray://127.0.0.1:1", "localhost", "nonsense", "127.0.0.1:9"):
         given.environment.setenv("RAY_ADDRESS", address)
-        assert f"RAY_ADDRESS {address}: " in line(cluster.address)
+        assert f"RAY_ADDRESS {address}: " in line(joining.address)
 
 
 def ray_is_ours(case: Path, given: Given) -> None:
     for address in ("", "local"):
         given.environment.setenv("RAY_ADDRESS", address)
-        assert cluster.address() == "local"
-        assert not cluster.on_cluster()
+        assert joining.address() == "local"
+        assert not joining.on_cluster()
 
 
 def own_authority(case: Path, given: Given) -> None:
@@ -150,13 +152,13 @@ def own_authority(case: Path, given: Given) -> None:
 
 def old_mlflow(case: Path, given: Given) -> None:
     with test_environment.Servant(test_environment.OLD) as port:
-        text = line(lambda: tracking.ready(given.folder, f"http://127.0.0.1:{port}"))
+        text = line(lambda: mlflow_store.ready(given.folder, f"http://127.0.0.1:{port}"))
     assert "no logged models, as servers before MLflow 3.0" in text
 
 
 def registry_elsewhere(case: Path, given: Given) -> None:
     given.environment.setenv("MLFLOW_REGISTRY_URI", "http://127.0.0.1:9")
-    assert "MLFLOW_REGISTRY_URI http://127.0.0.1:9: " in line(lambda: tracking.ready(given.folder, None))
+    assert "MLFLOW_REGISTRY_URI http://127.0.0.1:9: " in line(lambda: mlflow_store.ready(given.folder, None))
 
 
 def quotes_in_a_folder(case: Path, given: Given) -> None:
@@ -172,9 +174,9 @@ def quotes_in_a_folder(case: Path, given: Given) -> None:
     assert job.dataset.categories == ('Straße, "A" & <b>',)
     assert job.dataset.name == folder.name
     assert not set(job.folder.name) & set("'\"?#%/")
-    client, experiment = tracking.connect(tracking.ready(job.root, None))
+    client, experiment = mlflow_store.connect(mlflow_store.ready(job.root, None))
     run = client.create_run(experiment, tags={"acw.folder": folder.name})
-    assert [one.info.run_id for one in tracking.runs_of(client, experiment, "acw.folder", folder.name)] == [
+    assert [one.info.run_id for one in mlflow_store.runs_of(client, experiment, "acw.folder", folder.name)] == [
         run.info.run_id
     ]
 
@@ -208,7 +210,7 @@ def coloured_map(case: Path, given: Given) -> None:
 
 
 def served_floats(case: Path, given: Given) -> None:
-    from acw.serving import DensityModel
+    from acw.tracking.served_model import DensityModel
 
     served = DensityModel()
     served.model = given.fixture("model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from acw.categories import PENALTIES, fit
+from acw.fusion.classifier import PENALTIES, fit
 
 
 def clusters(count: int, apart: float, dimensions: int = 20) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

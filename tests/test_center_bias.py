@@ -7,11 +7,11 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import truncnorm
 
-from acw import center_bias
-from acw.aggregation import training_set
-from acw.center_bias import BANDWIDTHS, GRID, CenterBias, fixed_gaussian, kde
 from acw.data import Dataset, Stimulus, split
+from acw.heads import center_bias
+from acw.heads.center_bias import BANDWIDTHS, GRID, CenterBias, fixed_gaussian, kde
 from acw.recipes import Recipe
+from acw.training.training_set import training_set
 
 
 def gaussian_and_uniform(count: int, seed: int, sd: float = 0.12, share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:

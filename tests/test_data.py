@@ -19,11 +19,10 @@ from scipy.io import savemat
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import csc_array
 
-from acw import pysaliency_compat
-from acw.data import Dataset, load_dataset, split
+from acw.data import Dataset, load_dataset, pysaliency_compat, split
 from acw.data.images import decode_image, inspect_image
 from acw.data.recording import subjects
-from acw.storage import UserError
+from acw.storage.errors import UserError
 
 GAZE = Path(__file__).parents[2] / "shared" / "gaze"
 needs_gaze = pytest.mark.skipif(not GAZE.is_dir(), reason="the data set gaze is not beside the repository")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from acw import command
+from acw import cli
 from acw.data.images import decode_image
-from acw.deepgaze import import_checkpoint
-from acw.heads import WIDTHS
-from acw.model import Model
-from acw.storage import UserError
+from acw.heads.readout import WIDTHS
+from acw.model.deepgaze import import_checkpoint
+from acw.model.model import Model
+from acw.storage.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = SHARED / "deepgaze_iie"
@@ -74,7 +74,7 @@ def test_a_page_saved_as_the_checkpoint_is_called_that(
     path.write_bytes(b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title></html>")
     monkeypatch.setattr(sys, "argv", ["acw", "import-deepgaze", str(path), "--out", str(tmp_path / "model")])
     with pytest.raises(SystemExit) as ended:
-        command.main()
+        cli.main()
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {path}: is an HTML page, not the file; download the file itself anew")

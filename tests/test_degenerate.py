@@ -17,17 +17,21 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp
 from test_evaluation import model as model
 
-from acw import categories, center_bias, evaluation, fusion, gold_standard, pysaliency_compat, registry, sim_opt
-from acw.data import Dataset, Stimulus
+from acw.data import Dataset, Stimulus, pysaliency_compat
 from acw.data.folds import split
-from acw.finalizer import Finalizer, normalise, upsample
-from acw.fusion import Likelihoods
-from acw.metrics import METRICS, Components, ShuffledFixations, Target, score, score_saliency
-from acw.model import Model
-from acw.outside import Outside
-from acw.scoring import Scoring
-from acw.shuffled import SIDE, MeanPrediction, reduced
-from acw.storage import UserError, write_json
+from acw.evaluation import gold_standard, sim_opt, summary
+from acw.evaluation.external_models import Outside
+from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Target, score, score_saliency
+from acw.evaluation.sauc import SIDE, MeanPrediction, reduced
+from acw.evaluation.scoring import Scoring
+from acw.fusion import category_weights, classifier
+from acw.fusion.category_weights import Likelihoods
+from acw.heads import center_bias
+from acw.heads.finalizer import Finalizer, normalise, upsample
+from acw.model.model import Model
+from acw.storage.errors import UserError
+from acw.storage.files import write_json
+from acw.tracking import registry
 
 SOMETIMES = hypothesis.settings(deadline=None, max_examples=25)
 SIZES = [(1, 1), (1, 9), (7, 2), (24, 31), (61, 90), (600, 800)]
@@ -176,8 +180,8 @@ def test_every_score_of_every_model_is_finite(model: Model, dataset: Dataset, ki
             assert abs(one["CC"]) <= 1 + 1e-4
         flat = {metric: by_name["constant"][metric] for metric in ("AUC", "sAUC", "NSS", "CC")}
         assert flat == {"AUC": 0.5, "sAUC": 0.5, "NSS": 0.0, "CC": 0.0}
-    summary = evaluation.summarise(dataset, scores, seed=0)
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    found = summary.summarise(dataset, scores, seed=0)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 @SOMETIMES
@@ -270,12 +274,12 @@ def test_category_weights_exist_for_any_densities(images: list[int], kind: str, 
         log_p[np.arange(len(log_p)), generator.integers(0, 3, len(log_p))] -= 900
     likelihoods = Likelihoods(log_p, image, len(images))
     group = np.arange(len(images)) % groups
-    fitted = fusion.fit(likelihoods, group, groups, seed=0)
+    fitted = category_weights.fit(likelihoods, group, groups, seed=0)
     for weights in (fitted.weights, fitted.low, fitted.high, fitted.global_weights, fitted.left_out):
         assert np.isfinite(weights).all()
     assert np.isfinite(list(fitted.crossvalidation.values())).all()
     np.testing.assert_allclose(fitted.weights.sum(1), 1)
-    np.testing.assert_allclose(fusion.oracle(likelihoods).sum(1), 1)
+    np.testing.assert_allclose(category_weights.oracle(likelihoods).sum(1), 1)
 
 
 @pytest.mark.parametrize("kind", ["equal images", "one image a fold", "one feature"])
@@ -285,7 +289,7 @@ def test_categories_are_inferred_from_features_that_say_little(kind: str) -> Non
     pooled = generator.normal(size=(6, 1 if kind == "one feature" else 40))
     if kind == "equal images":
         pooled = np.repeat(pooled[:1], 6, 0)
-    found = categories.fit(pooled, category, 3, fold)
+    found = classifier.fit(pooled, category, 3, fold)
     probabilities = found.probabilities(pooled)
     np.testing.assert_allclose(probabilities.sum(1), 1)
     if kind == "equal images":
@@ -371,7 +375,7 @@ def test_what_is_too_good_to_be_true_never_becomes_champion(
     bias: float, ours: float, people: float | None, doubted: dict[str, str], tmp_path: Path
 ) -> None:
     references = scored() if people is None else scored(gold_standard=people)
-    doubts = evaluation.doubts(scored(center_bias=bias, category_weights=ours), references)
+    doubts = summary.doubts(scored(center_bias=bias, category_weights=ours), references)
     assert set(doubts) == set(doubted)
     if not doubted:
         return

@@ -21,8 +21,10 @@ from pathlib import Path
 import pytest
 
 import acw
-from acw import cluster, storage, tracking
-from acw.storage import UserError
+from acw.cluster import joining
+from acw.storage import addresses, files
+from acw.storage.errors import UserError
+from acw.tracking import mlflow_store
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "jobs"))
@@ -52,8 +54,8 @@ def _as_before() -> Iterator[None]:
 def test_without_an_address_ray_is_our_own(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
     if value is not None:
         monkeypatch.setenv("RAY_ADDRESS", value)
-    assert not cluster.on_cluster()
-    assert cluster.address() == "local"
+    assert not joining.on_cluster()
+    assert joining.address() == "local"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_an_address_that_is_none_is_told_within_seconds(monkeypatch: pytest.Monk
     monkeypatch.setenv("RAY_ADDRESS", value)
     start = time.monotonic()
     with pytest.raises(UserError, match=line) as caught:
-        cluster.address()
+        joining.address()
     assert time.monotonic() - start < 20
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
@@ -87,16 +89,16 @@ def test_what_is_no_ray_and_a_dead_head_are_told(monkeypatch: pytest.MonkeyPatch
     with Servant({}) as port:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
         with pytest.raises(UserError, match=r"no Ray answers.*something else listens there"):
-            cluster.address()
+            joining.address()
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(services, "find_gcs_addresses", set)  # of other tests' Rays on this machine
     with pytest.raises(UserError, match="auto: no Ray runs on this machine"):
-        cluster.address()
+        joining.address()
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:9", encoding="utf-8")
     with pytest.raises(UserError, match="auto: no Ray answers at"):
-        cluster.address()
+        joining.address()
 
 
 OWN = """
@@ -148,7 +150,7 @@ def test_a_ray_of_our_own_keeps_to_itself(tmp_path: Path) -> None:
 def test_a_temporary_folder_that_cannot_be_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
     with pytest.raises(UserError, match="RAY_TMPDIR /proc/nowhere: Ray cannot keep its files there"):
-        cluster._temporary_folder()
+        joining._temporary_folder()
 
 
 # --- No home ------------------------------------------------------------------------------------------------------
@@ -161,15 +163,15 @@ def test_only_s3_needs_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     for name in ("HOME", "ACW_CACHE"):
         monkeypatch.delenv(name, raising=False)
-    assert storage.shown("/data/runs") == "/data/runs"
+    assert addresses.shown("/data/runs") == "/data/runs"
     with pytest.raises(UserError, match="set ACW_CACHE"):
-        storage.local("s3://bucket/key")
+        addresses.local("s3://bucket/key")
     with pytest.raises(UserError, match="~/data: there is no such home directory"):
-        storage.expanded("~/data")
-    storage.give_home()
+        addresses.expanded("~/data")
+    files.give_home()
     assert Path.home() == Path("/nonexistent"), "MLflow asks for it when it is imported"
     monkeypatch.setenv("ACW_CACHE", "/cache")
-    assert storage.local("s3://bucket/key") == Path("/cache/acw-s3-mirror/bucket/key")
+    assert addresses.local("s3://bucket/key") == Path("/cache/acw-s3-mirror/bucket/key")
 
 
 # --- MLflow's variables -------------------------------------------------------------------------------------------
@@ -177,54 +179,54 @@ def test_only_s3_needs_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_store_is_the_option_s_or_the_environment_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own = f"sqlite:///{tmp_path}/mlflow.db"
-    assert tracking.tracking_uri(tmp_path, None) == own
+    assert mlflow_store.tracking_uri(tmp_path, None) == own
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000/")
-    assert tracking.tracking_uri(tmp_path, None) == "http://server:5000"
-    assert tracking.tracking_uri(tmp_path, own) == own
+    assert mlflow_store.tracking_uri(tmp_path, None) == "http://server:5000"
+    assert mlflow_store.tracking_uri(tmp_path, own) == own
     for nowhere in ("databricks", "mlruns", "http://", "http://[", "postgresql://server/db"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", nowhere)
         with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI .*: is no store of acw's"):
-            tracking.tracking_uri(tmp_path, None)
+            mlflow_store.tracking_uri(tmp_path, None)
 
 
 def test_a_registry_elsewhere_is_refused_by_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://127.0.0.1:9")
-    for ask in (lambda: tracking.ready(tmp_path, None), lambda: acw.load("models:/acw@champion")):
+    for ask in (lambda: mlflow_store.ready(tmp_path, None), lambda: acw.load("models:/acw@champion")):
         with pytest.raises(UserError, match=r"MLFLOW_REGISTRY_URI http://127.0.0.1:9: .*unset it"):
             ask()
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    assert tracking.tracking_uri(tmp_path, None) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert mlflow_store.tracking_uri(tmp_path, None) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def test_strays_in_the_environment_divert_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in tracking.STRAY:
+    for name in mlflow_store.STRAY:
         monkeypatch.setenv(name, "m-0123456789")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/theirs.db")
-    uri = tracking.ready(tmp_path / "runs", None)
+    uri = mlflow_store.ready(tmp_path / "runs", None)
     assert uri == f"sqlite:///{tmp_path}/theirs.db"
     assert f"MLflow: {uri} (MLFLOW_TRACKING_URI)" in capsys.readouterr().out
     import mlflow
 
-    client, experiment = tracking.connect(uri)
+    client, experiment = mlflow_store.connect(uri)
     with mlflow.start_run(experiment_id=experiment) as run:
         mlflow.log_metric("ig", 1.0)
     assert client.get_run(run.info.run_id).data.metrics == {"ig": 1.0}
     # Nothing of an earlier store is left to the next command.
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    tracking.quiet_mlflow(uri)
+    mlflow_store.quiet_mlflow(uri)
     assert "MLFLOW_TRACKING_URI" not in os.environ
-    assert tracking.tracking_uri(tmp_path, None) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert mlflow_store.tracking_uri(tmp_path, None) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 # --- Stores of others ---------------------------------------------------------------------------------------------
 
 
 def test_databases_that_are_none_are_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(mlflow_store, "ANSWER_SECONDS", 0.5)
     (tmp_path / "folder.db").mkdir()
     (tmp_path / "page.db").write_text("<html>no database, whatever its name</html>", encoding="utf-8")
     held = sqlite3.connect(tmp_path / "held.db", isolation_level=None)
@@ -237,7 +239,7 @@ def test_databases_that_are_none_are_told_at_once(tmp_path: Path, monkeypatch: p
         uri = f"sqlite:///{tmp_path}/{name}.db"
         start = time.monotonic()
         with pytest.raises(UserError, match=line):
-            tracking.ready(tmp_path, uri)
+            mlflow_store.ready(tmp_path, uri)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with pytest.raises(UserError, match=line):
             acw.load("models:/acw@champion")
@@ -249,7 +251,7 @@ def test_databases_of_another_mlflow_are_told(tmp_path: Path) -> None:
     import mlflow.store.db_migrations
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    tracking.ready(tmp_path, uri)
+    mlflow_store.ready(tmp_path, uri)
     versions = Path(next(iter(mlflow.store.db_migrations.__path__))) / "versions"
     old = min(versions.glob("*_*.py")).name.partition("_")[0]
     for number, (revision, line) in enumerate((("f" * 12, "a newer MLflow's"), (old, "an older MLflow's.*db upgrade"))):
@@ -259,7 +261,7 @@ def test_databases_of_another_mlflow_are_told(tmp_path: Path) -> None:
             database.execute("UPDATE alembic_version SET version_num = ?", (revision,))
         database.close()
         with pytest.raises(UserError, match=line):
-            tracking.ready(tmp_path, f"sqlite:///{copy}")
+            mlflow_store.ready(tmp_path, f"sqlite:///{copy}")
 
 
 class Servant:
@@ -311,7 +313,7 @@ def test_servers_that_will_not_do_are_told_before_any_work(
     tmp_path: Path, answers: dict[str, tuple[int, str]], otherwise: tuple[int, str], line: str
 ) -> None:
     with Servant(answers, otherwise) as port, pytest.raises(UserError, match=line) as caught:
-        tracking.ready(tmp_path, f"http://127.0.0.1:{port}")
+        mlflow_store.ready(tmp_path, f"http://127.0.0.1:{port}")
     assert "\n" not in str(caught.value)
 
 
@@ -351,7 +353,7 @@ def test_data_and_weights_in_the_checkout_are_not_sent_with_a_job(tmp_path: Path
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
-    for name in ("acw/page.css", "tune_spaces/sigma_lr.py"):
+    for name in ("acw/report/page.css", "tune_spaces/sigma_lr.py"):
         assert (tmp_path / "job" / name).exists()
 
 

@@ -20,18 +20,19 @@ import torch
 import torch.nn.functional as F
 from scipy.special import logsumexp
 
-from acw import evaluation, finalizer, gold_standard
-from acw.backbones import BACKBONES
-from acw.categories import CategoryClassifier
-from acw.center_bias import fixed_gaussian
 from acw.data import Dataset, Stimulus
-from acw.evaluation import per_image_csv, summarise
-from acw.finalizer import Finalizer
-from acw.gold_standard import BANDWIDTHS, GoldStandard, has_subjects
-from acw.metrics import METRICS, Components, ShuffledFixations, Target, score
-from acw.model import Model
-from acw.scoring import REFERENCES, Scores, Scoring, score_images
-from acw.shuffled import MeanPrediction
+from acw.evaluation import gold_standard
+from acw.evaluation.gold_standard import BANDWIDTHS, GoldStandard, has_subjects
+from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Target, score
+from acw.evaluation.sauc import MeanPrediction
+from acw.evaluation.scoring import REFERENCES, Scores, Scoring, score_images
+from acw.evaluation.summary import per_image_csv, summarise
+from acw.features.backbone import BACKBONES
+from acw.fusion.classifier import CategoryClassifier
+from acw.heads import finalizer
+from acw.heads.center_bias import fixed_gaussian
+from acw.heads.finalizer import Finalizer
+from acw.model.model import Model
 
 BACKBONE_NAMES = ("one", "two", "three")
 CATEGORIES = ("Art", "Street", "Zoo")
@@ -343,7 +344,7 @@ def test_a_saliency_map_has_no_likelihood(dataset: Dataset) -> None:
     assert set(summary["models"]["map"]["overall"]) == set(METRICS) - {"IG", "LL"}
     compared = {one["metric"] for one in summary["comparisons"] if one["b"] == "map"}
     assert compared == set(METRICS) - {"IG", "LL"}
-    (line,) = (line for line in evaluation.table(summary).splitlines() if line.startswith("map"))
+    (line,) = (line for line in summary.table(summary).splitlines() if line.startswith("map"))
     assert line.split()[1:3] == ["-", "-"]
     rows = list(csv.DictReader(io.StringIO(per_image_csv(dataset, scores))))
     assert {row["IG"] for row in rows if row["model"] == "map"} == {""}
@@ -352,7 +353,7 @@ def test_a_saliency_map_has_no_likelihood(dataset: Dataset) -> None:
 def test_the_table_ends_each_part_with_its_best(dataset: Dataset) -> None:
     scores = made_up_scores(["center_bias", "uniform", "category_weights", "gold_standard"])
     summary = summarise(dataset, scores, seed=0)
-    lines = evaluation.table(summary | {"doubts": {}}).splitlines()[1:]
+    lines = summary.table(summary | {"doubts": {}}).splitlines()[1:]
     printed = [line.split()[0] for line in lines if not line.startswith("-")]
     ranked = sorted(printed[:3], key=lambda name: summary["models"][name]["overall"]["IG"]["mean"])
     assert printed == [*ranked, "gold_standard"]

@@ -19,9 +19,10 @@ from three_nodes import PATIENCE, fill, processes, running, small_disk, wait_for
 from tiny_training import BANK
 from tiny_training import RECIPE as TINY
 
-from acw.banks import BankState
-from acw.features import intact
-from acw.storage import UserError, write_atomic
+from acw.features.store import intact
+from acw.storage.errors import UserError
+from acw.storage.files import write_atomic
+from acw.training.bank import BankState
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes to kill in /proc")
 

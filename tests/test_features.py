@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from acw import extraction, features, pace
-from acw.backbones import Backbone
 from acw.data import Stimulus
-from acw.extraction import write_shards
-from acw.features import SHARD_IMAGES, FeatureStore, intact, open_store, shard_path, untouched, verify
-from acw.pace import Begun, Pace, Variant
-from acw.storage import UserError
+from acw.features import batch_size, extraction, store
+from acw.features.backbone import Backbone
+from acw.features.batch_size import Begun, Pace, Variant
+from acw.features.extraction import write_shards
+from acw.features.store import SHARD_IMAGES, FeatureStore, intact, open_store, shard_path, untouched, verify
+from acw.storage.errors import UserError
 
 BACKBONE = Backbone("stub", "stub", ("fine", "coarse", "odd"), "random", long_side=64, stride=10.0)
 SIZES = [(60, 80), (80, 60), (60, 80), (75, 100)]
@@ -91,7 +91,7 @@ class Extraction:
 
     @property
     def folder(self) -> Path:
-        return features.store_folder(self.root, BACKBONE, "fingerprint", Stub.weights_sha256)
+        return store.store_folder(self.root, BACKBONE, "fingerprint", Stub.weights_sha256)
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_a_killed_extraction_goes_on_where_it_stopped(extract: Extraction, kille
 
 def test_a_finished_store_is_not_read_again(extract: Extraction, monkeypatch: pytest.MonkeyPatch) -> None:
     extract()
-    monkeypatch.setattr(features, "sha256_file", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(store, "sha256_file", lambda path: pytest.fail(f"{path} is read"))
     extract()
     assert extract.written == []
 
@@ -195,7 +195,7 @@ def test_a_damaged_shard_is_found_and_computed_again(extract: Extraction, damage
         content = bytearray(shard_path(extract.folder, 0).read_bytes())
     if damage != "gone":
         path.write_bytes(content)
-    features.open_shard.cache_clear()
+    store.open_shard.cache_clear()
     if damage == "flipped bits":
         damaged = [store.load([index]) for index in images]  # this process has the damaged file open from now on
         assert any(not one.taps[0].equal(other.taps[0]) for one, other in zip(damaged, expected, strict=True))
@@ -212,7 +212,7 @@ def test_a_damaged_shard_is_found_and_computed_again(extract: Extraction, damage
 
 def test_the_folder_is_named_after_all_that_decides_the_content(tmp_path: Path) -> None:
     def folder(backbone: Backbone = BACKBONE, stimuli: str = "a", weights: str = "b") -> Path:
-        return features.store_folder(tmp_path, backbone, stimuli, weights)
+        return store.store_folder(tmp_path, backbone, stimuli, weights)
 
     changes = {"taps": ("fine",), "long_side": 65, "stride": 9.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     others = [folder(dataclasses.replace(BACKBONE, **{name: value})) for name, value in changes.items()]  # type: ignore[arg-type]
@@ -286,7 +286,7 @@ class Device:
         self.now = 0.0
         self.seconds = seconds
         self.begun: list[Variant] = []
-        monkeypatch.setattr(pace.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(batch_size.time, "perf_counter", lambda: self.now)
 
     def start(self, images: torch.Tensor, variant: Variant) -> Begun:
         self.begun.append(variant)

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from scipy.interpolate import make_interp_spline
 from torch import Tensor
 
-from acw import heads
-from acw.ensemble import ensemble
-from acw.finalizer import Finalizer, finalize, normalise, spline_matrix
-from acw.heads import Features
+from acw.features.tensors import Features
+from acw.heads import readout
+from acw.heads.ensemble import ensemble
+from acw.heads.finalizer import Finalizer, finalize, normalise, spline_matrix
 
 STEPS = ((16, 30), (64, 120), (512, 960))
 FINALIZERS = [Finalizer(), Finalizer("nearest", 2.0), Finalizer("nearest", 8.0), Finalizer("bicubic", 8.0, STEPS)]
@@ -26,7 +26,7 @@ def map_of(size: tuple[int, int], seed: int = 0) -> Tensor:
 
 def unsmoothed(priority: Tensor, grid: tuple[int, int], how: Finalizer) -> Tensor:
     """What a head without smoothing and centre bias makes of a priority map (h, w)."""
-    bank = heads.new_heads(3, 0.0, [0])
+    bank = readout.new_heads(3, 0.0, [0])
     return finalize(bank, priority[None, None], torch.zeros(1, *grid), how)[0, 0]
 
 
@@ -95,10 +95,10 @@ def test_each_head_is_normalised_over_the_images_pixels() -> None:
     assert area is not None
     taps = torch.randn(1, 4, 6, 5, generator=torch.Generator().manual_seed(1))
     features = Features([taps], taps.mean((1, 2, 3)), taps.var((1, 2, 3), correction=0), (4, 6))
-    bank = heads.new_heads(5, 4.0, [1, 2, 3])
+    bank = readout.new_heads(5, 4.0, [1, 2, 3])
     bank["conv5.weight"] *= 40
     bias = map_of(grid)
-    maps = finalize(bank, heads.readout(bank, features), bias.expand(3, -1, -1), how)[:, 0]
+    maps = finalize(bank, readout.readout(bank, features), bias.expand(3, -1, -1), how)[:, 0]
     expected = torch.stack([how.upsample(one, size).exp() for one in maps]).mean(0).log()
     actual = how.upsample(ensemble(bank, features, bias, how, area)[0], size)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)

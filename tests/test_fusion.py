@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from acw import fusion
-from acw.fusion import EM_GAP, PRIOR_STRENGTHS, Likelihoods, em, mix
+from acw.fusion import category_weights
+from acw.fusion.category_weights import EM_GAP, PRIOR_STRENGTHS, Likelihoods, em, mix
 
 
 def random_likelihoods(images: int, models: int, twins: float, seed: int) -> Likelihoods:
@@ -118,7 +118,7 @@ def test_em_finds_a_vertex_and_a_needle() -> None:
 def test_problems_solved_side_by_side_are_those_solved_alone() -> None:
     likelihoods = random_likelihoods(30, 3, 1.0, 0)
     generator = np.random.default_rng(1)
-    columns = fusion.EM_COLUMNS + 4
+    columns = category_weights.EM_COLUMNS + 4
     counts = generator.integers(0, 3, (30, columns)).astype(float)
     prior = generator.exponential(1, (columns, 3)) * generator.choice([0.0, 1.0, 50.0], (columns, 1))
     together = em(likelihoods, counts, prior)
@@ -134,8 +134,10 @@ def test_images_count_equally_however_many_fixations_they_have() -> None:
     repeats = np.where(likelihoods.image == 4, 10, 1)
     repeated = Likelihoods(likelihoods.log_p.repeat(repeats, 0), likelihoods.image.repeat(repeats), 12)
     group = np.arange(12) % 2
-    np.testing.assert_allclose(fusion.global_weights(repeated), fusion.global_weights(likelihoods), atol=1e-9)
-    expected, actual = (fusion.fit(one, group, 2, 0) for one in (likelihoods, repeated))
+    np.testing.assert_allclose(
+        category_weights.global_weights(repeated), category_weights.global_weights(likelihoods), atol=1e-9
+    )
+    expected, actual = (category_weights.fit(one, group, 2, 0) for one in (likelihoods, repeated))
     np.testing.assert_allclose(actual.weights, expected.weights, atol=1e-9)
     np.testing.assert_allclose(actual.left_out, expected.left_out, atol=1e-9)
 
@@ -157,7 +159,7 @@ def sampled(weights: np.ndarray, images: int, fixations: int, seed: int) -> tupl
 def test_fit_recovers_the_weights_that_the_fixations_were_drawn_with() -> None:
     truth = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
     likelihoods, group = sampled(truth, images=120, fixations=40, seed=0)
-    fitted = fusion.fit(likelihoods, group, 2, seed=0)
+    fitted = category_weights.fit(likelihoods, group, 2, seed=0)
     np.testing.assert_allclose(fitted.weights, truth, atol=0.05)
     np.testing.assert_allclose(fitted.global_weights, truth.mean(0), atol=0.03)
     assert (fitted.low <= fitted.weights).all()
@@ -170,15 +172,15 @@ def test_fit_recovers_the_weights_that_the_fixations_were_drawn_with() -> None:
 
 def test_categories_that_do_not_differ_get_the_global_weights() -> None:
     likelihoods, _ = sampled(np.array([[0.6, 0.4]]), images=60, fixations=15, seed=1)
-    fitted = fusion.fit(likelihoods, np.arange(60) % 12, 12, seed=0)
+    fitted = category_weights.fit(likelihoods, np.arange(60) % 12, 12, seed=0)
     assert fitted.strength >= 10
     assert np.abs(fitted.weights - fitted.global_weights).max() < 0.1
 
 
 def test_an_infinite_prior_is_the_global_weights_and_a_large_one_is_close() -> None:
     likelihoods, group = sampled(np.array([[0.8, 0.2], [0.2, 0.8]]), images=30, fixations=20, seed=2)
-    overall = fusion.global_weights(likelihoods)
-    infinite, large = fusion._fit_groups(likelihoods, group, 2, overall, [math.inf, 1e6])
+    overall = category_weights.global_weights(likelihoods)
+    infinite, large = category_weights._fit_groups(likelihoods, group, 2, overall, [math.inf, 1e6])
     np.testing.assert_array_equal(infinite, np.stack([overall, overall]))
     np.testing.assert_allclose(large, infinite, atol=1e-3)
     assert math.inf in PRIOR_STRENGTHS
@@ -193,14 +195,14 @@ def test_crossvalidation_never_fits_on_the_image_it_scores() -> None:
         for own in (np.array([1.0, 3.0]), np.array([2.0, 0.5]), np.array([3.0, 3.5])):
             log_p = likelihoods.log_p.copy()
             log_p[image] = np.log(own)
-            result = fusion._crossvalidate(Likelihoods(log_p, likelihoods.image, 20), group, 2, seed=0)
+            result = category_weights._crossvalidate(Likelihoods(log_p, likelihoods.image, 20), group, 2, seed=0)
             scores.append(np.array([result[strength][image] for strength in PRIOR_STRENGTHS]))
         np.testing.assert_allclose(np.exp(scores[2]), np.exp(scores[0]) + np.exp(scores[1]), rtol=1e-9)
 
 
 def test_a_group_without_images_gets_the_global_weights() -> None:
     likelihoods, group = sampled(np.array([[0.8, 0.2], [0.3, 0.7]]), images=40, fixations=20, seed=4)
-    fitted = fusion.fit(likelihoods, group * 2, 3, seed=0)
+    fitted = category_weights.fit(likelihoods, group * 2, 3, seed=0)
     np.testing.assert_allclose(fitted.weights[1], fitted.global_weights)
     assert (fitted.low[1] <= fitted.weights[1]).all()
     assert (fitted.weights[1] <= fitted.high[1]).all()
@@ -218,7 +220,7 @@ def test_mix_adds_densities_and_not_their_logarithms() -> None:
 
 def test_mean_log_likelihood_with_weights_an_image_and_oracle() -> None:
     likelihoods = random_likelihoods(9, 3, 1.0, 5)
-    best = fusion.oracle(likelihoods)
+    best = category_weights.oracle(likelihoods)
     reached = likelihoods.mean_log_likelihood(best)
     for weights in np.random.default_rng(0).dirichlet(np.ones(3), 50):
         shared = likelihoods.mean_log_likelihood(weights)

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acw import finalizer, heads
-from acw.finalizer import Finalizer
-from acw.heads import Features, Parameters
+from acw.features import resize
+from acw.features.tensors import Features
+from acw.heads import finalizer, readout
+from acw.heads.finalizer import Finalizer
+from acw.heads.readout import Parameters
 
 CHANNELS = (5, 3, 4)
 READOUT = (6, 9)
@@ -30,14 +32,14 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """
     torch.set_default_dtype(request.param)
     if request.param == torch.float64:
-        monkeypatch.setattr(heads, "KNOT_STEP", 1e-3)
+        monkeypatch.setattr(readout, "KNOT_STEP", 1e-3)
     yield 2e-4 if request.param == torch.float32 else 1e-9
     torch.set_default_dtype(torch.float32)
 
 
 def random_bank(seed: int = 0) -> Parameters:
     """Freshly initialised heads, every parameter of which is then moved, each head with its own sigma."""
-    bank = heads.new_heads(sum(CHANNELS), 1.0, range(len(SIGMAS)))
+    bank = readout.new_heads(sum(CHANNELS), 1.0, range(len(SIGMAS)))
     generator = torch.Generator().manual_seed(seed)
     for value in bank.values():
         value += 0.3 * torch.randn(value.shape, generator=generator)
@@ -119,7 +121,7 @@ class PlainHead(nn.Module):
 
 
 def predict(bank: Parameters, taps: list[Tensor]) -> tuple[Tensor, Tensor]:
-    priority = heads.readout(bank, features_of(taps))
+    priority = readout.readout(bank, features_of(taps))
     bias = center_bias().expand(len(bank["log_sigma"]), -1, -1)
     return priority, finalizer.normalise(finalizer.finalize(bank, priority, bias, Finalizer(cell=CELL)))
 
@@ -136,7 +138,7 @@ def test_a_bank_equals_plain_heads_in_values_and_gradients(precision: float) -> 
     weights = loss_weights(log_density.shape)
     (log_density * weights).sum().backward()
     for k in range(len(SIGMAS)):
-        plain = PlainHead(heads.select(bank, [k]))
+        plain = PlainHead(readout.select(bank, [k]))
         expected_priority, expected = plain(taps)
         torch.testing.assert_close(priority[k], expected_priority, rtol=precision, atol=precision)
         torch.testing.assert_close(log_density[k], expected, rtol=precision, atol=precision)
@@ -156,7 +158,7 @@ def test_a_head_does_not_depend_on_who_shares_its_bank(precision: float) -> None
     weights = loss_weights(together.shape)
     (together * weights).sum().backward()
     for k in range(len(SIGMAS)):
-        one = {name: value.requires_grad_(True) for name, value in heads.select(bank, [k]).items()}
+        one = {name: value.requires_grad_(True) for name, value in readout.select(bank, [k]).items()}
         _, alone = predict(one, taps)
         (alone[0] * weights[k]).sum().backward()
         torch.testing.assert_close(alone[0], together[k], rtol=precision, atol=precision)
@@ -168,7 +170,7 @@ def test_a_head_does_not_depend_on_who_shares_its_bank(precision: float) -> None
 
 def test_a_bank_without_one_of_its_heads_leaves_that_head_without_gradient() -> None:
     bank = {name: value.requires_grad_(True) for name, value in random_bank().items()}
-    _, log_density = predict(heads.select(bank, [2, 0]), random_taps())
+    _, log_density = predict(readout.select(bank, [2, 0]), random_taps())
     (log_density * loss_weights(log_density.shape)).sum().backward()
     for name, value in bank.items():
         assert value.grad is not None
@@ -186,8 +188,8 @@ def test_tabulated_outer_layers_are_the_plain_ones(spread: float) -> None:
     x_KBN = F.layer_norm(x_KBN, (4000,))
 
     def plain(bank: Parameters, x_KBN: Tensor) -> Tensor:
-        inner, bias = heads._folded(bank, heads.WIDE)
-        outer, outer_bias = heads._folded(bank, heads.WIDE + 1)
+        inner, bias = readout._folded(bank, readout.WIDE)
+        outer, outer_bias = readout._folded(bank, readout.WIDE + 1)
         wide = F.softplus(x_KBN[..., None] * inner[:, None, None, :, 0] + bias[:, None, None])
         product = torch.einsum("kbnc,koc->kbno", F.layer_norm(wide, wide.shape[2:], eps=1e-12), outer)
         return torch.einsum("kbno,klo->kbn", F.softplus(product + outer_bias[:, None, None]), bank["conv5.weight"])
@@ -198,7 +200,7 @@ def test_tabulated_outer_layers_are_the_plain_ones(spread: float) -> None:
         (result * loss_weights(result.shape)).sum().backward()
         return result.detach(), {name: value.grad for name, value in leaves.items() if value.grad is not None}
 
-    (actual, gradients), (expected, expected_gradients) = run(heads._outer_layers), run(plain)
+    (actual, gradients), (expected, expected_gradients) = run(readout._outer_layers), run(plain)
     assert gradients.keys() == expected_gradients.keys()
     scale = float(expected.std())
     assert float((actual - expected).abs().max()) < 2e-4 * scale
@@ -211,21 +213,21 @@ def test_tabulated_outer_layers_are_the_plain_ones(spread: float) -> None:
 def test_few_cells_are_computed_one_by_one() -> None:
     """Also by a head that has diverged, whose knots would be more than the cells."""
     bank = {name: value * 1e4 if name == "conv3.weight" else value for name, value in random_bank().items()}
-    assert heads._outer_layers(bank, torch.randn(len(SIGMAS), 2, 500)).isfinite().all()
+    assert readout._outer_layers(bank, torch.randn(len(SIGMAS), 2, 500)).isfinite().all()
 
 
 def test_float32_is_enough_for_features_of_the_size_that_backbones_have() -> None:
     """The mean is taken off after the first matrix product; with activations near 2000 that must not cost digits."""
     taps = [tap**2 * 200 for tap in random_taps()]
     bank = random_bank()
-    single = heads.readout(bank, features_of(taps))
-    double = heads.readout({n: v.double() for n, v in bank.items()}, features_of([tap.double() for tap in taps]))
+    single = readout.readout(bank, features_of(taps))
+    double = readout.readout({n: v.double() for n, v in bank.items()}, features_of([tap.double() for tap in taps]))
     torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
 
 
 def test_fresh_heads_are_functions_of_their_own_seed() -> None:
-    together, alone = heads.new_heads(11, 16.0, [5, 6, 7]), heads.new_heads(11, 16.0, [6])
-    for name, value in heads.select(together, [1]).items():
+    together, alone = readout.new_heads(11, 16.0, [5, 6, 7]), readout.new_heads(11, 16.0, [6])
+    for name, value in readout.select(together, [1]).items():
         assert value.equal(alone[name]), name
     assert not together["conv0.weight"][0].equal(together["conv0.weight"][1])
     assert together["log_sigma"].exp().tolist() == pytest.approx([16.0] * 3)
@@ -236,7 +238,7 @@ def test_nearest_index_is_pytorchs() -> None:
         for target in range(1, 100):
             values = torch.arange(float(source))[None, None]
             expected = F.interpolate(values, target, mode="nearest")[0, 0].long()
-            assert finalizer.nearest_index(source, target).equal(expected), (source, target)
+            assert resize.nearest_index(source, target).equal(expected), (source, target)
 
 
 def test_upsample_is_exact_for_cubics_and_normalises() -> None:

@@ -21,11 +21,11 @@ from PIL import Image
 from scipy.io import savemat
 
 import acw
-from acw.cli import parse
-from acw.cli import run as run_job
-from acw.metrics import METRICS
+from acw.evaluation.metrics import METRICS
+from acw.pipeline.job import parse
+from acw.pipeline.job import run as run_job
 from acw.recipes import RECIPES, Recipe, named_recipe
-from acw.storage import UserError
+from acw.storage.errors import UserError
 
 BACKBONES = ("backbone:lite0", "backbone:lite1")
 UNLABELLED = {"center_bias", *BACKBONES, "uniform", "global_weights", "inferred_category"}
@@ -129,10 +129,10 @@ def test_a_run_says_what_it_was_made_with(done: Run) -> None:
 
 
 def test_mlflow_has_a_run_with_a_child_a_bank_and_a_champion(done: Run) -> None:
-    from acw import tracking
+    from acw.tracking import mlflow_store
 
     job = done.job
-    client, experiment = tracking.connect(tracking.tracking_uri(job.root, None))
+    client, experiment = mlflow_store.connect(mlflow_store.tracking_uri(job.root, None))
     runs = client.search_runs([experiment])
     (parent,) = (each for each in runs if "mlflow.parentRunId" not in each.data.tags)
     children = [each for each in runs if each.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
@@ -176,9 +176,9 @@ def test_the_same_command_again_does_nothing_anew(done: Run) -> None:
 
 def test_the_optimum_is_known_for_the_built_in_displays(done: Run) -> None:
     from acw.data import synthetic
-    from acw.evaluation import summarise
-    from acw.scoring import ImageDensities, Scoring
-    from acw.shuffled import MeanPrediction
+    from acw.evaluation.sauc import MeanPrediction
+    from acw.evaluation.scoring import ImageDensities, Scoring
+    from acw.evaluation.summary import summarise
 
     model, dataset = acw.load(done.job.folder), synthetic.load()
     images = np.arange(0, len(dataset.stimuli), 32)
@@ -247,8 +247,10 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run_here(job: str, *arguments: object) -> tuple[int, str, str]:
         started.clear()
         monkeypatch.syspath_prepend(str(JOBS))
-        monkeypatch.setattr("acw.cluster.connect", lambda: started.append(None))
-        monkeypatch.setattr("acw.cluster.disconnect", lambda: None)  # another test's Ray may run in this process
+        monkeypatch.setattr("acw.cluster.joining.connect", lambda: started.append(None))
+        monkeypatch.setattr(
+            "acw.cluster.joining.disconnect", lambda: None
+        )  # another test's Ray may run in this process
         monkeypatch.setattr(sys, "argv", [f"{job}.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             run_job(importlib.import_module(job).main)

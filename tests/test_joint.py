@@ -11,11 +11,12 @@ import pytest
 import torch
 from tiny_training import CPU, RECIPE, make_store, make_training_set
 
-from acw import heads, joint
-from acw.ensemble import ensemble
-from acw.joint import LOGITS, JointSet, SystemState, train_system
+from acw.heads import readout
+from acw.heads.ensemble import ensemble
 from acw.recipes import Recipe
-from acw.storage import UserError
+from acw.storage.errors import UserError
+from acw.training import joint
+from acw.training.joint import LOGITS, JointSet, SystemState, train_system
 
 SEEDS = 2
 NAMES = ("lite0", "lite1")
@@ -37,8 +38,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> JointSet:
     return JointSet(training, category, 3, dict.fromkeys(NAMES, store))
 
 
-def start() -> dict[str, heads.Parameters]:
-    banks = {name: heads.new_heads(12, 24.0, range(10 * k, 10 * k + SEEDS)) for k, name in enumerate(NAMES)}
+def start() -> dict[str, readout.Parameters]:
+    banks = {name: readout.new_heads(12, 24.0, range(10 * k, 10 * k + SEEDS)) for k, name in enumerate(NAMES)}
     for bank in banks.values():
         bank["conv5.weight"] *= 6
     return banks

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from acw import metrics, pysaliency_compat
-from acw.metrics import Components, Ranking, ShuffledFixations, Target, gaussian_blur, score, score_mixtures
-from acw.storage import UserError
+from acw.data import pysaliency_compat
+from acw.evaluation import metrics
+from acw.evaluation.metrics import Components, Ranking, ShuffledFixations, Target, gaussian_blur, score, score_mixtures
+from acw.storage.errors import UserError
 
 GAZE = Path(__file__).parents[2] / "shared" / "gaze"
 SIZES = np.array([(48, 64), (60, 41), (33, 90)])

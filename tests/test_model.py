@@ -13,18 +13,19 @@ import torch
 from PIL import Image
 from scipy.special import logsumexp
 
-from acw import ensemble as ensembles
-from acw import finalizer, heads, load
-from acw import model as prediction
-from acw.arguments import as_image
-from acw.backbones import BACKBONES, Backbone, load_backbone
-from acw.categories import CategoryClassifier
-from acw.center_bias import fixed_gaussian, kde
-from acw.ensemble import ensemble, mixture
-from acw.features import compute
-from acw.finalizer import Finalizer
-from acw.model import Model
-from acw.storage import UserError
+from acw import load
+from acw.features.backbone import BACKBONES, Backbone, load_backbone
+from acw.features.store import compute
+from acw.fusion.classifier import CategoryClassifier
+from acw.heads import ensemble as ensembles
+from acw.heads import finalizer, readout
+from acw.heads.center_bias import fixed_gaussian, kde
+from acw.heads.ensemble import ensemble, mixture
+from acw.heads.finalizer import Finalizer
+from acw.model import model as prediction
+from acw.model.arguments import as_image
+from acw.model.model import Model
+from acw.storage.errors import UserError
 
 HEADS = 7
 NAMES = ("lite0", "smaller")
@@ -48,7 +49,7 @@ def model() -> Model:
     generator = torch.Generator().manual_seed(0)
     banks = {}
     for number, name in enumerate(NAMES):
-        bank = heads.new_heads(sum(channels), 10.0, [100 * number + seed for seed in range(HEADS)])
+        bank = readout.new_heads(sum(channels), 10.0, [100 * number + seed for seed in range(HEADS)])
         bank["conv5.weight"] *= 30
         bank["center_bias_weight"] += 0.1 * torch.randn(HEADS, generator=generator)
         banks[name] = bank
@@ -140,7 +141,7 @@ def test_an_ensemble_is_the_mean_density_of_all_its_heads(
     pixels = np.stack([image(80, 96), image(80, 96)[::-1], image(80, 96)[:, ::-1]])
     features, _ = compute(load_backbone(model.backbones[0]), model.backbones[0], pixels)
     bank, bias = model.heads["lite0"], torch.from_numpy(model.finalizer_bias.of_size(grid))
-    scores = finalizer.finalize(bank, heads.readout(bank, features), bias.expand(HEADS, -1, -1), Finalizer())
+    scores = finalizer.finalize(bank, readout.readout(bank, features), bias.expand(HEADS, -1, -1), Finalizer())
     expected = finalizer.log_mean_exp(finalizer.normalise(scores.double()))
     actual = ensemble(bank, features, bias, Finalizer())
     assert actual.dtype == torch.float32

@@ -10,8 +10,11 @@ import pytest
 from job_runs import NAME
 from seaweed import BUCKET, SeaweedFS
 
-from acw import page, tracking
-from acw.storage import UserError, fetch, is_model_uri, listing, local, plain_name, ray_storage, shown, write_atomic
+from acw.report import page
+from acw.storage.addresses import local, shown
+from acw.storage.errors import UserError
+from acw.storage.files import fetch, is_model_uri, listing, plain_name, ray_storage, write_atomic
+from acw.tracking import mlflow_store
 
 NAMES = [NAME, "50%", "a_b", "a%b", "it's", '"', "`", "\\", "", "Grüße 日本", "x" * 5000]
 
@@ -19,14 +22,14 @@ NAMES = [NAME, "50%", "a_b", "a%b", "it's", '"', "`", "\\", "", "Grüße 日本"
 def test_a_root_may_be_called_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its database is in it, and nothing beside it; runs are found by what they are called."""
     root = tmp_path / NAME / "runs%20"
-    uri = tracking.tracking_uri(root, None)
-    client, experiment = tracking.connect(uri)
+    uri = mlflow_store.tracking_uri(root, None)
+    client, experiment = mlflow_store.connect(uri)
     for name in NAMES:
         client.create_run(experiment, tags={"acw.folder": name})
     for name in NAMES:
-        assert [run.data.tags["acw.folder"] for run in tracking.runs_of(client, experiment, "acw.folder", name)] == [
-            name
-        ]
+        assert [
+            run.data.tags["acw.folder"] for run in mlflow_store.runs_of(client, experiment, "acw.folder", name)
+        ] == [name]
     (tmp_path / "file").write_text("content", encoding="utf-8")
     run = client.create_run(experiment).info
     client.log_artifact(run.run_id, str(tmp_path / "file"))
@@ -34,12 +37,12 @@ def test_a_root_may_be_called_anything(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.read_text(encoding="utf-8") for path in (root / "mlartifacts").rglob("file")] == ["content"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([NAME, "file"])
     assert [path.name for path in (tmp_path / NAME).iterdir()] == ["runs%20"]
-    assert tracking.tracking_uri(tmp_path, uri) == uri, "as MLFLOW_TRACKING_URI or --tracking-uri"
+    assert mlflow_store.tracking_uri(tmp_path, uri) == uri, "as MLFLOW_TRACKING_URI or --tracking-uri"
 
 
 def test_a_database_takes_no_options(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sqlite:///.*mlflow\.db\?timeout=30: takes no options; give sqlite:///FILE"):
-        tracking.tracking_uri(tmp_path, f"sqlite:///{tmp_path}/mlflow.db?timeout=30")
+        mlflow_store.tracking_uri(tmp_path, f"sqlite:///{tmp_path}/mlflow.db?timeout=30")
 
 
 def test_a_runs_folder_has_a_plain_name() -> None:

@@ -16,11 +16,10 @@ from job_runs import displays
 from PIL import Image
 from scipy.special import logsumexp
 
-from acw import pysaliency_compat
-from acw.cli import Parser, add_dataset_options, read_dataset
-from acw.data import Dataset
-from acw.outside import of_pysaliency, open_maps, open_object, open_predictions
-from acw.storage import UserError
+from acw.data import Dataset, pysaliency_compat
+from acw.evaluation.external_models import of_pysaliency, open_maps, open_object, open_predictions
+from acw.pipeline.job import Parser, add_dataset_options, read_dataset
+from acw.storage.errors import UserError
 
 
 @pytest.fixture(scope="module")

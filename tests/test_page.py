@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from acw import gallery, page
+from acw.cluster.costs import Cost, note
 from acw.data import Dataset, Stimulus
-from acw.evaluation import per_image_csv, summarise
-from acw.metrics import METRICS, Components, ShuffledFixations, Target, score
-from acw.pictures import Pictures
-from acw.report import CENTRE_BIAS, GOLD_STANDARD, OURS, Example
-from acw.resources import Cost, note
-from acw.storage import write_json
+from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Target, score
+from acw.evaluation.summary import per_image_csv, summarise
+from acw.report import gallery, page
+from acw.report.figures import CENTRE_BIAS, GOLD_STANDARD, OURS, Example
+from acw.report.pictures import Pictures
+from acw.storage.files import write_json
 
 # A name that is markup if it is not escaped, and an end of a script.
 ODD = "<b>$x & </script>\"'"

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from job_runs import displays
 
-from acw import command, plan
-from acw.cli import parse
-from acw.extraction import write_shards
-from acw.features import SHARD_IMAGES, shard_path
-from acw.pace import Pace
-from acw.storage import UserError
+from acw import cli
+from acw.features.batch_size import Pace
+from acw.features.extraction import write_shards
+from acw.features.store import SHARD_IMAGES, shard_path
+from acw.pipeline import plan
+from acw.pipeline.job import parse
+from acw.storage.errors import UserError
 
 
 def options(folder: Path, *more: str) -> list[str]:
@@ -26,7 +27,7 @@ def test_a_plan_counts_what_a_run_would_make(tmp_path: Path, monkeypatch: pytest
     made = plan.make(job)
     assert not (tmp_path / "root").exists()
     assert (made.images, made.held_out, made.sizes) == (20, len(job.split.held_out), 2)
-    from acw.backbones import load_backbone
+    from acw.features.backbone import load_backbone
 
     for backbone, planned in zip(job.recipe.backbone_values, made.backbones, strict=True):
         network = load_backbone(backbone)
@@ -51,8 +52,8 @@ def test_a_plan_counts_what_a_run_would_make(tmp_path: Path, monkeypatch: pytest
 
 def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no command 'plam'; commands are plan"):
-        command._command(["plam"])
+        cli._command(["plam"])
     with pytest.raises(UserError, match="no recipe 'gase'"):
-        command._command(["plan", "gase"])
+        cli._command(["plan", "gase"])
     with pytest.raises(UserError, match="--price-per-hour -1"):
-        command._command(["plan", *options(tmp_path), "--price-per-hour", "-1"])
+        cli._command(["plan", *options(tmp_path), "--price-per-hour", "-1"])

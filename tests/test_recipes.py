@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from acw.recipes import RECIPES, Recipe, derive, named_recipe
-from acw.storage import UserError
+from acw.storage.errors import UserError
 
 
 @pytest.mark.parametrize("name", RECIPES)

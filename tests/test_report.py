@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from acw.report import Example, examples_figure, mass_levels, weights_figure
+from acw.report.figures import Example, examples_figure, mass_levels, weights_figure
 
 
 def test_mass_levels_enclose_their_share() -> None:

@@ -12,7 +12,7 @@ import torch
 from job_runs import Run, displays, finished, succeed
 
 import acw
-from acw.metrics import METRICS
+from acw.evaluation.metrics import METRICS
 
 OURS = ("acw_v1", "acw_v2", "acw_v3", "deepgaze_iie", "acw")
 THEIRS = ("deepgaze2e_even", "deepgaze2e_acw")
@@ -74,7 +74,7 @@ def test_every_two_systems_are_compared_on_the_same_images(result: Path) -> None
 
 def test_validation_images_are_scored_by_heads_that_did_not_train_on_them(result: Path) -> None:
     """Their IG is the one by which a joint training chose its epoch, up to the grid on which that is measured."""
-    from acw.joint import SystemState, system_path
+    from acw.training.joint import SystemState, system_path
 
     folder = Path(json.loads(result.read_text(encoding="utf-8"))["runs"]["acw_v3"])
     validation = json.loads((folder / "validation.json").read_text(encoding="utf-8"))

@@ -21,15 +21,18 @@ from three_nodes import running
 from tiny_training import BACKBONE, StubNetwork, make_store, stimuli
 
 import acw
-from acw import database, s3
-from acw.cli import parse
 from acw.data import load_dataset
 from acw.data.remote import reads
-from acw.extraction import write_shards
-from acw.features import shard_path, untouched, verify
-from acw.pace import Pace
-from acw.storage import Damaged, UserError, fetch, listing, local, present, remove, shown, write_atomic, write_json
-from acw.weights import read_weights
+from acw.features.batch_size import Pace
+from acw.features.extraction import write_shards
+from acw.features.store import shard_path, untouched, verify
+from acw.features.weights import read_weights
+from acw.pipeline.job import parse
+from acw.storage import addresses, s3
+from acw.storage.addresses import local, shown
+from acw.storage.errors import Damaged, UserError
+from acw.storage.files import fetch, listing, present, remove, write_atomic, write_json
+from acw.tracking import sqlite_in_s3
 
 sys.path.insert(0, str(JOBS))
 
@@ -43,7 +46,7 @@ def root(server: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, req
 
 def overwrite(uri: str, content: bytes) -> None:
     """Other bytes with the checksum that was noted for the old ones."""
-    bucket, key = s3.parts(uri)
+    bucket, key = addresses.parts(uri)
     noted = s3.client().head_object(Bucket=bucket, Key=key)["Metadata"]
     s3.client().put_object(Bucket=bucket, Key=key, Body=content, Metadata=noted)
 
@@ -270,17 +273,17 @@ def test_readers_say_what_they_read() -> None:
 
 def test_no_job_overwrites_what_another_has_logged(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = local(f"{root}/mlflow.db")
-    mine = database.take(path)
+    mine = sqlite_in_s3.take(path)
     assert not mine.exists()
     mine.write_text("mine", encoding="utf-8")
-    assert database.put_back(path)
+    assert sqlite_in_s3.put_back(path)
     mine.write_text("mine, too", encoding="utf-8")
     write_atomic(path, "another's")
-    assert not database.put_back(path)
-    again = database.take(path)
+    assert not sqlite_in_s3.put_back(path)
+    again = sqlite_in_s3.take(path)
     assert again.read_text(encoding="utf-8") == "another's"
     again.write_text("both", encoding="utf-8")
-    assert database.put_back(path)
+    assert sqlite_in_s3.put_back(path)
     node(monkeypatch, tmp_path / "other")
     assert fetch(local(f"{root}/mlflow.db")).read_text(encoding="utf-8") == "both"
 

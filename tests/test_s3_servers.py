@@ -11,10 +11,12 @@ import pytest
 from ray.train import TrainingFailedError
 from seaweed import BUCKET, Proxy, SeaweedFS
 
-from acw import s3
-from acw.cli import parse
-from acw.cluster import SHARED
-from acw.storage import UserError, fetch, local, ray_storage, ray_trouble, write_atomic
+from acw.cluster.joining import SHARED
+from acw.pipeline.job import parse
+from acw.storage import s3
+from acw.storage.addresses import local
+from acw.storage.errors import UserError
+from acw.storage.files import fetch, ray_storage, ray_trouble, write_atomic
 
 NAMES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", s3.CALCULATION, s3.VALIDATION)
 ROOT = f"s3://{BUCKET}/here"
@@ -53,7 +55,7 @@ def use_all_clients(tmp_path: Path) -> None:
     """boto3, pyarrow and MLflow each write a file there, and boto3 reads one back."""
     from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository, _cached_get_s3_client
 
-    from acw.tracking import quiet_mlflow
+    from acw.tracking.mlflow_store import quiet_mlflow
 
     path = local(f"{ROOT}/a")
     write_atomic(path, b"content")

@@ -23,14 +23,18 @@ from job_runs import SECRETS, Run, finished
 from PIL import Image
 
 import acw
-from acw import cli, command, credentials, outside, submission, tracking
-from acw.backbones import BACKBONES, load_backbone
-from acw.banks import BankState
+from acw import cli
 from acw.data import Dataset, load_dataset
-from acw.features import open_shard
-from acw.joint import SystemState
-from acw.storage import UserError
-from acw.weights import read_weights
+from acw.evaluation import external_models, submission
+from acw.features.backbone import BACKBONES, load_backbone
+from acw.features.store import open_shard
+from acw.features.weights import read_weights
+from acw.pipeline import job
+from acw.storage import secrets
+from acw.storage.errors import UserError
+from acw.tracking import mlflow_store
+from acw.training.bank import BankState
+from acw.training.joint import SystemState
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ def line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     def end(main: Callable[[], Any], *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["job", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.run(lambda argv: main())
+            job.run(lambda argv: main())
         assert ended.value.code == 2
         (text,) = capsys.readouterr().err.splitlines()
         assert text.startswith("error: ")
@@ -91,7 +95,7 @@ def as_safetensors(folder: Path, payload: Payload) -> None:
 def as_deepgaze(folder: Path, payload: Payload) -> None:
     path = folder / "deepgaze2e.pth"
     torch.save(payload, path)
-    command.import_deepgaze([str(path), "--out", str(folder / "model")])
+    cli.import_deepgaze([str(path), "--out", str(folder / "model")])
 
 
 def as_checkpoint(folder: Path, payload: Payload) -> None:
@@ -115,14 +119,14 @@ def as_features(folder: Path, payload: Payload) -> None:
 def as_map(folder: Path, payload: Payload) -> None:
     data = one_image(folder)()
     np.save(folder / "a.npy", np.array([[payload]], dtype=object), allow_pickle=True)
-    outside.open_maps(str(folder), "density", data).of(0)
+    external_models.open_maps(str(folder), "density", data).of(0)
 
 
 def as_predictions(folder: Path, payload: Payload) -> None:
     data = one_image(folder)()
     path = folder / "predictions.hdf5"
     path.write_bytes(pickle.dumps(payload))
-    outside.open_predictions(str(path), data)
+    external_models.open_predictions(str(path), data)
 
 
 def as_image(folder: Path, payload: Payload) -> None:
@@ -166,7 +170,7 @@ def as_backbone_of_model(folder: Path, payload: Payload) -> None:
 
 def as_overlay(folder: Path, payload: Payload) -> None:
     (folder / "overlay.json").write_bytes(pickle.dumps(payload, protocol=0))
-    cli.parse(["demo", "--root", str(folder), "--overlay", str(folder / "overlay.json")], "")
+    job.parse(["demo", "--root", str(folder), "--overlay", str(folder / "overlay.json")], "")
 
 
 ENTRANCES = [value for name, value in list(globals().items()) if name.startswith("as_")]
@@ -306,7 +310,9 @@ def test_maps_link_to_no_file_outside(tmp_path: Path, secret: Path, line: Callab
     data = one_image(tmp_path)()
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps" / "a.png").symlink_to(secret)
-    assert "lies outside the folder" in line(lambda: outside.open_maps(str(tmp_path / "maps"), "saliency", data))
+    assert "lies outside the folder" in line(
+        lambda: external_models.open_maps(str(tmp_path / "maps"), "saliency", data)
+    )
 
 
 @pytest.mark.parametrize("trick", ["external", "virtual", "link", "file name"])
@@ -351,7 +357,7 @@ def test_a_model_names_no_file_outside_of_its_folder(tmp_path: Path, line: Calla
         (tmp_path / "model.json").write_text(json.dumps({"format": 2, "backbones": [backbone]}), encoding="utf-8")
         assert "not in its folder" in line(lambda: acw.load(tmp_path))
         assert "not in its folder" in line(
-            lambda: cli.parse(["deepgaze_iie", "--heads", str(tmp_path), "--root", str(tmp_path)], "")
+            lambda: job.parse(["deepgaze_iie", "--heads", str(tmp_path), "--root", str(tmp_path)], "")
         )
 
 
@@ -373,16 +379,16 @@ def test_a_command_line_with_a_password_is_refused_and_not_repeated(
     text = line(lambda: pytest.fail("it went on"), "demo", *arguments)
     assert arguments[0].partition("=")[0] in text
     assert "hunter2" not in text
-    credentials.refuse(["demo", "--root", "s3://bucket/a@b", "--tracking-uri", "http://host:5000", "--sigma", "2"])
+    secrets.refuse(["demo", "--root", "s3://bucket/a@b", "--tracking-uri", "http://host:5000", "--sigma", "2"])
 
 
 def test_a_servers_password_goes_to_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("USERNAME", "PASSWORD"):
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
-    assert tracking.tracking_uri(tmp_path, "https://me:p%40ss@host:5000/x") == "https://host:5000/x"
+    assert mlflow_store.tracking_uri(tmp_path, "https://me:p%40ss@host:5000/x") == "https://host:5000/x"
     assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")
     with pytest.raises(UserError) as caught:
-        tracking.tracking_uri(tmp_path, "postgresql://me:hunter2@host/db")
+        mlflow_store.tracking_uri(tmp_path, "postgresql://me:hunter2@host/db")
     assert "hunter2" not in str(caught.value)
 
 
@@ -407,9 +413,9 @@ def test_a_registrys_pickled_model_is_not_loaded(
     done: Run, tmp_path: Path, line: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`mlflow.pyfunc.load_model` would unpickle it; here the files of a model are all that is asked for."""
-    store = tracking.tracking_uri(done.job.root, None)
+    store = mlflow_store.tracking_uri(done.job.root, None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    client, _ = tracking.connect(store)
+    client, _ = mlflow_store.connect(store)
     flavour = {"loader_module": "mlflow.pyfunc.model", "python_model": "python_model.pkl", "python_version": "3.11"}
     (tmp_path / "MLmodel").write_text(json.dumps({"flavors": {"python_function": flavour}}), encoding="utf-8")
     (tmp_path / "python_model.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "it-ran")))

@@ -17,10 +17,11 @@ from test_evaluation import model as model
 from test_evaluation import scoring as scoring
 from test_metrics import log_density, random_fixations, targets
 
-from acw import pysaliency_compat, sim_opt
-from acw.metrics import Components, ShuffledFixations, Target, score, score_saliency
-from acw.scoring import Scoring, log_mixture
-from acw.shuffled import SIDE, MeanPrediction, reduced, shuffled_aucs
+from acw.data import pysaliency_compat
+from acw.evaluation import sim_opt
+from acw.evaluation.metrics import Components, ShuffledFixations, Target, score, score_saliency
+from acw.evaluation.sauc import SIDE, MeanPrediction, reduced, shuffled_aucs
+from acw.evaluation.scoring import Scoring, log_mixture
 
 GAZE = Path(__file__).parents[2] / "shared" / "gaze"
 SIZES = np.array([(48, 64), (60, 41), (33, 90), (48, 64)])

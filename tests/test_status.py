@@ -20,14 +20,16 @@ import pytest
 import torch
 from job_runs import finished
 
-from acw import log, progress
-from acw.banks import Bank, BankState, checkpoint_path, plan_banks
-from acw.cluster import connect
+from acw.cluster import event_log
+from acw.cluster.joining import connect
+from acw.pipeline.job import stage
 from acw.recipes import Recipe
-from acw.status import status, text
-from acw.storage import UserError
-from acw.training import _record
-from acw.watch import Watch
+from acw.storage.errors import UserError
+from acw.training import progress
+from acw.training.bank import Bank, BankState, checkpoint_path, plan_banks
+from acw.training.monitor import Watch
+from acw.training.status import status, text
+from acw.training.trainer import _record
 
 # Two banks of two heads a backbone; a head stops after its second fall.
 RECIPE = Recipe("tiny", backbones=("lite0", "lite1"), folds=2, seeds=2, heads_per_worker=2, max_epochs=20)
@@ -69,7 +71,7 @@ def halfway(folder: Path) -> None:
 def test_a_run_that_is_half_way(tmp_path: Path) -> None:
     seen = {}
 
-    @log.stage("training")
+    @stage("training")
     def training(job: Any) -> None:
         halfway(tmp_path)
         with Watch("training", progress.bank_units(RECIPE, BANKS, tmp_path), tmp_path, 2) as watch:
@@ -126,7 +128,7 @@ def test_the_estimate_knows_of_workers_and_early_stops(tmp_path: Path) -> None:
 def test_a_bank_that_is_silent_for_too_long(tmp_path: Path) -> None:
     seen = []
 
-    @log.stage("training")
+    @stage("training")
     def training(job: Any) -> None:
         train(tmp_path, BANKS[1], RISING, seconds=60.0)
         written = checkpoint_path(tmp_path, BANKS[1]).stat().st_mtime
@@ -139,10 +141,10 @@ def test_a_bank_that_is_silent_for_too_long(tmp_path: Path) -> None:
 def test_a_bank_that_a_worker_has_begun_with_and_never_finishes_an_epoch(tmp_path: Path) -> None:
     seen = []
 
-    @log.stage("training")
+    @stage("training")
     def training(job: Any) -> None:
         train(tmp_path, BANKS[0], RISING, seconds=60.0)
-        log.event("bank begun", bank=BANKS[1].name, **PLACE)
+        event_log.event("bank begun", bank=BANKS[1].name, **PLACE)
         for after in (290, 310):
             figures = status(tmp_path, time.time() + after)
             seen.extend(unit["state"] for unit in stage_of(figures, "heads")["units"][1:])
@@ -156,15 +158,15 @@ def test_a_bank_that_waits_for_its_turn_is_not_stalled(tmp_path: Path) -> None:
     """Nor is one of an earlier crew that none has begun with again."""
     seen = []
 
-    @log.stage("training")
+    @stage("training")
     def training(job: Any) -> None:
         halfway(tmp_path)
         for bank, worker in ((BANKS[1], 0), (BANKS[2], 1), (BANKS[3], 0)):
-            log.event("bank begun", bank=bank.name, worker=worker, **PLACE)
+            event_log.event("bank begun", bank=bank.name, worker=worker, **PLACE)
         seen.append([unit["state"] for unit in stage_of(status(tmp_path, time.time()), "heads")["units"]])
         seen.append([unit["state"] for unit in stage_of(status(tmp_path, time.time() + 310), "heads")["units"]])
-        log.event("crew gathered", training="training", workers=1)
-        log.event("bank begun", bank=BANKS[2].name, worker=0, **PLACE)
+        event_log.event("crew gathered", training="training", workers=1)
+        event_log.event("bank begun", bank=BANKS[2].name, worker=0, **PLACE)
         seen.append([unit["state"] for unit in stage_of(status(tmp_path, time.time()), "heads")["units"]])
 
     training(job(tmp_path))
@@ -179,26 +181,26 @@ def test_a_bank_is_silent_since_a_worker_has_begun_with_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not since its last epoch, after which it waited for its turn."""
-    monkeypatch.setattr(log, "measure", lambda *_: None)  # that needs Ray
+    monkeypatch.setattr(event_log, "measure", lambda *_: None)  # that needs Ray
     train(tmp_path, BANKS[1], RISING)
     path = checkpoint_path(tmp_path, BANKS[1])
     os.utime(path, (path.stat().st_atime, time.time() - 1000))
 
     def warnings(watch: Watch, after: float) -> list[str]:
         with monkeypatch.context() as later:
-            later.setattr("acw.watch.time.time", lambda: now + after)
+            later.setattr("acw.training.monitor.time.time", lambda: now + after)
             watch.look()
-        return [event["bank"] for event in log.events(tmp_path) if event["event"] == "stalled"]
+        return [event["bank"] for event in event_log.events(tmp_path) if event["event"] == "stalled"]
 
     now = time.time()
 
-    @log.stage("training")
+    @stage("training")
     def training(job: Any) -> None:
         watch = Watch("training", progress.bank_units(RECIPE, BANKS, tmp_path), tmp_path, 1)
         watch._start = now - 2000  # of a driver that was there for the last epoch
-        log.event("bank begun", bank=BANKS[2].name, worker=0, **PLACE)
+        event_log.event("bank begun", bank=BANKS[2].name, worker=0, **PLACE)
         assert warnings(watch, 0) == []
-        log.event("bank begun", bank=BANKS[1].name, worker=0, **PLACE)
+        event_log.event("bank begun", bank=BANKS[1].name, worker=0, **PLACE)
         assert warnings(watch, 100) == []
         assert warnings(watch, 310) == [BANKS[1].name]
         assert warnings(watch, 320) == [BANKS[1].name], "once"
@@ -218,7 +220,7 @@ log.stage("training")(lambda job: os.kill(os.getpid(), 9))(job)
     (tmp_path / "recipe.json").write_text(json.dumps({"recipe": dataclasses.asdict(RECIPE)}), encoding="utf-8")
     killed = subprocess.run([sys.executable, "-c", program, tmp_path], env=os.environ)
     assert killed.returncode == -9
-    with (tmp_path / log.FILE).open("a", encoding="utf-8") as file:
+    with (tmp_path / event_log.FILE).open("a", encoding="utf-8") as file:
         file.write('{"time": "2026-')  # what a write leaves that was cut off
     found = status(tmp_path, time.time())
     assert found["state"] == "interrupted"
@@ -228,7 +230,7 @@ log.stage("training")(lambda job: os.kill(os.getpid(), 9))(job)
     assert found["ends"] is None
     assert "the same command goes on" in text(found)
 
-    @log.stage("training")
+    @stage("training")
     def fail(job: Any) -> None:
         raise UserError("the disk is full;\nfree it")
 
@@ -237,31 +239,35 @@ log.stage("training")(lambda job: os.kill(os.getpid(), 9))(job)
     found = status(tmp_path, time.time())
     assert (found["state"], found["error"]) == ("failed", "the disk is full; free it")
     assert "the disk is full" in text(found)
-    started = [event for event in log.events(tmp_path) if event["event"] == "stage started"]
+    started = [event for event in event_log.events(tmp_path) if event["event"] == "stage started"]
     assert len(started) == 2, "the line that was cut off has not spoilt the next one"
 
 
 def test_a_driver_elsewhere_lives_by_its_signs(tmp_path: Path) -> None:
-    @log.stage("training")
+    @stage("training")
     def training(job: Any) -> None:
-        lines = (tmp_path / log.FILE).read_text(encoding="utf-8").replace(log.events(tmp_path)[0]["node"], "another")
-        (tmp_path / log.FILE).write_text(lines, encoding="utf-8")
+        lines = (
+            (tmp_path / event_log.FILE)
+            .read_text(encoding="utf-8")
+            .replace(event_log.events(tmp_path)[0]["node"], "another")
+        )
+        (tmp_path / event_log.FILE).write_text(lines, encoding="utf-8")
         now = time.time()
-        assert status(tmp_path, now + log.BEAT_SECONDS)["state"] == "running"
-        assert status(tmp_path, now + 10 * log.BEAT_SECONDS)["state"] == "interrupted"
+        assert status(tmp_path, now + event_log.BEAT_SECONDS)["state"] == "running"
+        assert status(tmp_path, now + 10 * event_log.BEAT_SECONDS)["state"] == "interrupted"
 
     training(job(tmp_path))
 
 
 def test_events_carry_their_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    @log.stage("features")
+    @stage("features")
     def step(job: Any) -> None:
         warnings.warn("take care", stacklevel=1)
-        log.event("epoch", bank="lite0-f0s0-f0s1", ig={"f0s0": 1.25})
+        event_log.event("epoch", bank="lite0-f0s0-f0s1", ig={"f0s0": 1.25})
 
     with pytest.warns(UserWarning, match="take care"):
         step(job(tmp_path / "run"))
-    begun, warning, epoch, ended = log.events(tmp_path / "run")
+    begun, warning, epoch, ended = event_log.events(tmp_path / "run")
     assert [event["event"] for event in (begun, warning, epoch, ended)] == [
         "stage started",
         "warning",
@@ -273,10 +279,10 @@ def test_events_carry_their_ids(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (warning["level"], warning["text"]) == ("warning", "take care")
     assert epoch["ig"] == {"f0s0": 1.25}
     assert begun["recipe"]["name"] == "tiny"
-    log.event("nobody listens")
-    log.to_stderr("run")
-    log.event("epoch", bank="lite0-f0s0-f0s1", epoch=3)
-    log.LOGGER.handlers.clear()
+    event_log.event("nobody listens")
+    event_log.to_stderr("run")
+    event_log.event("epoch", bank="lite0-f0s0-f0s1", epoch=3)
+    event_log.LOGGER.handlers.clear()
     (line,) = capsys.readouterr().err.splitlines()
     assert json.loads(line).items() >= {"run": "run", "bank": "lite0-f0s0-f0s1", "epoch": 3, "level": "info"}.items()
 
@@ -288,17 +294,17 @@ def test_metrics_and_events_of_a_training(tmp_path: Path, ray_local: None, capsy
     halfway(tmp_path)
     units = progress.bank_units(RECIPE, BANKS, tmp_path)
 
-    @log.stage("training")
+    @stage("training")
     def training(job: Any) -> None:
         with Watch("training", units, tmp_path, 2) as watch:
             watch.look()
 
     training(job(tmp_path))
     training(job(tmp_path))
-    epochs = [event for event in log.events(tmp_path) if event["event"] == "epoch"]
+    epochs = [event for event in event_log.events(tmp_path) if event["event"] == "epoch"]
     assert [event["epoch"] for event in epochs] == [*range(9), *range(5)], "each once, also for the second driver"
     assert epochs[-1].items() >= ({"bank": BANKS[1].name, "ig": {"f1s0": 0.5, "f1s1": 1.0}} | PLACE).items()
-    stopped = [event for event in log.events(tmp_path) if event["event"] == "head stopped"]
+    stopped = [event for event in event_log.events(tmp_path) if event["event"] == "head stopped"]
     assert [(event["bank"], event["head"], event["ig"]) for event in stopped] == [
         (BANKS[0].name, "f0s0", 0.5),
         (BANKS[0].name, "f0s1", 1.0),
@@ -349,7 +355,7 @@ def test_a_finished_run(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert f"validation IG {heads['validation_ig']:.4f} bit" in shown
     for unit in heads["units"]:
         assert re.search(rf"{unit['name']} +done +2/2 done, epoch {unit['epochs']} of", shown)
-    events = log.events(folder)
+    events = event_log.events(folder)
     assert [event["stage"] for event in events if event["event"] == "stage finished"] == [
         "features",
         "training",

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from acw import command, pysaliency_compat, submission
-from acw.backbones import BACKBONES, load_backbone
-from acw.categories import CategoryClassifier
-from acw.center_bias import fixed_gaussian
+from acw import cli
+from acw.data import pysaliency_compat
 from acw.data.images import decode_image
-from acw.finalizer import Finalizer
-from acw.heads import new_heads
-from acw.model import Model
-from acw.storage import UserError
+from acw.evaluation import submission
+from acw.features.backbone import BACKBONES, load_backbone
+from acw.fusion.classifier import CategoryClassifier
+from acw.heads.center_bias import fixed_gaussian
+from acw.heads.finalizer import Finalizer
+from acw.heads.readout import new_heads
+from acw.model.model import Model
+from acw.storage.errors import UserError
 
 SIZES = {"Art/001.jpg": (60, 90), "Art/002.jpg": (64, 64), "Street/001.jpg": (90, 60), "Zoo/001.jpg": (64, 64)}
 
@@ -75,7 +77,7 @@ def cat2000(tmp_path: Path) -> Path:
 
 
 def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
-    command._command([str(argument) for argument in arguments])
+    cli._command([str(argument) for argument in arguments])
     return capsys.readouterr().out.splitlines()
 
 
@@ -219,5 +221,5 @@ def test_the_command_names_what_is_wrong(run_folder: Path, cat2000: Path, tmp_pa
     ]
     for arguments, message in cases:
         with pytest.raises(UserError, match=message):
-            command._command(arguments)
+            cli._command(arguments)
     assert not (tmp_path / "x").exists()

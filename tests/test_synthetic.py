@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from acw.data import load_dataset, synthetic
+from acw.data import known, load_dataset, synthetic
 from acw.data.displays import CATEGORIES, HEIGHT, WIDTH, lay_out, oklch
-from acw.storage import UserError
+from acw.storage.errors import UserError
 
 
 def test_contents() -> None:
@@ -60,20 +60,20 @@ def test_the_optimum_is_far_above_any_one_density_for_all_images() -> None:
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_pixels(category: str) -> None:
-    pixels = synthetic.stimulus_pixels(category, 3)
+    pixels = known.stimulus_pixels(category, 3)
     assert pixels.shape == (HEIGHT, WIDTH, 3)
     assert pixels.dtype == np.uint8
-    np.testing.assert_array_equal(pixels, synthetic.stimulus_pixels(category, 3))
-    assert (pixels != synthetic.stimulus_pixels(category, 4)).any()
-    for spot in lay_out(synthetic.VERSION, category, 3).spots:
+    np.testing.assert_array_equal(pixels, known.stimulus_pixels(category, 3))
+    assert (pixels != known.stimulus_pixels(category, 4)).any()
+    for spot in lay_out(known.VERSION, category, 3).spots:
         assert 0 <= spot.x < WIDTH
         assert 0 <= spot.y < HEIGHT
 
 
 def test_displays_stay_as_they_are_until_the_version_changes() -> None:
     """Features are stored under the version: if this fails on purpose, raise `synthetic.VERSION`."""
-    assert synthetic.VERSION == 1
-    means = [synthetic.stimulus_pixels(category, 0).mean() for category in CATEGORIES]
+    assert known.VERSION == 1
+    means = [known.stimulus_pixels(category, 0).mean() for category in CATEGORIES]
     assert means == pytest.approx([92.14, 106.64, 101.32, 106.17, 122.93, 109.03, 102.86, 89.89], abs=0.05)
     dataset = load_dataset("synthetic")
     assert len(dataset.x) == 17177
@@ -82,8 +82,8 @@ def test_displays_stay_as_they_are_until_the_version_changes() -> None:
 
 def test_a_vivid_decoy_draws_nobody() -> None:
     """The big light item among colours, which would be the target among sizes, is no likelier than its surroundings."""
-    display = lay_out(synthetic.VERSION, "Colour", 0)
-    density = np.exp(synthetic.log_density("Colour", 0))
+    display = lay_out(known.VERSION, "Colour", 0)
+    density = np.exp(known.log_density("Colour", 0))
     decoys = [mark for mark in display.marks if mark.reach > 30]
     assert decoys
     target = display.spots[0]

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from acw.cli import parse
-from acw.storage import UserError, csv_text, write_atomic, write_json
+from acw.pipeline.job import parse
+from acw.storage.errors import UserError
+from acw.storage.files import csv_text, write_atomic, write_json
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("acw", "jobs", "tests", "benchmarks", "tune_spaces")
@@ -67,7 +68,7 @@ print("Straße")
 
 
 def test_what_is_written_is_read_in_any_locale(tmp_path: Path) -> None:
-    from acw.model import FORMAT
+    from acw.model.model import FORMAT
 
     write_json(tmp_path / "overlay.json", {"lr": "Straße"})
     write_json(tmp_path / "model.json", {"format": FORMAT, "categories": ["Straße"], "backbones": []})

@@ -17,18 +17,19 @@ import pytest
 import requests
 
 import acw
-from acw import registry, run_log, tracking
-from acw.backbones import BACKBONES, load_backbone
-from acw.banks import Bank, BankState, Head
-from acw.categories import CategoryClassifier
-from acw.center_bias import fixed_gaussian
-from acw.finalizer import Finalizer
-from acw.heads import new_heads
-from acw.model import Model
+from acw.features.backbone import BACKBONES, load_backbone
+from acw.fusion.classifier import CategoryClassifier
+from acw.heads.center_bias import fixed_gaussian
+from acw.heads.finalizer import Finalizer
+from acw.heads.readout import new_heads
+from acw.model.model import Model
 from acw.recipes import Recipe, derive, named_recipe
-from acw.run_log import log_run
-from acw.storage import UserError, write_json
-from acw.tracking import tracking_uri
+from acw.storage.errors import UserError
+from acw.storage.files import write_json
+from acw.tracking import mlflow_store, registry, runs
+from acw.tracking.mlflow_store import tracking_uri
+from acw.tracking.runs import log_run
+from acw.training.bank import Bank, BankState, Head
 
 CATEGORIES = ["faces", "text"]
 RECIPE = derive(named_recipe("gaze"), {"backbones": "lite0", "seeds": 1, "folds": 2})
@@ -109,7 +110,7 @@ def banks(recipe: Recipe = RECIPE) -> dict[Bank, BankState]:
     state = BankState.new(recipe, BANK, 4)
     for epoch in range(600):  # more metrics than MLflow takes in one call
         second = 0.5 if epoch < 10 else None
-        values = {name: [epoch / 600, second] for name in run_log.EPOCH_METRICS}
+        values = {name: [epoch / 600, second] for name in runs.EPOCH_METRICS}
         state.history.append({"epoch": epoch, "seconds": 1.0, **values})
     return {BANK: state}
 
@@ -128,13 +129,13 @@ def in_store(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_run_is_recorded_once_and_whole(store: str, first: registry.Registration) -> None:
-    client, experiment = tracking.connect(store)
+    client, experiment = mlflow_store.connect(store)
     parent = client.get_run(first.run_id)
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics == {"IG.backbone.lite0": 1.25}
     assert {name: parent.data.params[name] for name in ("backbones", "folds")} == {"backbones": "lite0", "folds": "2"}
     files = {file.path for file in client.list_artifacts(first.run_id)}
-    assert files >= {*run_log.FILES, "weights.png", "curves.png"}
+    assert files >= {*runs.FILES, "weights.png", "curves.png"}
     (child,) = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{first.run_id}'")
     assert child.info.status == "FINISHED"
     curve = client.get_metric_history(child.info.run_id, "ig")
@@ -251,7 +252,7 @@ def test_artifacts_hold_no_pickles_and_stay_beside_the_store(first: registry.Reg
     root = Path(store.removeprefix("sqlite:///")).parent
     descriptions = list(root.rglob("MLmodel"))
     assert descriptions
-    assert all("serving.py" in description.read_text(encoding="utf-8") for description in descriptions)
+    assert all("served_model.py" in description.read_text(encoding="utf-8") for description in descriptions)
     pickles = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib"}
     assert not [path for path in root.rglob("*") if path.suffix in pickles]
     assert not list(root.rglob("*.pyc"))
@@ -275,7 +276,7 @@ def test_champion_moves_only_for_a_certain_gain(
     assert "+0.1000 bit/fixation against champion version 1" in better.reason
     # Against the new champion, what beats the first one is worse.
     assert register("between", BASE_IG + noise + 0.05).alias == "challenger"
-    client, _ = tracking.connect(store)
+    client, _ = mlflow_store.connect(store)
     aliases = {alias: int(version) for alias, version in client.get_registered_model("acw").aliases.items()}
     assert aliases == {"champion": better.version, "challenger": better.version + 1}
 
@@ -294,7 +295,7 @@ def test_killed_attempt_leaves_one_run_and_one_version(
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    client, experiment = tracking.connect(store)
+    client, experiment = mlflow_store.connect(store)
     versions = len(client.search_model_versions("name = 'acw'"))
     runs = len(client.search_runs([experiment]))
     with monkeypatch.context() as patch:
@@ -319,7 +320,7 @@ def test_unusable_stores_and_models_are_refused(
             monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
         uri = f"http://user:secret@127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(UserError, match="no MLflow server answers") as caught:
-            tracking.connect(tracking_uri(tmp_path, uri))
+            mlflow_store.connect(tracking_uri(tmp_path, uri))
         assert "secret" not in str(caught.value)
     with pytest.raises(UserError, match="sqlite:///FILE"):
         tracking_uri(tmp_path, "file:///tmp/mlruns")

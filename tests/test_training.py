@@ -14,14 +14,16 @@ import safetensors.torch
 import torch
 from tiny_training import BANK, CPU, MEMBERS, RECIPE, make_store, make_training_set
 
-from acw import banks, finalizer, heads, training
-from acw.banks import Bank, BankState, Head, checkpoint_path, plan_banks, unfinished
-from acw.batches import Batches, TrainingSet
-from acw.features import FeatureStore
-from acw.finalizer import Finalizer
+from acw.features import tensors
+from acw.features.store import FeatureStore
+from acw.heads import finalizer, readout
+from acw.heads.finalizer import Finalizer
 from acw.recipes import Recipe
-from acw.storage import UserError
-from acw.training import BankAdam, train_epochs
+from acw.storage.errors import UserError
+from acw.training import trainer
+from acw.training.bank import Bank, BankState, Head, checkpoint_path, plan_banks, unfinished
+from acw.training.batches import Batches, TrainingSet
+from acw.training.trainer import BankAdam, train_epochs
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def train(
 ) -> BankState:
     for _ in train_epochs(recipe, bank, training_set, store, folder, CPU):
         pass
-    return BankState.load(banks.checkpoint_path(folder, bank))
+    return BankState.load(bank.checkpoint_path(folder, bank))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_each_head_steps_as_pytorchs_adam_does() -> None:
         for step in range(first, last):
             rows = torch.nonzero(on[step])[:, 0]
             flat = optimiser.flat[rows].requires_grad_(True)
-            flat.grad = heads.flatten(gradients[step])[rows]
+            flat.grad = readout.flatten(gradients[step])[rows]
             optimiser.step(rows, flat)
         optimiser.write_back(state)
 
@@ -136,7 +138,7 @@ def test_the_rate_falls_as_pytorchs_plateau_scheduler_does() -> None:
         for value in state.parameters.values():
             value[:] = epoch
         measured = {"loss": torch.zeros(len(active)), "ig": torch.from_numpy(ig)[active]}
-        training._record(recipe, BANK, state, active, measured, {})
+        trainer._record(recipe, BANK, state, active, measured, {})
         for head in expected:
             before = schedulers[head].best
             schedulers[head].step(float(ig[head]))
@@ -166,7 +168,7 @@ def test_a_target_map_reads_the_upsampled_map_at_the_fixated_pixels() -> None:
 
 def test_the_loss_is_that_of_the_full_density(training_set: TrainingSet, store: FeatureStore) -> None:
     """But for what the grid cannot resolve, which must vanish with its cell: any other mistake would stay."""
-    bank = heads.new_heads(12, 24.0, [1, 2])
+    bank = readout.new_heads(12, 24.0, [1, 2])
     bank["conv5.weight"] *= 6
     folds = torch.tensor([0, 1])
     worst = {}
@@ -177,8 +179,8 @@ def test_the_loss_is_that_of_the_full_density(training_set: TrainingSet, store: 
         for group in batches.groups([0, 1, 2, 3]):
             batch = batches.load(group)
             bias = batches.bias("finalizer_bias", batch.grid)[folds]
-            actual = training.log_likelihood(bank, folds, batch, batches, stride)
-            coarse = finalizer.normalise(finalizer.finalize(bank, heads.readout(bank, batch.features), bias, how))
+            actual = trainer.log_likelihood(bank, folds, batch, batches, stride)
+            coarse = finalizer.normalise(finalizer.finalize(bank, readout.readout(bank, batch.features), bias, how))
             assert float(coarse.amax() - coarse.amin()) > 5
             for position, index in enumerate(group):
                 mine = training_set.image == index
@@ -198,30 +200,30 @@ def test_the_coarsest_sum_within_the_tolerance_is_taken(training_set: TrainingSe
     members = (MEMBERS[2], MEMBERS[3])
     folds = torch.tensor([head.fold for head in members])
     # A smooth head and a sharp one, each with its own stride in the same bank.
-    bank = heads.new_heads(12, 1.0, [1, 2])
+    bank = readout.new_heads(12, 1.0, [1, 2])
     bank["log_sigma"] = torch.tensor([60.0, 5.0]).log()
     bank["center_bias_weight"] *= torch.tensor([0.1, 1.0])
     bank["conv5.weight"] *= torch.tensor([0.1, 12.0])[:, None, None]
-    strides, errors = training.coarsest(bank, members, batches, fresh=False)
+    strides, errors = trainer.coarsest(bank, members, batches, fresh=False)
     assert strides[1] < strides[0] == 12
-    assert (errors < training.LOSS_TOLERANCE).all()
+    assert (errors < trainer.LOSS_TOLERANCE).all()
     everything = [batches.load(group) for group in batches.groups(np.flatnonzero(training_set.fold >= 0))]
     taken, exact, coarse = (
-        torch.cat([training.log_likelihood(bank, folds, batch, batches, s) for batch in everything], 1).mean(1)
+        torch.cat([trainer.log_likelihood(bank, folds, batch, batches, s) for batch in everything], 1).mean(1)
         for s in (strides, 0.5, 16.0)
     )
     for head, stride in enumerate(strides.tolist()):
-        alone = torch.cat([training.log_likelihood(bank, folds, b, batches, stride) for b in everything], 1).mean(1)
+        alone = torch.cat([trainer.log_likelihood(bank, folds, b, batches, stride) for b in everything], 1).mean(1)
         assert float(taken[head]) == pytest.approx(float(alone[head]), abs=1e-5), "as if all heads had its stride"
     # Measured on some of the images.
-    assert (taken - exact).abs().max() < 2 * training.LOSS_TOLERANCE
-    assert (coarse - exact).abs()[1] > training.LOSS_TOLERANCE
-    assert training.coarsest(bank, members, batches, fresh=True)[0].tolist() == [4, 4]
+    assert (taken - exact).abs().max() < 2 * trainer.LOSS_TOLERANCE
+    assert (coarse - exact).abs()[1] > trainer.LOSS_TOLERANCE
+    assert trainer.coarsest(bank, members, batches, fresh=True)[0].tolist() == [4, 4]
 
 
 def test_an_epoch_has_each_development_image_once(training_set: TrainingSet, store: FeatureStore) -> None:
     batches = Batches(training_set, store, RECIPE.finalizer, CPU)
-    epochs = [training.epoch_batches(RECIPE, batches, epoch) for epoch in (0, 1)]
+    epochs = [trainer.epoch_batches(RECIPE, batches, epoch) for epoch in (0, 1)]
     for epoch in epochs:
         assert sorted(np.concatenate(epoch)) == np.flatnonzero(training_set.fold >= 0).tolist()
         assert {len(indices) for indices in epoch} <= set(range(1, RECIPE.batch_size + 1))
@@ -233,11 +235,11 @@ def test_an_epoch_has_each_development_image_once(training_set: TrainingSet, sto
             assert sum(map(len, own)) < len(own) + shapes, "a shape is spread over no more batches than it must"
     first, second = ([indices.tolist() for indices in epoch] for epoch in epochs)
     assert first != second
-    assert [indices.tolist() for indices in training.epoch_batches(RECIPE, batches, 0)] == first
-    alone = training.epoch_batches(dataclasses.replace(RECIPE, batch_size=1), batches, 0)
+    assert [indices.tolist() for indices in trainer.epoch_batches(RECIPE, batches, 0)] == first
+    alone = trainer.epoch_batches(dataclasses.replace(RECIPE, batch_size=1), batches, 0)
     assert sorted(np.concatenate(alone)) == sorted(np.concatenate(epochs[0])), "also where no image is left over"
     other_seed = dataclasses.replace(RECIPE, seed=1)
-    assert [indices.tolist() for indices in training.epoch_batches(other_seed, batches, 0)] != first
+    assert [indices.tolist() for indices in trainer.epoch_batches(other_seed, batches, 0)] != first
 
 
 def test_heads_in_one_bank_end_as_each_head_alone(
@@ -263,14 +265,14 @@ def test_an_epoch_is_a_plain_loop_over_the_folds_training_images(
     start = BankState.new(recipe, Bank("stub", members), 12)
     batches = Batches(training_set, store, recipe.finalizer, CPU)
     for k, fold in enumerate((1, 3)):
-        head = {name: value.requires_grad_(True) for name, value in heads.select(start.parameters, [k]).items()}
+        head = {name: value.requires_grad_(True) for name, value in readout.select(start.parameters, [k]).items()}
         adam = torch.optim.Adam(head.values(), lr=recipe.learning_rate)
         losses = []
-        for indices in training.epoch_batches(recipe, batches, 0):
+        for indices in trainer.epoch_batches(recipe, batches, 0):
             own = [index for index in indices if training_set.fold[index] not in (-1, fold)]
             for index in own:
                 batch = batches.load(np.array([index]))
-                loss = -training.log_likelihood(head, torch.tensor([fold]), batch, batches)[0, 0]
+                loss = -trainer.log_likelihood(head, torch.tensor([fold]), batch, batches)[0, 0]
                 (loss / len(own)).backward()
                 losses.append(loss.item())
             if own:
@@ -283,7 +285,7 @@ def test_an_epoch_is_a_plain_loop_over_the_folds_training_images(
         for index in np.flatnonzero(training_set.fold == fold):
             batch = batches.load(np.array([index]))
             kde = training_set.baseline[fold].of_size(batch.grid) - batch.log_area_B.item()
-            log_likelihood = training.log_likelihood(head, torch.tensor([fold]), batch, batches)[0, 0].item()
+            log_likelihood = trainer.log_likelihood(head, torch.tensor([fold]), batch, batches)[0, 0].item()
             gains.append(log_likelihood - float((kde * batch.target_BHW[0].numpy()).sum()))
         assert state.history[0]["ig"][k] == pytest.approx(np.mean(gains) / np.log(2), abs=1e-3)
 
@@ -386,7 +388,7 @@ def test_held_out_images_are_never_read(
     real = FeatureStore.load
     seen: set[int] = set()
 
-    def load(self: FeatureStore, indices: Any, device: Any = "cpu") -> heads.Features:
+    def load(self: FeatureStore, indices: Any, device: Any = "cpu") -> tensors.Features:
         seen.update(int(index) for index in indices)
         return real(self, indices, device)
 

@@ -18,17 +18,21 @@ from test_faults import kill_driver
 from tiny_training import CPU, make_store, make_training_set
 from tiny_training import RECIPE as TINY
 
-from acw import log, population, search, search_page, tracking, tuning
-from acw.banks import Bank, BankState, Head
-from acw.cli import parse
-from acw.cluster import Allocation
-from acw.features import FeatureStore
-from acw.population import Outcome, Population, train_population
+from acw.cluster import event_log
+from acw.cluster.allocation import Allocation
+from acw.features.store import FeatureStore
+from acw.pipeline.job import parse
 from acw.provenance import provenance
 from acw.recipes import Recipe, named_recipe
-from acw.search import Search, Space, load_space
-from acw.status import status, text
-from acw.storage import UserError, write_json
+from acw.report import search_page
+from acw.search import population, space, tuner
+from acw.search.population import Outcome, Population, train_population
+from acw.search.space import Search, Space, load_space
+from acw.storage.errors import UserError
+from acw.storage.files import write_json
+from acw.tracking import mlflow_store
+from acw.training.bank import Bank, BankState, Head
+from acw.training.status import status, text
 
 SPACES = Path(__file__).parents[1] / "tune_spaces"
 # No rate falls, so what ends a head is its last epoch or its rung.
@@ -129,7 +133,7 @@ def test_banks_that_end_at_different_epochs_have_curves_of_one_length(
     (outcome,) = population.outcomes(short, one, 1, dict(zip(banks, states, strict=True)))
     assert outcome.curves == {"lite0": [0.1, 0.1, 0.1], "lite1": [0.1, 0.2, 0.3]}
     assert (outcome.epochs, outcome.ig) == (3, pytest.approx((0.1 + 0.3) / 2))
-    assert tuning.best_so_far([outcome]) == pytest.approx([0.1, 0.15, 0.2])
+    assert tuner.best_so_far([outcome]) == pytest.approx([0.1, 0.15, 0.2])
 
 
 def _state_after(recipe: Recipe, epochs: int) -> BankState:
@@ -148,7 +152,7 @@ def test_a_configuration_that_goes_astray_is_one_that_is_bad(stores: dict[str, F
         *_, last = train_population(short, odd, (0,), training_set, store, tmp_path / str(len(own)), CPU)
         assert last[-1].state == "diverged"
         assert len(own) == 1 or last[0].state == "finished"
-    assert search.Trialled(1, {}, last[-1]).ig == -math.inf
+    assert space.Trialled(1, {}, last[-1]).ig == -math.inf
 
 
 # --- What is proposed ------------------------------------------------------------------------------------------------
@@ -229,7 +233,7 @@ def test_every_space_can_be_searched_and_says_how(tmp_path: Path, name: str) -> 
     recipe = named_recipe("gaze")
     while found.missing:
         for fields in found.propose().fields:
-            search.derive(recipe, fields)
+            space.derive(recipe, fields)
     assert json.dumps(space.identity)
     with pytest.raises(UserError, match=r"no search space 'no_such'; spaces are .*sigma_lr"):
         _space("no_such")
@@ -257,17 +261,17 @@ def test_a_recipe_that_diverges_is_worse_than_all(tmp_path: Path) -> None:
     proposed = found.propose()
     found.finish(proposed, [Outcome(None, 0, "diverged", {}), *(_ended(0.2) for _ in proposed.own[1:])])
     origin = {"recipe": "gaze"}
-    assert tuning.overlay(found, origin)["search"]["validation_IG_of_the_recipe"] is None
+    assert tuner.overlay(found, origin)["search"]["validation_IG_of_the_recipe"] is None
     recipe = dataclasses.replace(named_recipe("gaze"), backbones=("lite0",))
     record = provenance(recipe) | {"dataset": {"name": "tiny"}}
     write_json(tmp_path / "search.json", found.summary() | {"folds": [0], "provenance": record})
     search_page.write(tmp_path)
     assert "the recipe itself has no finite loss" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    tuning.table(found.trialled)
+    tuner.table(found.trialled)
     none = Search(tmp_path / "none", _space(), 1, 0, seed=0)
     none.finish(none.propose(), [Outcome(None, 0, "diverged", {})])
     with pytest.raises(UserError, match="no configuration has a finite loss"):
-        tuning.overlay(none, origin)
+        tuner.overlay(none, origin)
 
 
 # --- Jobs ------------------------------------------------------------------------------------------------------------
@@ -335,7 +339,7 @@ def test_a_search_finds_the_better_rate_and_writes_it_down(searched: Searched) -
 
 def test_each_configuration_is_a_child_run_with_its_curves(searched: Searched) -> None:
     root = searched.folder.parents[1]
-    client, experiment = tracking.connect(tracking.tracking_uri(root, None))
+    client, experiment = mlflow_store.connect(mlflow_store.tracking_uri(root, None))
     runs = client.search_runs([experiment])
     (parent,) = (run for run in runs if run.data.tags.get("acw.search") == searched.folder.name)
     children = {run.data.tags["acw.configuration"]: run for run in runs if "acw.configuration" in run.data.tags}
@@ -371,10 +375,10 @@ def test_status_tells_of_a_search(searched: Searched, tmp_path: Path, monkeypatc
     ended = status(searched.folder, time.time())
     assert (ended["state"], ended["configurations"]["done"], ended["ends"]) == ("finished", 4, None)
     assert ended["configurations"]["best"]["fields"] == {"learning_rate": 2e-4}
-    monkeypatch.setattr(tuning, "PROGRESS_SECONDS", -1)
+    monkeypatch.setattr(tuner, "PROGRESS_SECONDS", -1)
     found, recipe = Search(tmp_path, _space(), 4, 11, seed=0), named_recipe("gaze")
-    with log.kept(tmp_path, "search", recipe=dataclasses.asdict(recipe)):
-        board = tuning.Board(found, recipe, Allocation(1, 1, 0))
+    with event_log.kept(tmp_path, "search", recipe=dataclasses.asdict(recipe)):
+        board = tuner.Board(found, recipe, Allocation(1, 1, 0))
         population = found.propose()
         assert status(tmp_path, time.time())["minutes_left"] is None
         found.finish(population, [_ended(0.5, "finished") for _ in population.own])

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from acw.turns import Turns
+from acw.training.scheduler import Turns
 
 
 def simulate(banks: dict[str, list[float]], workers: int) -> tuple[float, int]:

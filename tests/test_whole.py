@@ -15,8 +15,9 @@ from servers import free_port, mlflow_server, wait_until_it_answers
 from three_nodes import NODE, PATIENCE, ThreeNodes, finish, head, running, submission, wait_for
 
 import acw
-from acw import s3
-from acw.storage import fetch, listing, local
+from acw.storage import s3
+from acw.storage.addresses import local
+from acw.storage.files import fetch, listing
 
 pytestmark = [
     pytest.mark.faults,

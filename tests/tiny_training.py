@@ -16,17 +16,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from acw import extraction, features, finalizer
-from acw.backbones import Backbone, FrozenBackbone
-from acw.banks import Bank, Head, plan_banks
-from acw.batches import TrainingSet
-from acw.center_bias import GRID, CenterBias
-from acw.cli import run
 from acw.data import Stimulus
-from acw.features import FeatureStore, shard_path
-from acw.pace import Pace
+from acw.features import extraction, store
+from acw.features.backbone import Backbone, FrozenBackbone
+from acw.features.batch_size import Pace
+from acw.features.store import FeatureStore, shard_path
+from acw.heads import finalizer
+from acw.heads.center_bias import GRID, CenterBias
+from acw.pipeline.job import run
 from acw.recipes import Recipe, derive
-from acw.training import train_epochs
+from acw.training.bank import Bank, Head, plan_banks
+from acw.training.batches import TrainingSet
+from acw.training.trainer import train_epochs
 
 CPU = torch.device("cpu")
 RECIPE = dataclasses.replace(
@@ -71,7 +72,7 @@ def stimuli() -> list[Stimulus]:
 def make_store(folder: Path) -> FeatureStore:
     """The store, which is filled unless it is full."""
     network, images = cast(FrozenBackbone, StubNetwork()), stimuli()
-    shards = range(-(-IMAGES // features.SHARD_IMAGES))
+    shards = range(-(-IMAGES // store.SHARD_IMAGES))
     if not shard_path(folder, shards[-1]).exists():
         extraction.write_shards(network, BACKBONE, images, shards, folder, Pace(CPU))
     readouts = tuple(BACKBONE.readout_size(image.size) for image in images)
@@ -119,8 +120,8 @@ def train_alone(recipe: Recipe, folder: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    from acw.cluster import connect
-    from acw.distributed import train
+    from acw.cluster.joining import connect
+    from acw.training.distributed import train
 
     folder = Path(argv[0])
     recipe = derive(RECIPE, dict(word.split("=") for word in argv[1:]))

@@ -16,7 +16,7 @@ import numpy as np
 
 from acw.data.images import inspect_image
 from acw.data.recording import Recording, listed
-from acw.storage import UserError
+from acw.storage.errors import UserError
 
 Units = Literal["px", "share"]
 Origin = Literal["corner", "centre"]

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from acw.data import known
 from acw.data.images import decode_image
-from acw.storage import UserError, fetch, fingerprint
+from acw.storage.checksums import fingerprint
+from acw.storage.errors import UserError
+from acw.storage.files import fetch
 
 SYNTHETIC = "synthetic"
 
@@ -43,10 +46,7 @@ class Stimulus:
         """
         display = _display(self)
         if display is not None:
-            # `synthetic` makes data sets out of this module, so it cannot be imported at the top.
-            from acw.data import synthetic
-
-            return synthetic.stimulus_pixels(*display)
+            return known.stimulus_pixels(*display)
         pixels = decode_image(fetch(Path(self.path), immutable=True))
         if pixels.shape[:2] != self.size:
             was, now = (f"{width}x{height}" for height, width in (self.size, pixels.shape[:2]))
@@ -128,9 +128,7 @@ class Dataset:
         display = _display(self.stimuli[i])
         if display is None:
             return None
-        from acw.data import synthetic
-
-        return synthetic.log_density(*display)
+        return known.log_density(*display)
 
     def summary(self) -> dict[str, Any]:
         """What a result records of its data set, as JSON."""

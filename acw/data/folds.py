@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from acw.data.dataset import Dataset
-from acw.storage import UserError, fingerprint
+from acw.storage.checksums import fingerprint
+from acw.storage.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

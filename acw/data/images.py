@@ -12,8 +12,8 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import ExifTags, Image
 
-from acw.file_kinds import recognised
-from acw.storage import UserError
+from acw.storage.errors import UserError
+from acw.storage.file_kinds import recognised
 
 # Only these decoders are ever tried, each on the files that are named so: Pillow has some thirty others, one of which
 # runs Ghostscript.

@@ -17,7 +17,8 @@ from acw.data.readers import READERS, fitting_reader
 from acw.data.recording import Recording, printable, refuse
 from acw.data.remote import bring
 from acw.data.statement import read_statement
-from acw.storage import UserError, local, mirrored, shown
+from acw.storage.addresses import local, mirrored, shown
+from acw.storage.errors import UserError
 
 
 def load_dataset(

@@ -13,7 +13,8 @@ import numpy as np
 
 from acw.data.dataset import Stimulus
 from acw.data.images import inspect_image, names_stimulus
-from acw.storage import UserError, resolve_inside
+from acw.storage.errors import UserError
+from acw.storage.files import resolve_inside
 
 NO_CATEGORY = "all"
 # How tables, MATLAB, R and eye trackers write that there is none; compared without regard to case.

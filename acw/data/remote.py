@@ -6,7 +6,7 @@ from pathlib import Path
 
 from acw.data.readers import READERS, fitting_reader
 from acw.data.statement import STATEMENT
-from acw.storage import UserError
+from acw.storage.errors import UserError
 
 
 def reads(reader: str, name: str) -> bool:
@@ -19,9 +19,9 @@ def bring(folder: Path, reader: str | None, fixations: bool) -> str:
 
     Raises UserError if there is nothing, if it does not fit on this node, or cannot be had.
     """
-    from acw import mirror
+    from acw.storage import cache
 
-    objects = {path.relative_to(folder).as_posix(): (path, found) for path, found in mirror.listing(folder)}
+    objects = {path.relative_to(folder).as_posix(): (path, found) for path, found in cache.listing(folder)}
     if not objects:
         raise UserError(
             f"dataset {folder}: there is nothing; correct the address, or upload a folder by: "
@@ -32,5 +32,5 @@ def bring(folder: Path, reader: str | None, fixations: bool) -> str:
         return any(other == name or other.startswith(f"{name}/") for other in objects)
 
     chosen = reader or fitting_reader(folder, has, fixations)
-    mirror.synchronise(folder, dict(objects.values()), lambda name: reads(chosen, name))
+    cache.synchronise(folder, dict(objects.values()), lambda name: reads(chosen, name))
     return chosen

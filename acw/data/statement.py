@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from acw.storage import UserError
+from acw.storage.errors import UserError
 
 STATEMENT = "acw.json"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from acw.data.readers import cat2000, hdf5, table
 from acw.data.recording import Reader
-from acw.storage import UserError
+from acw.storage.errors import UserError
 
 # By name, in the order in which they are tried on a folder: where it is both, the HDF5 pair wins.
 READERS: dict[str, Reader] = {module.READER.name: module.READER for module in (hdf5, cat2000, table)}

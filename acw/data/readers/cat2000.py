@@ -12,8 +12,9 @@ import numpy as np
 
 from acw.data.images import names_stimulus
 from acw.data.recording import Reader, Recording, is_stimulus, refuse, stimulus
-from acw.file_kinds import recognised
-from acw.storage import UserError, resolve_inside
+from acw.storage.errors import UserError
+from acw.storage.file_kinds import recognised
+from acw.storage.files import resolve_inside
 
 _IMAGE = re.compile(r"(trainSet/)?Stimuli/[^/]+/[^/]+")
 _FIXATIONS = re.compile(r"(trainSet/)?FIXATIONLOCS/[^/]+/[^./][^/]*\.mat")

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from acw import pysaliency_compat
+from acw.data import pysaliency_compat
 from acw.data.images import names_stimulus
 from acw.data.recording import NO_CATEGORY, Folder, Reader, Recording, stimulus, subjects
-from acw.file_kinds import recognised
-from acw.storage import UserError, resolve_inside
+from acw.storage.errors import UserError
+from acw.storage.file_kinds import recognised
+from acw.storage.files import resolve_inside
 
 FILES = ("stimuli.hdf5", "fixations.hdf5")
 
@@ -59,7 +60,7 @@ def _read(folder: Path, fixations: str | None) -> Recording:
 def _hdf5_object(folder: Path, name: str) -> Any:
     import h5py
 
-    from acw.hdf5 import keys_of
+    from acw.storage.hdf5 import keys_of
 
     pysaliency = pysaliency_compat.load()
     path = folder / name

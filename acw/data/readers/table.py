@@ -13,7 +13,9 @@ import numpy as np
 
 from acw.data.images import names_stimulus
 from acw.data.recording import NO_CATEGORY, Folder, Reader, Recording, is_missing, refuse, stimulus, subjects
-from acw.storage import UserError, fetch, local
+from acw.storage.addresses import local
+from acw.storage.errors import UserError
+from acw.storage.files import fetch
 
 NEEDED = ("image", "x", "y")
 KNOWN = (*NEEDED, "subject", "category")

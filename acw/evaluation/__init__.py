@@ -1,0 +1,1 @@
+"""Scores: metrics, gold standard, intervals, other models, the benchmark file."""

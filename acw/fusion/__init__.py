@@ -1,0 +1,1 @@
+"""Mixes the densities of components: weights by EM on out-of-fold predictions, categories inferred."""

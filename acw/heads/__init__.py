@@ -1,0 +1,1 @@
+"""From features to densities: readouts, finalizer, centre bias, ensembles of heads."""

@@ -1,0 +1,401 @@
+"""A finished model: frozen backbones, trained heads, category weights. One line loads it, one line predicts.
+
+model = acw.load("runs/gaze-.../")                        # or an MLflow URI: models:/acw@champion
+prediction = model.predict(image, category="Street")      # a path, a PIL image, uint8 (H, W, 3), ...; category or none
+prediction.log_density                                     # (H, W) float32, natural log, logsumexp 0
+for prediction in model.predict_batch(images): ...         # many images, in order, in bounded memory
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from acw.features.backbone import Backbone, FrozenBackbone, load_backbone
+from acw.features.store import compute
+from acw.features.tensors import Features
+from acw.fusion.classifier import CategoryClassifier
+from acw.heads.center_bias import CenterBias
+from acw.heads.ensemble import ensemble, mixture
+from acw.heads.finalizer import Finalizer
+from acw.heads.readout import Parameters
+from acw.model.arguments import as_center_bias, as_device, as_image
+from acw.storage.errors import UserError
+from acw.storage.files import fetch, write_atomic, write_json
+
+FORMAT = 2
+# Pixels of the images that pass the backbones together; bounds memory, does not change a number beyond rounding.
+PIXELS_AT_ONCE = {"cpu": 2**21, "cuda": 2**23}
+# A backbone's input of one pixel counts as so many of the image: as in DeepGaze IIE, which halves width and height.
+PIXELS_PER_INPUT_PIXEL = 4
+# Times PIXELS_AT_ONCE for which a backbone is loaded, where one is in memory at a time.
+PASSES_PER_LOAD = 4
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """log_density: (H, W) float32, natural logs, logsumexp 0. categories: name -> p(category | image).
+
+    weights: backbone -> share in the mixture.
+    """
+
+    log_density: np.ndarray
+    categories: dict[str, float]
+    weights: dict[str, float]
+
+
+@dataclass
+class Model:
+    """All that prediction needs, and where it comes from.
+
+    heads: per component the stacked parameters of its K heads. A component is a backbone with all of its heads or,
+    in a model of several `systems` that were trained jointly, each with weights of its own, with those of one system.
+    weights: (G, C) float64, rows of `categories`, columns of `components`. center_bias: the stored KDE, baseline of IG;
+    finalizer_bias: what the heads add, it or the paper's.
+    provenance: recipe, seeds, versions, commit, data set, split.
+
+    one_backbone_at_a_time: set it to keep only the backbone in use in memory: of DeepGaze IIE's four, 90 MB instead of
+    320 MB. The price is that each is loaded anew (a third of a second) for every window of a batch: predict many images
+    by one `predict_batch`, not one by one.
+    """
+
+    backbones: list[Backbone]
+    heads: dict[str, Parameters]
+    finalizer: Finalizer
+    categories: list[str]
+    weights: np.ndarray
+    global_weights: np.ndarray
+    center_bias: CenterBias
+    finalizer_bias: CenterBias
+    classifier: CategoryClassifier
+    provenance: dict[str, Any]
+    systems: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    one_backbone_at_a_time: bool = False
+    _loaded: dict[str, FrozenBackbone] = field(default_factory=dict, repr=False)
+
+    def predict(self, image: Any, category: str | None = None, center_bias: Any = None) -> Prediction:
+        """The density of one image of any size: a path, a PIL image, uint8 (H, W, 3) RGB or what else `as_image` takes.
+
+        Without a category, the weights are `sum_c p(c | image) w[c]`. center_bias: float (H, W) natural log-density of
+        the image's size that the heads add instead of their own, as an array or a tensor; a constant in it changes
+        nothing. Raises UserError for a category that the model does not know or a file that is no image, ValueError for
+        what is no image or centre bias.
+        """
+        pixels = as_image(image)
+        if center_bias is None:
+            return next(self.predict_batch([pixels], [category]))
+        (((pixels, category),),) = self._windows([(pixels, category)])
+        size = (pixels.shape[0], pixels.shape[1])
+        given = as_center_bias(center_bias, size)
+        # A step towards 0 first: what float32 keeps of a log-density are its differences.
+        bias = self.finalizer.on_grid(torch.from_numpy((given - given.max()).astype(np.float32))).to(self.device)
+        ((log_densities, pooled),) = self._densities([pixels], bias)
+        return self._mixed(log_densities, pooled, size, category)
+
+    def predict_batch(
+        self, images: Iterable[Any], categories: Iterable[str | None] | None = None
+    ) -> Iterator[Prediction]:
+        """The densities of many images, each as `predict` takes it, in order; categories: one an image.
+
+        They are worked on in windows of a few megapixels, so memory does not grow with the number of images, which may
+        come from a generator; images of one size in a window pass the backbones together. Raises as `predict` does,
+        before the window with the wrong image.
+        """
+        shape = tuple(images.shape) if isinstance(images, np.ndarray | Tensor) else None
+        if isinstance(images, str | bytes) or not isinstance(images, Iterable) or (shape and len(shape) != 4):
+            found = f"an array {shape}" if shape else type(images).__name__
+            raise ValueError(f"predict_batch takes several images, not {found}; predict takes one")
+        if isinstance(categories, str):
+            raise ValueError(f"categories are one an image, not '{categories}' for all; give a list")
+        if categories is None:
+            pairs: Iterable[tuple[Any, str | None]] = ((image, None) for image in images)
+        else:
+            pairs = zip(images, categories, strict=True)
+        return self._predicted(pairs)
+
+    def _predicted(self, pairs: Iterable[tuple[Any, str | None]]) -> Iterator[Prediction]:
+        for window in self._windows(pairs):
+            densities = self._densities([image for image, _ in window])
+            for (image, category), (log_densities, pooled) in zip(window, densities, strict=True):
+                yield self._mixed(log_densities, pooled, (image.shape[0], image.shape[1]), category)
+
+    def _windows(self, pairs: Iterable[tuple[Any, str | None]]) -> Iterator[list[tuple[np.ndarray, str | None]]]:
+        """The images with their categories, checked, as many at a time as memory is meant for."""
+        room = PIXELS_AT_ONCE[as_device(self.device).type] * (PASSES_PER_LOAD if self.one_backbone_at_a_time else 1)
+        window: list[tuple[np.ndarray, str | None]] = []
+        pixels = 0
+        for number, (given, category) in enumerate(pairs):
+            image = as_image(given, f"images[{number}]")
+            if category is not None:
+                self._row(category)
+            own = self._pixels((image.shape[0], image.shape[1]))
+            if window and pixels + own > room:
+                yield window
+                window, pixels = [], 0
+            window.append((image, category))
+            pixels += own
+        if window:
+            yield window
+
+    def _pixels(self, size: tuple[int, int]) -> int:
+        """What an image of (H, W) px needs memory for, in px: itself, or the largest of the backbones' inputs."""
+        inputs = [math.prod(backbone.input_size(size)) for backbone in self.backbones]
+        return max(math.prod(size), PIXELS_PER_INPUT_PIXEL * max(inputs))
+
+    def _densities(
+        self, images: Sequence[np.ndarray], bias_HW: Tensor | None = None
+    ) -> list[tuple[Tensor, np.ndarray]]:
+        """Of each image (C, H, W) the components' densities on its grid, and (D,) pooled features.
+
+        bias_HW: a centre bias on the grid instead of the heads' own, for images of one size.
+        """
+        by_size = defaultdict(list)
+        for index, image in enumerate(images):
+            by_size[image.shape[0], image.shape[1]].append(index)
+        biases = {size: self._bias(size) if bias_HW is None else bias_HW for size in by_size}
+        passes = []
+        for size, members in by_size.items():
+            at_once = max(1, PIXELS_AT_ONCE[self.device.type] // self._pixels(size))
+            passes += [(size, members[start : start + at_once]) for start in range(0, len(members), at_once)]
+        densities: list[list[Tensor]] = [[] for _ in images]
+        pooled: list[list[np.ndarray]] = [[] for _ in images]
+        for backbone in self.backbones:
+            for size, members in passes:
+                pixels = np.stack([images[index] for index in members])
+                features, means = compute(self.loaded(backbone), backbone, pixels)
+                mixed_BCHW = self._ensembles(backbone.name, features, biases[size], size)
+                for index, density, mean in zip(members, mixed_BCHW, means.double().cpu().numpy(), strict=True):
+                    densities[index].append(density)
+                    pooled[index].append(mean)
+        return [(torch.cat(d), np.concatenate(p)) for d, p in zip(densities, pooled, strict=True)]
+
+    def _ensembles(self, backbone: str, features: Features, bias_HW: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, systems, H, W): the densities of a backbone's components for images of `size` px."""
+        area = self.finalizer.area(size)
+        area = None if area is None else area.to(self.device)
+        banks = [self.heads[component] for component in self._components(backbone)]
+        return torch.stack([ensemble(bank, features, bias_HW, self.finalizer, area) for bank in banks], 1)
+
+    @torch.no_grad()
+    def _mixed(
+        self, log_densities_CHW: Tensor, pooled: np.ndarray, size: tuple[int, int], category: str | None
+    ) -> Prediction:
+        """The prediction for an image of a size; at that size, one component's map is in memory at a time."""
+        probabilities = self.classifier.probabilities(pooled[None])[0]
+        weights = self.mixing_weights(category, probabilities)
+        weight_C = torch.from_numpy(weights).float().to(log_densities_CHW.device)
+
+        def upsampled() -> Iterator[tuple[Tensor, Tensor]]:
+            for log_density, weight in zip(log_densities_CHW.split(1), weight_C.split(1), strict=True):
+                yield self.finalizer.upsample(log_density, size)[None], weight
+
+        mixed = mixture(upsampled)
+        return Prediction(
+            mixed[0].cpu().numpy(),
+            dict(zip(self.categories, probabilities.tolist(), strict=True)),
+            dict(zip(self.names, self.by_backbone(weights).tolist(), strict=True)),
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Of the backbones."""
+        return [backbone.name for backbone in self.backbones]
+
+    @property
+    def components(self) -> list[str]:
+        """What the weights mix: the backbones, or each backbone in each system, a backbone's own next to each other."""
+        return [component for name in self.names for component in self._components(name)]
+
+    def _components(self, backbone: str) -> list[str]:
+        return [backbone] if self.systems == 1 else [f"{backbone}/{system}" for system in range(self.systems)]
+
+    @property
+    def backbone_rows(self) -> dict[str, np.ndarray]:
+        """Backbone -> (C,) weights of the mixture that is the mean of its components."""
+        rows = np.repeat(np.eye(len(self.names)), self.systems, axis=1) / self.systems
+        return dict(zip(self.names, rows, strict=True))
+
+    def by_backbone(self, weights: np.ndarray) -> np.ndarray:
+        """(..., B) weights of the backbones from those of the components (..., C)."""
+        return weights.reshape(*weights.shape[:-1], len(self.names), self.systems).sum(-1)
+
+    def mixing_weights(self, category: str | None, probabilities: np.ndarray) -> np.ndarray:
+        """(C,) weights for a category, or for p(category | image) (G,) where it is not known."""
+        if category is None:
+            return probabilities @ self.weights
+        return self.weights[self._row(category)]
+
+    def _row(self, category: str) -> int:
+        # One name has several forms in Unicode: those of macOS's folders are others than those of a keyboard.
+        names = [unicodedata.normalize("NFC", name) for name in self.categories]
+        wanted = unicodedata.normalize("NFC", category) if isinstance(category, str) else category
+        if wanted not in names:
+            raise UserError(f"unknown category '{category}'; the model knows {', '.join(self.categories)}, or none")
+        return names.index(wanted)
+
+    def component_log_densities(self, image: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """(C, H, W) each component's density on the grid, and (D,) pooled features, of one uint8 image (H, W, 3)."""
+        return self._densities([image])[0]
+
+    def stored_log_densities(self, features: Sequence[Features], size: tuple[int, int]) -> Tensor:
+        """(C, H, W) the same for an image of `size` px from the backbones' features of it."""
+        bias = self._bias(size)
+        return torch.cat(
+            [self._ensembles(name, one, bias, size)[0] for name, one in zip(self.names, features, strict=True)]
+        )
+
+    def _bias(self, size: tuple[int, int]) -> Tensor:
+        return torch.from_numpy(self.finalizer_bias.of_size(self.finalizer.grid(size))).to(self.device)
+
+    def load_backbones(self) -> None:
+        """Loads all networks now, so that a copy of the model on another machine needs no file."""
+        for backbone in self.backbones:
+            self.loaded(backbone)
+
+    def loaded(self, backbone: Backbone) -> FrozenBackbone:
+        """A backbone's network, loaded the first time that it is asked for."""
+        if backbone.name not in self._loaded:
+            if self.one_backbone_at_a_time:
+                self._loaded.clear()
+            self._loaded[backbone.name] = load_backbone(backbone, self.device)
+        return self._loaded[backbone.name]
+
+    def save(self, folder: Path, networks: Sequence[FrozenBackbone]) -> None:
+        """Writes the model with its backbones' weights, so that it needs no other file; model.json comes last."""
+        backbones = []
+        for backbone, network in zip(self.backbones, networks, strict=True):
+            file = f"backbone-{network.weights_sha256[:16]}.safetensors"
+            state = network.state()
+            write_atomic(folder / file, functools.partial(save_file, state))
+            backbones.append(dataclasses.asdict(backbone) | {"weights": file, "source": backbone.weights})
+        heads = {f"{name}/{key}": value for name, bank in self.heads.items() for key, value in bank.items()}
+        write_atomic(folder / "heads.safetensors", lambda temporary: save_file(heads, temporary))
+        arrays = self._arrays()
+        write_atomic(folder / "fusion.safetensors", lambda temporary: save_arrays(arrays, temporary))
+        description = {
+            "format": FORMAT,
+            "backbones": backbones,
+            "finalizer": dataclasses.asdict(self.finalizer),
+            "systems": self.systems,
+            "categories": self.categories,
+            "center_bias": [self.center_bias.bandwidth, self.center_bias.uniform_weight],
+            "finalizer_bias": [self.finalizer_bias.bandwidth, self.finalizer_bias.uniform_weight],
+            "classifier_accuracy": self.classifier.accuracy,
+            "provenance": self.provenance,
+        }
+        write_json(folder / "model.json", description)
+
+    def state_dict(self, networks: Sequence[FrozenBackbone]) -> dict[str, Tensor]:
+        """Every tensor of the model by name, such as `heads/lite0/conv0.weight`: for those who want to read a plain
+        PyTorch file. What they mean together is in `save`'s model.json."""
+        state = {
+            f"backbones/{b.name}/{k}": v
+            for b, n in zip(self.backbones, networks, strict=True)
+            for k, v in n.state().items()
+        }
+        state |= {
+            f"heads/{name}/{key}": value.cpu() for name, bank in self.heads.items() for key, value in bank.items()
+        }
+        # Copied: arrays of Ray's are read-only, of which torch warns.
+        return state | {name: torch.tensor(array) for name, array in self._arrays().items()}
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        arrays = {
+            "weights": self.weights,
+            "global_weights": self.global_weights,
+            "center_bias": self.center_bias.log_density,
+            "finalizer_bias": self.finalizer_bias.log_density,
+            "classifier.mean": self.classifier.mean,
+            "classifier.scale": self.classifier.scale,
+            "classifier.weight": self.classifier.weight,
+            "classifier.bias": self.classifier.bias,
+        }
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu") -> Model:
+        """The model of a folder that `save` wrote; raises UserError where there is none, or a damaged one.
+
+        It may come from anywhere: numbers and names are all that is taken from it, never code.
+        """
+        try:
+            return cls._read(folder, describe(folder), as_device(device))
+        except UserError:
+            raise
+        except PermissionError as error:
+            raise UserError(f"{folder}: the model cannot be read ({error}); correct its files' permissions") from error
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise UserError(f"{folder}: this model is damaged ({reason}); copy it anew") from error
+
+    @classmethod
+    def _read(cls, folder: Path, description: dict[str, Any], device: torch.device) -> Model:
+        backbones = [stored_backbone(folder, fields) for fields in description["backbones"]]
+        stacked = load_file(fetch(folder / "heads.safetensors"), device=str(device))
+        heads: dict[str, Parameters] = defaultdict(dict)
+        for key, value in stacked.items():
+            component, _, name = key.rpartition("/")
+            heads[component][name] = value
+        finalizer = description["finalizer"]
+        arrays = load_arrays(fetch(folder / "fusion.safetensors"))
+        classifier = {name.partition(".")[2]: array for name, array in arrays.items() if name.startswith("classifier.")}
+        return cls(
+            backbones,
+            heads,
+            Finalizer(**finalizer | {"steps": tuple(tuple(step) for step in finalizer["steps"])}),
+            description["categories"],
+            arrays["weights"],
+            arrays["global_weights"],
+            CenterBias(arrays["center_bias"], *description["center_bias"]),
+            CenterBias(arrays["finalizer_bias"], *description["finalizer_bias"]),
+            CategoryClassifier(**classifier, accuracy=description["classifier_accuracy"]),
+            description["provenance"],
+            description["systems"],
+            device,
+        )
+
+
+def stored_backbone(folder: Path, fields: dict[str, Any]) -> Backbone:
+    """One of the backbones that a model.json describes, with its weights in the model's folder."""
+    known = {name: value for name, value in fields.items() if name != "source"}
+    own: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
+    return Backbone(**own | {"weights": str(folder / fields["weights"])})
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """A model's model.json; raises UserError where there is no model that this version reads."""
+    path = fetch(folder / "model.json")
+    if not path.exists():
+        raise UserError(f"{folder}: no model here (model.json is missing); give a finished run's folder or a model URI")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        version = description["format"]
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is no description of a model; copy the model anew") from error
+    if version != FORMAT:
+        raise UserError(f"{path}: format {version}, this acw reads {FORMAT}; use the acw that wrote it")
+    for backbone in description["backbones"]:
+        file = Path(backbone["weights"])
+        # timm would ask a model hub, or another folder, for a name with a colon.
+        if file.name != backbone["weights"] or file.suffix != ".safetensors" or ":" in backbone["timm_name"]:
+            raise UserError(f"{path}: the weights of {backbone['name']} are not in its folder; copy the model anew")
+    return description

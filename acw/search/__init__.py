@@ -1,0 +1,1 @@
+"""Searches recipe fields: spaces, populations that train in one pass, Ray Tune."""

@@ -1,0 +1,1 @@
+"""MLflow: the store, a run in it, the registry."""

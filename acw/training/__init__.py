@@ -1,0 +1,1 @@
+"""Trains heads: banks of them, batches, the loss, the loop, workers, progress."""

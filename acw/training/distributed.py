@@ -1,0 +1,189 @@
+"""Training's entry on a Ray cluster: banks of heads spread over a crew of Ray Train's workers, systems of a joint
+training over Ray's tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acw.cluster import event_log
+from acw.cluster.allocation import Allocation, allocate, place_of, room
+from acw.cluster.costs import Cost, peak_rss
+from acw.cluster.process import compute_with
+from acw.features.store import FeatureStore
+from acw.heads.readout import Parameters
+from acw.recipes import Recipe
+from acw.storage.errors import UserError
+from acw.storage.files import fetch
+from acw.training.bank import Bank, plan_banks, system_path, unfinished
+from acw.training.batches import TrainingSet
+from acw.training.joint import JointSet, SystemState, train_system, unfinished_systems
+from acw.training.monitor import WATCH_SECONDS, Watch
+from acw.training.progress import Standing, Unit, bank_units, epoch_fields, read, system_units
+from acw.training.trainer import train_epochs
+from acw.training.worker_group import News, complete, new_board
+
+# How often the joint training of a fold may be lost with its node; each loss costs an epoch at most.
+MAX_RETRIES = 10
+UNIT = "heads x images"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every worker gets. board: `crew.Board`, as an actor, which says whose turn it is."""
+
+    recipe: Recipe
+    training_set: TrainingSet
+    stores: dict[str, FeatureStore]
+    folder: Path
+    allocation: Allocation
+    board: Any
+
+
+def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureStore], folder: Path) -> Cost:
+    """Trains all heads of a recipe that have epochs left; leaves their checkpoints in the run's folder.
+
+    Returns the cost, in which an image counts once for every head that trained or was validated on it.
+    Raises UserError for what a user can mend, which workers that are lost again and again are too.
+    """
+    banks = plan_banks(recipe)
+    waiting = unfinished(recipe, folder)
+    if not waiting:
+        print(f"training: all {sum(len(bank.members) for bank in banks)} heads are trained", flush=True)
+        return Cost(0.0, 0, peak_rss(), UNIT)
+    units = bank_units(recipe, banks, folder)
+    start, before = time.monotonic(), _work(units)[0]
+    # Cores are shared out as for all banks: a rerun then has the threads, and so the heads, of an uninterrupted run.
+    allocation = allocate(len(banks), recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
+    workers = min(allocation.workers, room(allocation), len(waiting))
+    crew = dataclasses.replace(allocation, workers=workers)
+    print(
+        f"training {sum(len(bank.members) for bank in waiting)} heads in {len(waiting)} banks on {crew}",
+        flush=True,
+    )
+    board = new_board()
+    work = Work(recipe, training_set, stores, folder, allocation, board)
+
+    def left() -> dict[str, float]:
+        mine = {bank.name for bank in unfinished(recipe, folder)}
+        return {unit.name: _left(read(unit), stores[unit.backbone])[0] for unit in units if unit.name in mine}
+
+    def epochs() -> int:
+        return sum(read(unit).epochs for unit in units)
+
+    with Watch("training", units, folder, workers):
+        complete(run_worker, {"work": work}, left, epochs, board, allocation, folder)
+    after, peak = _work(units)
+    return Cost(time.monotonic() - start, after - before, max(peak, peak_rss()), UNIT)
+
+
+def train_jointly(recipe: Recipe, data: JointSet, heads: Sequence[dict[str, Parameters]], folder: Path) -> Cost:
+    """Fine-tunes the folds' systems that have epochs left; leaves their checkpoints in the run's folder.
+
+    heads: per fold and backbone, where the systems start from. Returns the cost, in which an image counts once for
+    every head that trained or was validated on it. Raises UserError for what a user can mend.
+    """
+    import ray
+
+    waiting = unfinished_systems(recipe, folder)
+    if not waiting:
+        print(f"joint training: all {recipe.folds} systems are trained", flush=True)
+        return Cost(0.0, 0, peak_rss(), UNIT)
+    allocation = allocate(recipe.folds, recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
+    board = new_board()
+    news = News(board, "joint training")
+    systems = system_units(recipe, folder)
+
+    # A task that dies with its node starts again, from its checkpoint.
+    @ray.remote(num_cpus=allocation.cpus, num_gpus=allocation.gpus, max_retries=MAX_RETRIES)
+    def one(data: JointSet, heads: dict[str, Parameters], fold: int) -> tuple[int, int, int]:
+        compute_with(allocation.cpus)
+        device = torch.device("cuda" if torch.cuda.is_available() and allocation.gpus else "cpu")
+        place = place_of(allocation, device)
+        unit, epochs = systems[fold], 0
+        event_log.to_stderr(folder.name)
+        event_log.event("bank begun", bank=unit.name, **place)
+        ray.get(board.begin.remote(unit.name, place))
+        for state in train_system(recipe, fold, data, heads, folder, device, place):
+            epochs += 1
+            event_log.event("epoch", **epoch_fields(unit, state.history[-1]))
+        return fold, epochs, peak_rss()
+
+    start, shared, trained, peak = time.monotonic(), ray.put(data), 0, peak_rss()
+    out = [one.remote(shared, heads[fold], fold) for fold in waiting]
+    with Watch("joint training", systems, folder, min(allocation.workers, len(waiting))):
+        while out:
+            ready, out = ray.wait(out, timeout=WATCH_SECONDS)
+            news.show()
+            for fold, epochs, memory in ray.get(ready):
+                trained, peak = trained + epochs, max(peak, memory)
+                state = SystemState.load(fetch(system_path(folder, fold)))
+                print(
+                    f"joint training: fold {fold} done after {len(state.history)} epochs, {len(waiting) - len(out)}/"
+                    f"{len(waiting)} systems, validation IG {state.best_ig:.4f} bit",
+                    flush=True,
+                )
+    images = int((data.training.fold >= 0).sum()) * len(recipe.backbones) * recipe.seeds
+    return Cost(time.monotonic() - start, trained * images, peak, UNIT)
+
+
+def _work(units: Sequence[Unit]) -> tuple[int, int]:
+    """(head, image) pairs that the banks' checkpoints tell of, and the largest resident memory of a worker, bytes."""
+    epochs = [entry for unit in units for entry in read(unit).history]
+    pairs = sum(entry["head_images_per_second"] * entry["seconds"] for entry in epochs)
+    return round(pairs), max((entry["peak_rss"] for entry in epochs), default=0)
+
+
+def run_worker(config: dict) -> None:
+    """What a Ray Train worker does: trains epochs of the banks whose turn it is."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    work: Work = config["work"]
+    rank = ray.train.get_context().get_world_rank()
+    # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
+    device = get_device() if torch.cuda.is_available() else torch.device("cpu")
+    place = place_of(work.allocation, device)
+    event_log.to_stderr(work.folder.name)
+    compute_with(work.allocation.cpus)
+    banks = {bank.name: bank for bank in plan_banks(work.recipe)}
+    try:
+        turn = ray.get(work.board.turn.remote(rank))
+        while turn:
+            turn = _train_while_its_turn(work, banks[turn], device, place, rank)
+    except UserError as error:
+        # Raised, it would be tried again with the same end, as if a node had been lost.
+        ray.get(work.board.complain.remote(str(error)))
+
+
+def _train_while_its_turn(work: Work, bank: Bank, device: torch.device, place: dict[str, Any], rank: int) -> str:
+    """Trains a bank until it is done, or another one's turn has come; the name of that, or "" for none."""
+    import ray
+
+    (unit,), store = bank_units(work.recipe, [bank], work.folder), work.stores[bank.backbone]
+    event_log.event("bank begun", bank=bank.name, heads=unit.heads, **place)
+    ray.get(work.board.begin.remote(bank.name, place | {"worker": rank}))
+    for state in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device, place):
+        event_log.event("epoch", **epoch_fields(unit, state.history[-1]))
+        standing = Standing(unit, state.history, state.learning_rate.tolist(), state.bad_epochs.tolist())
+        turn = ray.get(work.board.turn.remote(rank, *_left(standing, store)))
+        if turn != bank.name:
+            return turn
+    return ray.get(work.board.turn.remote(rank))
+
+
+def _left(standing: Standing, store: FeatureStore) -> tuple[float, float]:
+    """What is left of a bank, as far as can be told, and what its next epoch takes; in no unit, but the same for all.
+
+    An epoch of a head: the first layer over all channels and cells, the later layers, which cost about as much as 1,500
+    channels, and what depends on neither, as `gaze`'s epochs had it.
+    """
+    values = sum(h * w * c for (h, w), c in zip(store.tap_sizes[0], store.channels, strict=True))
+    of_head = values + 1500 * store.readouts[0][0] * store.readouts[0][1] + 1_500_000
+    return of_head * standing.head_epochs_left, of_head * (len(standing.unit.heads) - standing.done)

@@ -1,0 +1,96 @@
+"""Follows a training from the job's driver: for people, for the log and for Ray's metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from acw.cluster import event_log
+from acw.storage.errors import UserError
+from acw.training.progress import Standing, Unit, epoch_fields, in_hand, number, read, summary, time_left
+
+WATCH_SECONDS = 5.0
+
+
+class Watch:
+    """Follows the units of a training while workers are at it: a line on stdout whenever one has finished an epoch, all
+    epochs and stopped heads in the run's log, and Ray's metrics."""
+
+    def __init__(self, what: str, units: Sequence[Unit], folder: Path, workers: int) -> None:
+        self.what, self.folder, self.workers = what, folder, workers
+        self.standings = [Standing(unit) for unit in units]
+        # What an earlier driver did not live to log is logged now.
+        past = [entry for entry in event_log.events(folder) if entry.get("training") == what]
+        self._epochs = {entry["bank"]: entry["epoch"] + 1 for entry in past if entry["event"] == "epoch"}
+        self._stopped = {(entry["bank"], entry["head"]) for entry in past if entry["event"] == "head stopped"}
+        self._stalled: set[str] = set()
+        self._start = time.time()
+        self._shown = ""
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watch:
+        heads = sum(len(one.unit.heads) for one in self.standings)
+        event_log.event(f"{self.what} started", banks=len(self.standings), heads=heads, workers=self.workers)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        going = True
+        while going:
+            going = not self._end.wait(WATCH_SECONDS)
+            # What cannot be looked at now may be the next time.
+            with contextlib.suppress(UserError):
+                self.look()
+
+    def look(self) -> None:
+        """Tells what is new since the last look."""
+        self.standings = [one if one.finished else read(one.unit) for one in self.standings]
+        for one in self.standings:
+            self._log(one)
+            tags = {"run": self.folder.name, "bank": one.unit.name, "backbone": one.unit.backbone}
+            figures = (float(one.done), one.images_per_second, one.ig)
+            event_log.measure(tags, dict(zip(event_log.METRICS, figures, strict=True)))
+        line = self.line(time.time())
+        if line != self._shown:
+            print(line, flush=True)
+            self._shown = line
+
+    def _log(self, one: Standing) -> None:
+        name = one.unit.name
+        for entry in one.history[self._epochs.get(name, 0) :]:
+            event_log.event("epoch", training=self.what, **epoch_fields(one.unit, entry))
+        self._epochs[name] = one.epochs
+        for head, ig, stopped in zip(one.unit.heads, one.gains, one.stopped, strict=False):
+            if stopped and (name, head) not in self._stopped:
+                self._stopped.add((name, head))
+                event_log.event("head stopped", training=self.what, bank=name, head=head, epochs=one.epochs, ig=ig)
+        now = time.time()
+        silent = one.written and one.written > self._start and one.stalled(now, self._start)
+        since = in_hand(event_log.events(self.folder)).get(name) if silent else None
+        if since is None or not one.stalled(now, since):
+            self._stalled.discard(name)
+        elif name not in self._stalled:
+            self._stalled.add(name)
+            event_log.event("stalled", logging.WARNING, training=self.what, bank=name, epochs=one.epochs)
+
+    def line(self, now: float) -> str:
+        """Heads done, epoch, validation IG, time left."""
+        total = summary(self.standings, self.workers, now)
+        started = [one.epochs for one in self.standings if one.epochs]
+        span = f"{min(started)}-{max(started)}" if started else "0"
+        joint = not self.standings[0].unit.backbone
+        done = "systems done" if joint else f"heads done, {len(started)}/{len(self.standings)} banks started"
+        return (
+            f"{self.what}: {total['done']}/{total['total']} {done}, "
+            f"epoch {span} of at most {self.standings[0].unit.rule.max_epochs}, "
+            f"validation IG {number(total['validation_ig'], '.4f')} bit, {time_left(total)}"
+        )

@@ -1,0 +1,344 @@
+"""The loop that trains a bank of heads on one backbone's cached features.
+
+The loss is the negative log-likelihood in nats per fixation, each image counting equally. It needs the log-density at
+the fixations and one normaliser an image, so no full-resolution map is made (`finalizer.log_likelihood`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from acw.cluster.costs import peak_rss
+from acw.features.store import FeatureStore
+from acw.heads import finalizer
+from acw.heads import readout as bank_of_heads
+from acw.heads.finalizer import Finalizer
+from acw.heads.readout import Parameters
+from acw.recipes import Recipe
+from acw.storage.errors import UserError
+from acw.storage.files import fetch
+from acw.training.bank import Bank, BankState, Head, checkpoint_path
+from acw.training.batches import Batch, Batches, TrainingSet
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+# A validation IG counts as better only beyond this many bits, as in PyTorch's plateau scheduler (absolute threshold).
+PLATEAU_THRESHOLD = 1e-4
+# Validation keeps no graph, so it can take more images at once than a training step.
+EVALUATION_BATCH = 16
+# The loss's normaliser is a sum over cells of one of these lengths (image px), the first whose error is within the
+# tolerance (nats per fixation, of the mean over images, for the worst head), measured on some images against a sum over
+# much finer cells; or over the finest of these, where halving them has come to nothing: sums converge. Fresh heads are
+# smoother than they will be at the end of their first epoch, so what is measured on them promises nothing.
+COARSE_CELLS = (32.0, 24.0, 16.0, 8.0, 4.0)
+REFERENCE_CELL = 2.0
+FRESH_CELL = 8.0
+LOSS_TOLERANCE = 1e-4
+SETTLED = LOSS_TOLERANCE / 10
+CHECKED_IMAGES = 16
+# Of the reference's fine cells there are many.
+CHECKED_AT_ONCE = 2
+
+
+class Diverged(UserError):
+    """The loss is not finite."""
+
+
+def train_epochs(
+    recipe: Recipe,
+    bank: Bank,
+    training_set: TrainingSet,
+    store: FeatureStore,
+    folder: Path,
+    device: torch.device,
+    place: Mapping[str, Any] | None = None,
+) -> Iterator[BankState]:
+    """Trains a bank from its checkpoint in the run's folder, or from the start, to the end; yields after each epoch.
+
+    Each epoch's checkpoint is on disk before it is yielded, so at most one epoch is ever done twice. place: where that
+    is, for the notes on each epoch, as `cluster.place_of` gives it.
+    """
+    path = checkpoint_path(folder, bank)
+    state = BankState.load(path) if fetch(path).exists() else BankState.new(recipe, bank, sum(store.channels))
+    batches = Batches(training_set, store, recipe.finalizer, device)
+    while len(active := state.active(recipe)):
+        start = time.monotonic()
+        # The heads that still train, as a smaller bank: a stopped head costs nothing.
+        members = [bank.members[head] for head in active]
+        adam = BankAdam(state, active, members, device)
+        strides, errors = coarsest(adam.parameters(), members, batches, fresh=not state.history)
+        loss, images = _train_epoch(recipe, adam, members, len(state.history), batches, strides)
+        adam.write_back(state)
+        ig, validated = _validate(adam.parameters(), members, batches)
+        seconds = time.monotonic() - start
+        notes = {
+            "seconds": round(seconds, 3),
+            "time": round(time.time(), 3),
+            "head_images_per_second": round((images + validated) / seconds, 1),
+            "peak_rss": peak_rss(),
+            **(place or {}),
+        }
+        _record(recipe, bank, state, active, {"loss": loss, "ig": ig, "stride": strides, "loss_error": errors}, notes)
+        state.save(path)
+        yield state
+
+
+def _train_epoch(
+    recipe: Recipe, adam: BankAdam, members: Sequence[Head], epoch: int, batches: Batches, strides: Tensor
+) -> tuple[Tensor, int]:
+    """One pass over the training images; steps Adam, returns each head's mean loss and how many (head, image) pairs."""
+    device = batches.device
+    folds = torch.tensor([head.fold for head in members])
+    fold_of = batches.training_set.fold
+    total, count = torch.zeros(len(members), device=device), torch.zeros(len(members), dtype=torch.int64)
+    # Images of one fold at a time: all heads but that fold's own take part, whole, and those cost nothing.
+    steps = [(torch.nonzero(folds != int(fold_of[i[0]]))[:, 0], i) for i in epoch_batches(recipe, batches, epoch)]
+    steps = [(on, images) for on, images in steps if len(on)]
+    parts = [batches.groups(images) for _, images in steps]
+    reader = batches.ahead(group for groups in parts for group in groups)
+    for (on, images), groups in zip(steps, parts, strict=True):
+        flat_KP = adam.flat.index_select(0, on.to(device)).requires_grad_(True)
+        parameters = bank_of_heads.unflatten(flat_KP, adam.like)
+        loss_K = torch.zeros(len(on), device=device)
+        for _ in groups:
+            nll_KB = -log_likelihood(parameters, folds[on], next(reader), batches, strides[on])
+            loss_K = loss_K + nll_KB.sum(1) / len(images)
+        # A sum over heads: no head's gradient reaches another's parameters.
+        loss_K.sum().backward()
+        adam.step(on, flat_KP)
+        total[on.to(device)] += loss_K.detach() * len(images)
+        count[on] += len(images)
+    return total.cpu() / count, int(count.sum())
+
+
+def log_likelihood(
+    parameters: Parameters, folds: Tensor, batch: Batch, batches: Batches, strides: Tensor | float = 1.0
+) -> Tensor:
+    """(K, B) float32: mean natural-log density per px at an image's fixations, in nats per fixation.
+
+    folds: (K,) of the heads, whose centre biases are added. strides: of the normaliser's sum, in cells of the density
+    grid, one a head or one for all.
+    """
+    return likelihood_of(bank_of_heads.readout(parameters, batch.features), parameters, folds, batch, batches, strides)
+
+
+def likelihood_of(
+    priority: Tensor,
+    parameters: Parameters,
+    folds: Tensor,
+    batch: Batch,
+    batches: Batches,
+    strides: Tensor | float = 1.0,
+) -> Tensor:
+    """`log_likelihood` of the heads' priority maps (K, B, h, w)."""
+    device = batches.device
+    strides = torch.as_tensor(strides, dtype=torch.float32).expand(len(folds))
+    bias_KB = batches.at_fixations("finalizer_bias", batch)[folds.to(device)]
+    coarse_biases = []
+    for stride in sorted(set(strides.tolist())):
+        mine = torch.nonzero(strides == stride)[:, 0]
+        of_folds = batches.bias("finalizer_bias", batch.grid, stride)
+        coarse_biases.append((mine.to(device), of_folds[folds[mine].to(device)]))
+    per_cell_KB = finalizer.log_likelihood(
+        parameters, priority, bias_KB, coarse_biases, batch.target_BHW, batches.finalizer
+    )
+    return per_cell_KB - batch.log_area_B
+
+
+def strides_of(how: Finalizer, cells: Sequence[float]) -> list[float]:
+    """Lengths in px as multiples of the density grid's cell; a density with steps has nothing between its cells."""
+    strides = [cell / how.cell for cell in cells]
+    return strides if how.upsampling != "nearest" else [*(s for s in strides if s > 1), 1.0]
+
+
+@torch.no_grad()
+def coarsest(parameters: Parameters, members: Sequence[Head], batches: Batches, fresh: bool) -> tuple[Tensor, Tensor]:
+    """(K,) each head's coarsest sum, in cells of the density grid, whose loss is within LOSS_TOLERANCE, or the finest;
+    (K,) the errors, nats. Fresh heads have FRESH_CELL."""
+    folds = torch.tensor([head.fold for head in members])
+    development = np.flatnonzero(batches.training_set.fold >= 0)
+    chosen = development[np.linspace(0, len(development) - 1, min(CHECKED_IMAGES, len(development))).astype(int)]
+    groups = batches.groups(chosen)
+
+    def mean_of(strides: Sequence[float]) -> Tensor:
+        mean_SK = torch.zeros(len(strides), len(members), dtype=torch.float64, device=batches.device)
+        parts = (g[k : k + CHECKED_AT_ONCE] for g in groups for k in range(0, len(g), CHECKED_AT_ONCE))
+        for batch in batches.ahead(parts):
+            priority = bank_of_heads.readout(parameters, batch.features)
+            for row, stride in zip(mean_SK, strides, strict=True):
+                row += likelihood_of(priority, parameters, folds, batch, batches, stride).double().sum(1) / len(chosen)
+        return mean_SK
+
+    strides = strides_of(batches.finalizer, (FRESH_CELL,) if fresh else COARSE_CELLS)
+    finest = strides_of(batches.finalizer, (REFERENCE_CELL,))[-1]
+    mean_SK = mean_of(strides)
+    exact_K = mean_SK[-1]
+    if strides[-1] > finest and (fresh or bool(((mean_SK[-2] - exact_K).abs() > SETTLED).any())):
+        exact_K = mean_of([finest])[0]
+    errors_SK = (mean_SK - exact_K).abs().cpu()
+    good_SK = errors_SK < LOSS_TOLERANCE
+    good_SK[0 if fresh else -1] = True
+    first_K = good_SK.int().argmax(0)
+    return torch.tensor(strides)[first_K], errors_SK.gather(0, first_K[None])[0]
+
+
+def epoch_batches(recipe: Recipe, batches: Batches, epoch: int) -> list[np.ndarray]:
+    """The training images of all folds in random order, in batches of one fold and, as far as that goes, one shape.
+
+    A function of the recipe's seed, the epoch and the data only: a head meets its images in the same order in whatever
+    bank it is trained, and an epoch that is done again is the same epoch.
+    """
+    generator = np.random.default_rng([recipe.seed, epoch])
+    size = recipe.batch_size
+    result: list[np.ndarray] = []
+    for fold in range(recipe.folds):
+        rest: list[np.ndarray] = []
+        for group in batches.groups(np.flatnonzero(batches.training_set.fold == fold)):
+            shuffled = generator.permutation(group)
+            whole = len(group) // size * size
+            result += [shuffled[start : start + size] for start in range(0, whole, size)]
+            rest.append(shuffled[whole:])
+        mixed = generator.permutation(np.concatenate(rest))
+        # Of one shape together: each shape in a batch costs a pass of its own.
+        mixed = np.concatenate([mixed[:0], *batches.groups(mixed)])
+        result += [mixed[start : start + size] for start in range(0, len(mixed), size)]
+    return [result[index] for index in generator.permutation(len(result))]
+
+
+class BankAdam:
+    """Adam (Kingma, Ba 2015) with decoupled weight decay (Loshchilov, Hutter 2019), rate and step count per head.
+
+    It works on rows of one matrix (K, P) of all parameters of the active heads: a handful of operations a step, where
+    PyTorch's own has one learning rate and would step heads that saw no image. `like` gives the parameters' shapes.
+    """
+
+    def __init__(self, state: BankState, active: Tensor, members: Sequence[Head], device: torch.device) -> None:
+        self.active, self.like = active, state.parameters
+        self.flat, self.first, self.second = (
+            bank_of_heads.flatten(bank_of_heads.select(group, active)).to(device)
+            for group in (state.parameters, state.first_moment, state.second_moment)
+        )
+        self.steps = state.steps[active].clone()
+        self.rate = state.learning_rate[active]
+        ones = {name: torch.ones_like(value[:1]) for name, value in self.like.items()}
+        decays = {name: value * (name.startswith("conv") and name.endswith("weight")) for name, value in ones.items()}
+        self._decays = bank_of_heads.flatten(decays)[0].to(device)
+        self._decay = torch.tensor([head.weight_decay for head in members], dtype=torch.float64)
+        self._learns = bank_of_heads.flatten(ones).repeat(len(members), 1).to(device)
+        fixed = torch.tensor([not head.learn_sigma for head in members])
+        bank_of_heads.unflatten(self._learns, self.like)["log_sigma"][fixed.to(device)] = 0
+        self._all_learn = not bool(fixed.any())
+        self._any_decay = bool(self._decay.any())
+
+    def parameters(self) -> Parameters:
+        return bank_of_heads.unflatten(self.flat, self.like)
+
+    @torch.no_grad()
+    def step(self, on: Tensor, flat_KP: Tensor) -> None:
+        """One step of the heads `on` (indices), whose parameters `flat_KP` have a gradient."""
+        device = self.flat.device
+        gradient = flat_KP.grad
+        assert gradient is not None
+        if not self._all_learn:
+            gradient = gradient * self._learns[on.to(device)]
+        self.steps[on] += 1
+        beta1, beta2 = ADAM_BETAS
+        correction1, correction2 = 1 - beta1 ** self.steps[on].double(), 1 - beta2 ** self.steps[on].double()
+        # m / c1 / (sqrt(v / c2) + eps), with the corrections moved onto what is one number a head.
+        root2 = correction2.sqrt()
+        size_K1 = (self.rate[on] * root2 / correction1).float().to(device)[:, None]
+        epsilon_K1 = (ADAM_EPS * root2).float().to(device)[:, None]
+        decay_K1 = (self.rate[on] * self._decay[on]).float().to(device)[:, None]
+        # In place, on heads that lie side by side: a batch leaves out those of one fold, and copies of the others' rows
+        # took longer than Adam.
+        ends = [0, *(torch.nonzero(on.diff() > 1)[:, 0] + 1).tolist(), len(on)]
+        for start, end in itertools.pairwise(ends):
+            rows, mine = slice(int(on[start]), int(on[end - 1]) + 1), slice(start, end)
+            first = self.first[rows].lerp_(gradient[mine], 1 - beta1)
+            second = self.second[rows].mul_(beta2).addcmul_(gradient[mine], gradient[mine], value=1 - beta2)
+            change = second.sqrt().add_(epsilon_K1[mine])
+            torch.div(first, change, out=change)
+            if self._any_decay:
+                self.flat[rows].sub_(decay_K1[mine] * self._decays * self.flat[rows])
+            self.flat[rows].sub_(change.mul_(size_K1[mine]))
+
+    def write_back(self, state: BankState) -> None:
+        """Puts the active heads' parameters and moments into the whole bank's state."""
+        for group, flat in (
+            (state.parameters, self.flat),
+            (state.first_moment, self.first),
+            (state.second_moment, self.second),
+        ):
+            for name, tensor in bank_of_heads.unflatten(flat.cpu(), self.like).items():
+                group[name][self.active] = tensor
+        state.steps[self.active] = self.steps
+
+
+@torch.no_grad()
+def _validate(parameters: Parameters, members: Sequence[Head], batches: Batches) -> tuple[Tensor, int]:
+    """(K,) float64 each head's IG over its fold's KDE, in bits per fixation, on its fold's validation images; pairs."""
+    result, pairs = torch.zeros(len(members), dtype=torch.float64), 0
+    for fold in sorted({head.fold for head in members}):
+        mine = [k for k, head in enumerate(members) if head.fold == fold]
+        of_fold, folds = bank_of_heads.select(parameters, mine), torch.full((len(mine),), fold)
+        images = np.flatnonzero(batches.training_set.fold == fold)
+        total = torch.zeros(len(mine), dtype=torch.float64)
+        groups = batches.groups(images)
+        for batch in batches.ahead(
+            group[start : start + EVALUATION_BATCH]
+            for group in groups
+            for start in range(0, len(group), EVALUATION_BATCH)
+        ):
+            baseline_B = batches.at_fixations("baseline", batch)[fold] - batch.log_area_B
+            gain_KB = log_likelihood(of_fold, folds, batch, batches) - baseline_B
+            total += gain_KB.double().sum(1).cpu()
+        result[mine] = total / len(images) / math.log(2)
+        pairs += len(mine) * len(images)
+    return result, pairs
+
+
+def _record(
+    recipe: Recipe, bank: Bank, state: BankState, active: Tensor, measured: dict[str, Tensor], notes: dict[str, Any]
+) -> None:
+    """Takes note of an epoch: history, best parameters, and the plateau rule of each head.
+
+    A head whose loss is not finite stops and keeps its best parameters, where others of the bank are trained otherwise;
+    where all are trained alike, raises Diverged.
+    """
+    ig = measured["ig"]
+    lost = ~(torch.isfinite(ig) & torch.isfinite(measured["loss"]))
+    if lost.any() and len({dataclasses.replace(head, fold=0, seed=0) for head in bank.members}) == 1:
+        raise Diverged("training: the loss is not finite; lower --learning_rate, or check the features' backbone")
+    columns = measured | {
+        "learning_rate": state.learning_rate[active],
+        "sigma": state.parameters["log_sigma"][active].exp(),
+        "center_bias_weight": state.parameters["center_bias_weight"][active],
+    }
+    entry: dict[str, Any] = {"epoch": len(state.history), **notes}
+    for name, values in columns.items():
+        row: list[float | None] = [None] * len(state.steps)
+        for head, value in zip(active[~lost].tolist(), values[~lost].tolist(), strict=True):
+            row[head] = value
+        entry[name] = row
+    state.history.append(entry)
+    state.learning_rate[active[lost]] = 0
+    better = ig > state.best_ig[active] + PLATEAU_THRESHOLD
+    improved = active[better]
+    state.best_ig[improved] = ig[better]
+    for name, value in state.parameters.items():
+        state.best[name][improved] = value[improved]
+    state.bad_epochs[active] = torch.where(better, 0, state.bad_epochs[active] + 1)
+    # PyTorch's ReduceLROnPlateau: the rate falls after more than `patience` epochs without a better value.
+    fall = active[state.bad_epochs[active] > recipe.lr_patience]
+    state.learning_rate[fall] *= recipe.lr_factor
+    state.bad_epochs[fall] = 0

@@ -1,0 +1,219 @@
+"""A crew of Ray Train workers that share a work until nothing is left of it, on a cluster whose nodes come and go.
+
+What is done is in the workers' checkpoints, so a crew is gathered anew, as large as the cluster has room for, whenever
+one of it is lost, and at the end of an epoch when there is room for more.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from acw.cluster import event_log
+from acw.cluster.allocation import Allocation, Demand, room, wait_for_room
+from acw.storage.errors import UserError
+from acw.storage.files import ray_storage, ray_trouble
+from acw.training.scheduler import Turns
+
+# Crews lost in a row before any of their workers has finished an epoch. Spot machines are lost often in a long run.
+MAX_FAILURES = 5
+# For Ray to find places for a crew: a node's loss is known after half a minute.
+PLACES_SECONDS = 30
+LOOKING_SECONDS = 2.0
+RECRUITING_SECONDS = 20.0
+
+
+class Board:
+    """What workers tell their driver and each other; in memory, since a full disk may be what they have to tell."""
+
+    def __init__(self) -> None:
+        self._begun: list[tuple[str, dict[str, Any]]] = []
+        self._complaint = ""
+        self._regroup = False
+        self._turns = Turns({})
+
+    def begin(self, unit: str, place: dict[str, Any]) -> None:
+        """A worker says what it begins with, and where it is (`cluster.place_of`)."""
+        self._begun.append((unit, place))
+
+    def complain(self, complaint: str) -> None:
+        """A worker says what only the user can mend."""
+        self._complaint = self._complaint or complaint
+
+    def complaint(self) -> str:
+        return self._complaint
+
+    def offer(self, left: dict[str, float]) -> None:
+        """The driver has a new crew for these units; how much is left of each, in any unit of work."""
+        self._turns, self._regroup = Turns(left), False
+
+    def turn(self, worker: int, left: float = 0.0, epoch: float = 0.0) -> str:
+        """The unit whose next epoch a worker trains (`Turns.next`), or "" where it should stop."""
+        return "" if self._regroup or self._complaint else self._turns.next(worker, left, epoch)
+
+    def regroup(self) -> None:
+        """The driver wants the workers to stop at the end of their epoch."""
+        self._regroup = True
+
+    def begun(self, since: int) -> list[tuple[str, dict[str, Any]]]:
+        return self._begun[since:]
+
+
+class News:
+    """Prints what workers have begun with and where, since the last time."""
+
+    def __init__(self, board: Any, what: str) -> None:
+        self.board, self.what, self._seen = board, what, 0
+
+    def show(self) -> None:
+        import ray
+
+        new = ray.get(self.board.begun.remote(self._seen))
+        self._seen += len(new)
+        for unit, place in new:
+            gpus = f", GPU {','.join(place['gpus'])}" if place["gpus"] else ""
+            event_log.event("bank begun", training=self.what, bank=unit, **place)
+            print(f"{self.what}: {unit} on node {place['node']}{gpus}, device {place['device']}", flush=True)
+
+
+def new_board() -> Any:
+    """A board as an actor beside the driver, with which it lives and dies."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board)
+    return board.options(scheduling_strategy=here).remote()
+
+
+def complete(
+    loop: Callable[[dict], None],
+    config: dict[str, Any],
+    left: Callable[[], dict[str, float]],
+    epochs: Callable[[], int],
+    board: Any,
+    allocation: Allocation,
+    folder: Path,
+) -> None:
+    """Has a crew work until nothing is left.
+
+    loop: what each worker does, given the `config`; it asks the board whose turn it is before each epoch. left: of each
+    unit that has epochs left, how much, in any unit of work. epochs: how many are behind all units. folder: the run's,
+    for Ray Train's own notes.
+    Raises UserError for what workers complained of and for crews that are lost again and again; an error of the
+    program's comes as Ray Train's.
+    """
+    import ray
+    from ray.exceptions import RayActorError
+    from ray.train import TrainingFailedError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PLACES_SECONDS))
+    failures, divisor, news = 0, 1, News(board, "training")
+    while units := left():
+        before = epochs()
+        here = room(allocation) or wait_for_room(allocation)
+        workers = max(1, min(here, allocation.workers, len(units)) // divisor)
+        ray.get(board.offer.remote(units))
+        event_log.event("crew gathered", training="training", workers=workers)
+        try:
+            with _Watch(board, news, allocation, workers, left):
+                _trainer(loop, config, allocation, workers, folder).fit()
+            divisor = 1
+        except (TrainingFailedError, RayActorError) as error:
+            failures = 1 if epochs() > before else failures + 1
+            refused, passes = ray_trouble(folder, error) or (None, True)
+            if refused and (failures > MAX_FAILURES or not passes):
+                raise refused from error
+            if failures > MAX_FAILURES:
+                raise _given_up(error) from error
+            unplaced = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
+            # Where no node has been lost, others work on this cluster too.
+            divisor = 2 * divisor if unplaced and room(allocation) >= workers else 1
+            what = str(refused or (f"no room for {workers} workers" if unplaced else "a worker was lost"))
+            print(f"training: {what}; goes on from the checkpoints", flush=True)
+        if complaint := ray.get(board.complaint.remote()):
+            raise UserError(complaint)
+
+
+def _trainer(
+    loop: Callable[[dict], None], config: dict[str, Any], allocation: Allocation, workers: int, folder: Path
+) -> Any:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    return TorchTrainer(
+        loop,
+        train_loop_config=config,
+        # Workers share no gradients, so the backend only has to come up, also where a GPU is a fraction or a fake.
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=allocation.gpus > 0,
+            resources_per_worker={"CPU": allocation.cpus, "GPU": allocation.gpus},
+        ),
+        run_config=ray.train.RunConfig(
+            # Checkpoints are ours, so Ray needs no memory of earlier crews; an old name would bring back its result.
+            name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}",
+            **ray_storage(folder),
+            # Ray itself would gather the same crew again, for which there may be no room now.
+            failure_config=ray.train.FailureConfig(
+                max_failures=0,
+                controller_failure_limit=0,  # type: ignore[call-arg]  # of Ray Train V2
+            ),
+        ),
+    )
+
+
+def _given_up(error: Exception) -> Exception:
+    """One line where all workers were lost or found no place; a program's own error as it is."""
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+    lost = getattr(error, "worker_failures", {})
+    if any(isinstance(one, UserExceptionWithTraceback) for one in lost.values()):
+        return error
+    reason = " ".join(str(next(iter(lost.values()), error)).split())[:300]
+    return UserError(
+        f"training: {MAX_FAILURES + 1} times in a row the workers were lost before one had finished an epoch; see `ray "
+        f"status`, and give more memory or fewer --workers if they ran out of it ({reason})"
+    )
+
+
+class _Watch:
+    """While a crew works: prints where, and asks the cluster for those who are missing.
+
+    When one of these finds a place, the crew is asked to end its epoch and to regroup.
+    """
+
+    def __init__(self, board: Any, news: News, allocation: Allocation, workers: int, left: Callable[[], Any]) -> None:
+        self.board, self.news, self.allocation, self.workers, self.left = board, news, allocation, workers, left
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        demand, looked, asked = Demand(self.allocation), time.monotonic(), False
+        while not self._end.wait(LOOKING_SECONDS):
+            self.news.show()
+            if not asked and time.monotonic() - looked > RECRUITING_SECONDS:
+                looked = time.monotonic()
+                try:
+                    missing = min(self.allocation.workers, len(self.left())) - self.workers
+                except UserError:
+                    continue  # the checkpoints cannot be had just now; whoever needs them says so
+                if missing > 0 and demand.renew(missing) and (here := room(self.allocation)) > self.workers:
+                    print(f"training: room for {here} workers instead of {self.workers}: regroups", flush=True)
+                    self.board.regroup.remote()
+                    asked = True
+        demand.end()
+        self.news.show()
