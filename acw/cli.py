@@ -1,19 +1,28 @@
-"""The `acw` command: `acw plan RECIPE ...` says what a run would take, before anything is spent; others serve what is
-outside of a run, such as submissions to the benchmark."""
+"""The `acw` command, and how a command or job ends.
+
+`acw run RECIPE ...` trains, scores and registers; `acw` alone lists all commands. Most are modules of acw/pipeline, as
+are the jobs that `ray job submit` runs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import io
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from acw.pipeline.job import Parser, check_writable, local_path, parse, run
+from acw.cluster.errors import user_error
+from acw.pipeline.job import parse
+from acw.pipeline.options import Parser, check_writable, local_path
+from acw.storage import secrets
 from acw.storage.addresses import local, shown
 from acw.storage.errors import UserError
-from acw.storage.files import is_model_uri, write_atomic
+from acw.storage.files import give_home, is_model_uri, write_atomic
 
 
 def plan(argv: Sequence[str]) -> None:
@@ -68,7 +77,7 @@ def import_deepgaze(argv: Sequence[str]) -> None:
     model = import_checkpoint(options.checkpoint if s3 else str(local_path(options.checkpoint, "CHECKPOINT")))
     model.save(out, [model.loaded(backbone) for backbone in model.backbones])
     print("it brings no centre bias: give predict one, or take one from a data set's images, with category weights:")
-    print(f"  python jobs/pipeline.py deepgaze_iie --heads {shown(out)} --category_weights true --dataset FOLDER")
+    print(f"  acw run deepgaze_iie --heads {shown(out)} --category_weights true --dataset FOLDER")
     print(shown(out), flush=True)
 
 
@@ -112,9 +121,24 @@ def _add_stimuli(parser: Parser) -> None:
     parser.add_argument("--stimuli", required=True, help=about)
 
 
+def _step(name: str, about: str) -> Callable[[Sequence[str]], None]:
+    """A module of `acw.pipeline` as a command; it is imported when it is called, so that help costs nothing."""
+
+    def step(argv: Sequence[str]) -> None:
+        importlib.import_module(f"acw.pipeline.{name}").main(argv)
+
+    step.__doc__ = about
+    return step
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "run": _step("whole", "all of a recipe on a data set: features, heads, weights, scores, registry"),
+    "search": _step("search", "search recipe fields with Ray Tune"),
+    "evaluate": _step("evaluate", "score a finished model, and others beside it, on a data set"),
+    "reproduce": _step("reproduce", "every system of the paper on one data set, with both its tables"),
     "plan": plan,
     "status": status,
+    "stage": _step("stage", "put a data set into S3"),
     "import-deepgaze": import_deepgaze,
     "export-submission": export_submission,
     "check-submission": check_submission,
@@ -137,3 +161,25 @@ def _command(argv: Sequence[str]) -> None:
 def main() -> None:
     """Entry of the console command."""
     run(_command)
+
+
+def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Runs a job: exit status 0 if it did all that it says, 2 and one line on stderr for an error of the user's."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without the letters of a name ends no job
+    try:
+        give_home()
+        secrets.refuse(sys.argv[1:])
+        main(sys.argv[1:])
+    except Exception as error:
+        if (known := user_error(error)) is None:
+            raise
+        from acw.cluster.joining import disconnect
+
+        # Ray may have complaints of its own about work that is given up: ours is the last line.
+        disconnect()
+        message = " ".join(shown(str(known)).split())
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    sys.exit(0)

@@ -4,53 +4,8 @@ python jobs/extract.py gaze --dataset FOLDER
 python jobs/extract.py demo                     # the embedded displays, on a CPU
 """
 
-from __future__ import annotations
-
-import json
-from collections.abc import Sequence
-
-from acw.pipeline.job import Job, parse, run, stage
-
-
-@stage("features")
-def extract(job: Job) -> None:
-    """Fills the feature stores and notes in the run's folder which they are, and what that cost."""
-    from acw.cluster.costs import note
-    from acw.features import extraction
-    from acw.storage.addresses import shown
-    from acw.storage.errors import UserError
-    from acw.storage.files import fetch, listing, write_json
-
-    recipe, dataset = job.recipe, job.dataset
-    stores, cost = extraction.extract(
-        job.root,
-        recipe.backbone_values,
-        dataset.stimuli,
-        dataset.stimuli_fingerprint,
-        recipe.workers,
-        recipe.accelerator,
-        recipe.gpus_per_worker,
-    )
-    for name, store in stores.items():
-        print(f"features {name}: {store.images} images in {shown(store.folder)}", flush=True)
-    found = {name: store.folder.name for name, store in stores.items()}
-    path = fetch(job.folder / "features.json")
-    if path.exists() and listing(job.folder / "banks") and json.loads(path.read_text(encoding="utf-8")) != found:
-        raise UserError(
-            f"{path}: a backbone's weights have changed since this run's heads were trained on the old ones; "
-            f"bring those back, or delete {job.folder}"
-        )
-    write_json(path, found)
-    note(job.folder, "features", cost)
-
-
-def main(argv: Sequence[str]) -> None:
-    job = parse(argv, __doc__.splitlines()[0])
-    from acw.cluster.joining import connect
-
-    connect()
-    extract(job)
-
+from acw.cli import run
+from acw.pipeline.extract import main
 
 if __name__ == "__main__":
     run(main)

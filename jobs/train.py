@@ -4,47 +4,8 @@ python jobs/train.py gaze --dataset FOLDER      # after jobs/extract.py with the
 python jobs/train.py demo                       # the embedded displays, on a CPU
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from acw.pipeline.job import Job, parse, run, stage
-from acw.training import checkpoints, training_set
-
-
-@stage("training")
-def train(job: Job) -> None:
-    """Trains all heads, then, if the recipe says so, each fold's jointly; leaves checkpoints in the run's folder."""
-    from acw.cluster.costs import note
-    from acw.provenance import provenance
-    from acw.storage.files import write_json
-    from acw.training import distributed
-    from acw.training.joint import JointSet
-
-    recipe, dataset, folder = job.recipe, job.dataset, job.folder
-    stores = job.stores()
-    job.split.refuse_unscorable()
-    record = provenance(recipe) | {"dataset": dataset.summary(), "split_hash": job.split.hash}
-    record |= {"overlay": job.overlay} if job.overlay else {}
-    write_json(folder / "recipe.json", record)
-    if recipe.heads:
-        print(f"heads are those of {recipe.heads}: nothing to train", flush=True)
-        return
-    training = training_set.training_set(dataset, job.split, recipe)
-    note(folder, "heads", distributed.train(recipe, training, stores, folder))
-    if recipe.joint:
-        data = JointSet(training, dataset.category_index, len(dataset.categories), stores)
-        heads = checkpoints.best_heads(recipe, checkpoints.trained_heads(recipe, folder))
-        note(folder, "systems", distributed.train_jointly(recipe, data, heads, folder))
-
-
-def main(argv: Sequence[str]) -> None:
-    job = parse(argv, __doc__.splitlines()[0])
-    from acw.cluster.joining import connect
-
-    connect()
-    train(job)
-
+from acw.cli import run
+from acw.pipeline.train import main
 
 if __name__ == "__main__":
     run(main)

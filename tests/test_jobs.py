@@ -21,9 +21,9 @@ from PIL import Image
 from scipy.io import savemat
 
 import acw
+from acw.cli import run as run_job
 from acw.evaluation.metrics import METRICS
 from acw.pipeline.job import parse
-from acw.pipeline.job import run as run_job
 from acw.recipes import RECIPES, Recipe, named_recipe
 from acw.storage.errors import UserError
 

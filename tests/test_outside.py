@@ -18,7 +18,7 @@ from scipy.special import logsumexp
 
 from acw.data import Dataset, pysaliency_compat
 from acw.evaluation.external_models import of_pysaliency, open_maps, open_object, open_predictions
-from acw.pipeline.job import Parser, add_dataset_options, read_dataset
+from acw.pipeline.options import Parser, add_dataset_options, read_dataset
 from acw.storage.errors import UserError
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from job_runs import JOBS, RECIPE, assert_same_heads, command, displays, finished, run, succeed
+from job_runs import RECIPE, assert_same_heads, command, displays, finished, run, succeed
 from seaweed import BUCKET, KEY, SECRET, Proxy, SeaweedFS, node
 from three_nodes import running
 from tiny_training import BACKBONE, StubNetwork, make_store, stimuli
@@ -33,8 +33,6 @@ from acw.storage.addresses import local, shown
 from acw.storage.errors import Damaged, UserError
 from acw.storage.files import fetch, listing, present, remove, write_atomic, write_json
 from acw.tracking import sqlite_in_s3
-
-sys.path.insert(0, str(JOBS))
 
 
 @pytest.fixture
@@ -229,7 +227,7 @@ def test_a_job_says_it_in_one_line_without_the_key(root: str) -> None:
 
 
 def test_a_staged_data_set_is_the_local_one(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stage import files, stage
+    from acw.pipeline.stage import files, stage
 
     _, folder, _, table = displays(tmp_path / "set", ("Colour", "Size"), 3)
     here = load_dataset(folder, fixations=table)

@@ -44,7 +44,7 @@ def line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     def end(main: Callable[[], Any], *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["job", *arguments])
         with pytest.raises(SystemExit) as ended:
-            job.run(lambda argv: main())
+            cli.run(lambda argv: main())
         assert ended.value.code == 2
         (text,) = capsys.readouterr().err.splitlines()
         assert text.startswith("error: ")

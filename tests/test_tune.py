@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from job_runs import JOBS, NAME, RECIPE, displays, histories, succeed
+from job_runs import NAME, RECIPE, displays, histories, succeed
 from test_faults import kill_driver
 from tiny_training import CPU, make_store, make_training_set
 from tiny_training import RECIPE as TINY
@@ -21,6 +21,7 @@ from tiny_training import RECIPE as TINY
 from acw.cluster import event_log
 from acw.cluster.allocation import Allocation
 from acw.features.store import FeatureStore
+from acw.pipeline import search
 from acw.pipeline.job import parse
 from acw.provenance import provenance
 from acw.recipes import Recipe, named_recipe
@@ -302,11 +303,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Itera
     arguments = [*SMALL, "--max_epochs", "2", "--learning_rate", "1e-3", "--root", str(base / f"runs on {NAME}")]
     arguments += displays(base / NAME, ("Colour", "Faces"), 8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(JOBS))
-        import tune
-
-        patch.setattr(tune, "SPACES", base / "spaces")
-        last = _printed(tune.main, [*arguments, "--space", "two_rates", "--samples", "4"])
+        patch.setattr(search, "SPACES", base / "spaces")
+        last = _printed(search.main, [*arguments, "--space", "two_rates", "--samples", "4"])
         yield Searched(arguments, Path(last).parent, last)
 
 
@@ -361,14 +359,12 @@ def test_each_configuration_is_a_child_run_with_its_curves(searched: Searched) -
 
 
 def test_a_search_that_is_there_is_not_done_again(searched: Searched) -> None:
-    import tune
-
     before = {path: path.stat().st_mtime_ns for path in searched.folder.rglob("*")}
     command = [*searched.arguments, "--space", "two_rates", "--samples"]
-    assert _printed(tune.main, [*command, "4"]) == searched.last
+    assert _printed(search.main, [*command, "4"]) == searched.last
     assert {path: path.stat().st_mtime_ns for path in searched.folder.rglob("*")} == before
     with pytest.raises(UserError, match=r"has 5 of these configurations; add --resume"):
-        tune.main([*command, "6"])
+        search.main([*command, "6"])
 
 
 def test_status_tells_of_a_search(searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from acw.cli import run
 from acw.data import Stimulus
 from acw.features import extraction, store
 from acw.features.backbone import Backbone, FrozenBackbone
@@ -23,7 +24,6 @@ from acw.features.batch_size import Pace
 from acw.features.store import FeatureStore, shard_path
 from acw.heads import finalizer
 from acw.heads.center_bias import GRID, CenterBias
-from acw.pipeline.job import run
 from acw.recipes import Recipe, derive
 from acw.training.bank import Bank, Head, plan_banks
 from acw.training.batches import TrainingSet

@@ -32,8 +32,8 @@ class Backbone:
 
     `timm_name` carries timm's tag only if the hub has these very weights. `taps` are module paths, in the order in
     which their outputs are concatenated; a tap is the module's own output, before any norm or activation after it.
-    `weights` is a source as `weights.load_weights` takes it, or empty where there is no default. `mean` and `std` are of
-    RGB scaled to 0..1. Exactly one of `downscale` (image px per input px) and `long_side` (of the input, px) is set.
+    `weights` is a source for `weights.load_weights`, or empty where there is no default. `mean` and `std` are of RGB
+    scaled to 0..1. Exactly one of `downscale` (image px per input px) and `long_side` (of the input, px) is set.
     `stride` is input px per readout cell. `static_padding` is the image side (px) for which strided "same" convolutions
     are padded, whatever the input; None pads for the input at hand.
     """

@@ -1,6 +1,6 @@
 """Files that are either whole or absent, here or in S3: fetched, listed, and written atomically.
 
-Everything takes paths. What is in S3 has a path too, that of its copy on this node (cache.py): `addresses.local` gives it,
+Everything takes paths. What is in S3 has a path too, that of its copy on this node: `addresses.local` gives it,
 `write_atomic` uploads what is written there, and whoever reads what another process or node may have written fetches
 it first. For any other path, `fetch` and its like do nothing but look at the disk.
 """

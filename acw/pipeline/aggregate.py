@@ -1,0 +1,201 @@
+"""Fuses trained heads under learned category weights, scores the held-out images, registers the model in MLflow."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from acw.cluster import event_log
+from acw.fusion import weights
+from acw.model import assembly
+from acw.pipeline import job
+from acw.pipeline.job import Job, parse
+from acw.storage.addresses import shown
+from acw.storage.files import csv_text, fetch, write_atomic, write_json
+from acw.training import checkpoints, training_set
+
+if TYPE_CHECKING:
+    from acw.evaluation.gold_standard import GoldStandard
+    from acw.fusion.category_weights import CategoryWeights
+    from acw.fusion.out_of_fold import OutOfFold
+    from acw.fusion.weights import Fusion
+    from acw.heads.center_bias import CenterBias
+    from acw.model.model import Model
+    from acw.report.examples import Predictions
+    from acw.training.joint import SystemState
+
+EXAMPLES = 4  # categories in the picture
+
+
+@job.stage("aggregation")
+def aggregate(job: Job) -> None:
+    """Leaves the model, its weights and its scores in the run's folder and in MLflow."""
+    import ray
+
+    from acw.cluster.tasks import begin
+    from acw.evaluation.summary import per_image_csv, summarise
+    from acw.features.backbone import load_backbone
+    from acw.fusion import out_of_fold
+    from acw.report import figures
+    from acw.report.examples import Predictions
+    from acw.tracking import mlflow_store, runs
+
+    recipe, dataset, split, folder = job.recipe, job.dataset, job.split, job.folder
+    stores = list(job.stores().values())
+    banks, systems = checkpoints.trained(recipe, folder)
+    heads = assembly.heads_by_fold(recipe, banks, systems)
+    uri = mlflow_store.ready(job.root, job.tracking_uri)
+    # Each takes one core for long, beside what follows; asked for where it is needed.
+    shared = ray.put(dataset)
+    classifier = begin(out_of_fold.fit_classifier, shared, split, stores)
+    center_bias = training_set.kde_of(dataset, split.development)
+    people = _gold_standard(job, shared, center_bias)
+    networks = [load_backbone(backbone) for backbone in recipe.backbone_values]
+    training = training_set.training_set(dataset, split, recipe)
+    predictions = out_of_fold.out_of_fold(recipe, dataset, training, split, heads, stores)
+    fitted = _weights(job, predictions, systems)
+    record = json.loads(fetch(folder / "recipe.json").read_text(encoding="utf-8"))
+    model = assembly.assemble(recipe, dataset, split, heads, center_bias, classifier(), fitted, record)
+    model.save(folder / "model", networks)
+    state = model.state_dict(networks)
+    write_atomic(folder / "model.pth", lambda temporary: torch.save(state, temporary))
+    _write_weights(folder, model, fitted.category)
+    write_atomic(folder / "out_of_fold.csv", _out_of_fold_csv(job, predictions, fitted.category.left_out))
+
+    gold = people()
+    scores = _held_out_scores(job, model, stores, fitted.controls, gold)
+    write_atomic(folder / "per_image.csv", per_image_csv(dataset, scores))
+    evaluation: dict[str, Any] = {
+        "dataset": dataset.summary() | {"scored": "held-out images", "images_scored": len(scores)},
+        **summarise(dataset, scores, recipe.seed),
+        "weights": {
+            "prior_strength": _json_number(fitted.category.strength),
+            "crossvalidation_nats": {str(s): v for s, v in fitted.category.crossvalidation.items()},
+            "global": dict(zip(model.names, fitted.category.global_weights.tolist(), strict=True)),
+        },
+        "category_inference": {"out_of_fold_accuracy": model.classifier.accuracy, "categories": len(model.categories)},
+        "provenance": record,
+    }
+    write_json(folder / "evaluation.json", evaluation)
+    curves = figures.head_curves({bank: state.history for bank, state in banks.items()})
+    curves |= figures.joint_curves([system.history for system in systems])
+    _report(job, Predictions(dataset, model, stores, gold), curves)
+    event_log.event("registering")
+    registration = runs.log_run(uri, folder, recipe, banks, evaluation)
+    print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
+    # Last: it says that the run is finished.
+    write_json(folder / "registration.json", dataclasses.asdict(registration) | {"store": shown(uri)})
+
+
+def _weights(job: Job, predictions: OutOfFold, systems: Sequence[SystemState]) -> Fusion:
+    """The weights of the mixture, as the recipe says."""
+
+    recipe, dataset = job.recipe, job.dataset
+    if recipe.joint:
+        print(f"weights: learned with the heads, by {recipe.folds} systems", flush=True)
+        return weights.joint_weights(dataset, job.split, predictions, systems)
+    if not recipe.category_weights:
+        return weights.even_weights(dataset, predictions)
+    fitted = weights.fit_weights(dataset, predictions, recipe.seed)
+    print(f"weights: prior strength {fitted.category.strength} images, chosen by cross-validation", flush=True)
+    return fitted
+
+
+def _gold_standard(job: Job, dataset: Any, center_bias: CenterBias) -> Callable[[], GoldStandard | None]:
+    """Begins to fit how well people predict people; dataset: the job's, as the cluster has it."""
+    from acw.cluster.tasks import begin
+    from acw.evaluation import gold_standard
+
+    if gold_standard.has_subjects(job.dataset, range(len(job.dataset.stimuli))):
+        return begin(gold_standard.fit, dataset, job.split.development, center_bias)
+    print("no gold_standard: it needs two named subjects for every image", flush=True)
+    return lambda: None
+
+
+def _held_out_scores(
+    job: Job, model: Model, stores: list, controls: dict[str, np.ndarray], gold: GoldStandard | None
+) -> dict:
+    from acw.cluster.costs import note
+    from acw.evaluation.scoring import Scoring, StoredDensities, score_images
+
+    dataset, held_out = job.dataset, job.split.held_out
+    scoring = Scoring(
+        dataset=dataset,
+        among=held_out,
+        densities=StoredDensities(model, stores, [stimulus.size for stimulus in dataset.stimuli]),
+        model=model,
+        by_image=controls,
+        labelled=True,
+        gold_standard=gold,
+        # To show what the paper's own combination costs, where its systems are trained.
+        log_mixture=job.recipe.joint and job.recipe.category_weights,
+    )
+    scores, cost = score_images(scoring, held_out)
+    note(job.folder, "scores", cost)
+    return scores
+
+
+def _report(job: Job, predictions: Predictions, curves: dict[str, list[np.ndarray]]) -> None:
+    """report.html, and the first held-out image of some categories as a picture."""
+    from acw.report import figures, page
+
+    dataset, held_out = job.dataset, [job.dataset.stimuli[index] for index in job.split.held_out]
+    first = [next(one.name for one in held_out if one.category == c) for c in dataset.categories[:EXAMPLES]]
+    figures.examples_figure([predictions(name) for name in first], job.folder / "examples.png")
+    page.write(job.folder, predictions, curves)
+
+
+def _write_weights(folder: Path, model: Model, weights: CategoryWeights) -> None:
+    """The weights, and how they came about: per step of the fit, or epoch of the joint training, as CSV and NPY."""
+    write_atomic(folder / "category_weights.csv", _weights_csv(model.categories, model.names, weights))
+    write_atomic(folder / "category_weights_history.csv", _history_csv(model.categories, model.names, weights))
+    longest = max(map(len, weights.history))
+    steps = [np.concatenate([steps, np.repeat(steps[-1:], longest - len(steps), 0)]) for steps in weights.history]
+    array = io.BytesIO()
+    np.save(array, np.stack(steps, 1))  # (steps, categories, backbones)
+    write_atomic(folder / "category_weights_history.npy", array.getvalue())
+
+
+def _weights_csv(categories: list[str], backbones: list[str], weights: Any) -> str:
+    rows = []
+    for c, category in enumerate(categories):
+        for b, backbone in enumerate(backbones):
+            values = (weights.weights[c, b], weights.low[c, b], weights.high[c, b])
+            rows.append([category, backbone, *(f"{value:.6f}" for value in values)])
+    return csv_text(["category", "backbone", "weight", "low", "high"], rows)
+
+
+def _history_csv(categories: list[str], backbones: list[str], weights: Any) -> str:
+    rows = []
+    for category, steps in zip(categories, weights.history, strict=True):
+        for step, values in enumerate(steps):
+            rows += [[category, str(step), b, f"{value:.6f}"] for b, value in zip(backbones, values, strict=True)]
+    return csv_text(["category", "step", "backbone", "weight"], rows)
+
+
+def _out_of_fold_csv(job: Job, predictions: Any, left_out: np.ndarray) -> str:
+    """IG of the mixture on images that neither its heads nor its weights were fitted on."""
+    gain = (left_out - predictions.baseline) / math.log(2)
+    stimuli = [job.dataset.stimuli[index] for index in predictions.images]
+    rows = [[s.name, s.category, f"{value:.6f}"] for s, value in zip(stimuli, gain, strict=True)]
+    return csv_text(["image", "category", "IG"], rows)
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def main(argv: Sequence[str]) -> None:
+    job = parse(argv, __doc__.splitlines()[0])
+    from acw.cluster.joining import connect
+
+    connect()
+    aggregate(job)

@@ -1,0 +1,129 @@
+"""Scores a finished model on every image of a data set.
+
+Other models' maps and predictions are scored beside it on the same images; saliency maps as they are, without IG, LL.
+Writes FILE as evaluation.json's scores, and FILE's name with `.per_image.csv`. IG is over the model's stored centre
+bias, which never saw this data set. The last line on stdout is FILE's path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from acw.data import Dataset
+from acw.pipeline.options import Parser, add_dataset_options, check_writable, local_path, read_dataset
+from acw.storage.addresses import shown
+from acw.storage.errors import UserError
+from acw.storage.files import is_model_uri, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from acw.evaluation.external_models import Outside
+
+SEED = 0  # of the bootstrap
+
+
+def evaluate(
+    location: str, dataset: Dataset, out: Path, outside: tuple[Outside, ...], exact: bool, sim_opt: int
+) -> None:
+    """Scores the model, and the outside ones beside it, on all images and writes the two files; prints the table."""
+    import numpy as np
+
+    import acw
+    from acw.cluster.joining import connect
+    from acw.evaluation import gold_standard
+    from acw.evaluation.scoring import ImageDensities, Scoring, score_images
+    from acw.evaluation.summary import per_image_csv, summarise, table
+
+    model = acw.load(location)
+    trained_on = model.provenance["dataset"]
+    if trained_on is None:
+        raise UserError(
+            f"{location}: has no centre bias yet, and IG no baseline; have them taken from training folds, and the "
+            f"held-out images scored: python jobs/pipeline.py deepgaze_iie --heads {location} --dataset D"
+        )
+    if dataset.fingerprint == trained_on["fingerprint"]:
+        print("warning: the model was trained on images of this very data set; see its own evaluation.json", flush=True)
+    labelled = set(dataset.categories) <= set(model.categories)
+    if not labelled:
+        print("categories are not the model's: weights by inferred category only", flush=True)
+    images = np.arange(len(dataset.stimuli))
+    gold = None
+    if gold_standard.has_subjects(dataset, images):
+        gold = gold_standard.fit(dataset, images, model.center_bias)
+    model.load_backbones()
+    connect()
+    scoring = Scoring(
+        dataset,
+        images,
+        ImageDensities(model, dataset),
+        model,
+        {},
+        labelled,
+        gold,
+        outside,
+        exact=exact,
+        sim_opt=sim_opt,
+    )
+    scores, cost = score_images(scoring, images)
+    print(f"scores: {cost}", flush=True)
+    result = {
+        "dataset": dataset.summary() | {"scored": "all images", "images_scored": len(scores)},
+        **summarise(dataset, scores, SEED),
+        "model": location,
+        "outside": {other.name: {"kind": other.kind, "source": shown(other.location)} for other in outside},
+        "exact": exact,
+        "sim_opt_fixations": sim_opt or None,
+        "cost": dataclasses.asdict(cost),
+        "provenance": model.provenance,
+    }
+    write_atomic(out.with_name(f"{out.name.removesuffix('.json')}.per_image.csv"), per_image_csv(dataset, scores))
+    write_json(out, result)
+    print(table(result))
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="a run's folder, or an MLflow URI such as models:/acw@champion")
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--maps", action="append", default=[], metavar="[NAME=]DIR", help="another model's maps")
+    about = "what --maps holds; and --predictions, where the file does not say and values may mislead"
+    parser.add_argument("--kind", choices=("density", "saliency"), help=about)
+    parser.add_argument("--predictions", action="append", default=[], metavar="[NAME=]FILE", help="pysaliency's HDF5")
+    about = "pysaliency's model, on PYTHONPATH"
+    parser.add_argument("--object", action="append", default=[], metavar="[NAME=]MODULE:OBJECT", help=about)
+    about = "scores by pysaliency itself, but for controls and saliency maps: slow"
+    parser.add_argument("--exact", action="store_true", help=about)
+    parser.add_argument(
+        "--sim-opt", action="store_true", help="SIM of maps optimised for it, too: half a minute a full-HD image"
+    )
+    add_dataset_options(parser)
+    options = vars(parser.parse_args(argv))
+    if options["maps"] and not options["kind"]:
+        raise UserError("--maps: say what the maps are: --kind density or --kind saliency")
+    out = local_path(options["out"], "--out")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file in it")
+    check_writable(out.parent)
+    location = options["model"] if is_model_uri(options["model"]) else shown(local_path(options["model"], "--model"))
+    dataset = read_dataset(options)
+    from acw.evaluation.external_models import open_maps, open_object, open_predictions
+    from acw.evaluation.scoring import MODELS, REFERENCES
+    from acw.evaluation.sim_opt import fixations_of
+
+    outside = [open_maps(spec, options["kind"], dataset) for spec in options["maps"]]
+    outside += [open_predictions(spec, dataset, options["kind"]) for spec in options["predictions"]]
+    outside += [open_object(spec, dataset) for spec in options["object"]]
+    names = [other.name for other in outside]
+    ours = (*MODELS, *REFERENCES)
+    taken = [name for name in names if names.count(name) > 1 or name in ours or name.startswith("backbone:")]
+    if taken:
+        raise UserError(f"{taken[0]}: two models are called so; call yours otherwise: NAME=PATH, NAME=MODULE:OBJECT")
+    for other in outside:
+        other.check(dataset)
+    if len(dataset.stimuli) < 2:
+        raise UserError(f"dataset {dataset.location}: has one image, and sAUC needs fixations of a second; add images")
+    fixations = fixations_of(dataset) if options["sim_opt"] else 0
+    evaluate(location, dataset, out, tuple(outside), options["exact"], fixations)
+    print(shown(out), flush=True)

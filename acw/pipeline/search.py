@@ -1,0 +1,203 @@
+"""Searches a space of recipe fields with Ray Tune; writes the best as a file that `pipeline.py --overlay FILE` takes.
+
+Optuna proposes populations of configurations. Each is trained in one bank a backbone, in one pass over the features;
+the worse of a population stop early (successive halving), and so do whole populations that are worse than others
+(ASHA). `--heads_per_worker` says how many heads a bank may have: fewer, and the searcher learns more often.
+The objective is the validation IG of some folds, averaged over the recipe's backbones; held-out images are never used.
+The last line on stdout is the path of the overlay; report.html beside it shows the search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from acw.pipeline.job import Job, parse
+from acw.pipeline.options import Parser
+from acw.storage.addresses import shown
+from acw.storage.errors import UserError
+from acw.storage.files import fetch, plain_name
+
+if TYPE_CHECKING:
+    from acw.search.space import Search, Space
+    from acw.search.tuner import Work
+
+SPACES = Path(__file__).resolve().parents[2] / "tune_spaces"
+HELP = """--samples N       configurations, besides the recipe's own (default: 16)
+--search-folds 0,1
+                  cross-validation folds whose validation images decide (default: 0)"""
+OWN_HELP = """--space NAME      what to search: a file of tune_spaces/ (default: sigma_lr)
+--resume          go on with a search that was interrupted, or add to one that has ended with fewer samples
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a search is asked for, besides the job: see HELP."""
+
+    space: str
+    samples: int
+    folds: tuple[int, ...]
+    resume: bool
+
+
+def parse_options(parser: Parser, argv: Sequence[str]) -> tuple[Options | None, list[str]]:
+    """The options of a search, if one is asked for, and the arguments that are left; the parser sets space and resume.
+
+    Raises UserError for what makes no sense.
+    """
+    parser.add_argument("--samples")
+    parser.add_argument("--search-folds")
+    given, rest = parser.parse_known_args(list(argv))
+    if given.space is None:
+        if given.samples or given.search_folds:
+            raise UserError("--samples and --search-folds say how to search; add --tune SPACE, or leave them out")
+        return None, rest
+    samples, folds = given.samples or "16", (given.search_folds or "0").split(",")
+    if not samples.isdecimal() or int(samples) < 1:
+        raise UserError(f"--samples {samples}: give the number of configurations, 1 or more")
+    if not all(fold.isdecimal() for fold in folds) or len(set(folds)) < len(folds):
+        raise UserError(f"--search-folds {given.search_folds}: give numbers of folds, such as 0,1")
+    return Options(given.space, int(samples), tuple(map(int, folds)), given.resume), rest
+
+
+def tune(job: Job, options: Options) -> Path:
+    """Does all of the search that is not done yet; the path of its overlay."""
+    from acw.cluster import event_log
+    from acw.search import tuner
+    from acw.search.space import load_space
+    from acw.tracking import mlflow_store
+
+    found = _search(job, load_space(SPACES, options.space), options)
+    folder, uri = found.folder, mlflow_store.tracking_uri(job.root, job.tracking_uri)
+    unfinished = found.waiting or found.missing
+    if unfinished and found.proposed and not options.resume:
+        raise UserError(
+            f"{shown(folder)}: an earlier search has {len(found.trialled)} of these configurations; add --resume "
+            "to go on with it, or delete the folder"
+        )
+    print(f"search: {shown(folder)}", flush=True)
+    if unfinished or not _logged(found, uri):
+        with event_log.kept(folder, "search", images=len(job.dataset.stimuli), recipe=dataclasses.asdict(job.recipe)):
+            _complete(job, found, options, uri)
+    print(tuner.table(found.trialled))
+    return folder / "overlay.json"
+
+
+def _complete(job: Job, found: Search, options: Options, uri: str) -> None:
+    """Trains what is missing, and writes down and logs what is found."""
+    from mlflow.exceptions import MlflowException
+
+    from acw.cluster.joining import address
+    from acw.report import search_page
+    from acw.search import tuner
+    from acw.storage.files import write_json
+    from acw.tracking import mlflow_store, searches
+
+    folder, origin = found.folder, _origin(job, options)
+
+    def ended() -> None:
+        # A tracking server may be away for a while: at the end all is logged that is not there.
+        try:
+            searches.log(uri, found, job.recipe, origin, ended=False)
+        except (MlflowException, UserError) as error:
+            print(f"not in MLflow yet: {str(error).partition(chr(10))[0]}", flush=True)
+
+    # What is wrong with a cluster or an MLflow store is better known now than after the search.
+    address()
+    mlflow_store.ready(job.root, job.tracking_uri)
+    if found.waiting or found.missing:
+        tuner.search(_work(job, found.space, options, folder), found, ended)
+    write_json(folder / "overlay.json", tuner.overlay(found, origin))
+    write_json(folder / "search.json", found.summary() | _record(job, options))
+    search_page.write(folder)
+    searches.log(uri, found, job.recipe, origin, ended=True)
+    # Last: it says that all is done.
+    write_json(folder / "logged.json", _log_entry(found, uri))
+
+
+def _search(job: Job, space: Space, options: Options) -> Search:
+    """The search that the arguments name, with what earlier attempts have left of it."""
+    from acw.search.space import Search
+    from acw.storage.checksums import fingerprint
+
+    recipe = job.recipe
+    if recipe.heads:
+        raise UserError(f"--heads {recipe.heads}: those are trained already; leave them out to search")
+    if outside := [fold for fold in options.folds if not 0 <= fold < recipe.folds]:
+        raise UserError(f"--search-folds {outside[0]}: the recipe has folds 0 to {recipe.folds - 1}")
+    identity = fingerprint([recipe.fingerprint, job.dataset.fingerprint, space.identity, options.folds])
+    folder = job.root / "tune" / f"{space.name}-{recipe.name}-{plain_name(job.dataset.name)}-{identity}"
+    size = max(recipe.heads_per_worker // len(options.folds), 1)
+    return Search(folder, space, size, options.samples, recipe.seed)
+
+
+def _work(job: Job, space: Space, options: Options, folder: Path) -> Work:
+    """What all trials share; extracts the features that the space's recipes need."""
+    from acw.cluster.joining import connect
+    from acw.features.extraction import extract
+    from acw.search.tuner import Work
+    from acw.training.training_set import training_set
+
+    connect()
+    recipe, dataset = job.recipe, job.dataset
+    stores = {}
+    for one in space.recipes(recipe):
+        backbones = tuple(one.backbone_values)
+        if backbones not in stores:
+            stores[backbones], _ = extract(
+                job.root,
+                backbones,
+                dataset.stimuli,
+                dataset.stimuli_fingerprint,
+                recipe.workers,
+                recipe.accelerator,
+                recipe.gpus_per_worker,
+            )
+    return Work(recipe, options.folds, dataset, job.split, training_set(dataset, job.split, recipe), stores, folder)
+
+
+def _origin(job: Job, options: Options) -> dict[str, Any]:
+    """Where a search's result comes from, for its overlay and MLflow."""
+    from acw.provenance import commit
+
+    return {
+        "recipe": job.recipe.name,
+        "backbones": list(job.recipe.backbones),
+        "folds": list(options.folds),
+        "dataset": job.dataset.fingerprint,
+        "split": job.split.hash,
+        "commit": commit(),
+    }
+
+
+def _record(job: Job, options: Options) -> dict[str, Any]:
+    """What the search was made with, as a run's recipe.json has it."""
+    from acw.provenance import provenance
+
+    record = provenance(job.recipe) | {"dataset": job.dataset.summary(), "split_hash": job.split.hash}
+    return {"folds": list(options.folds), "provenance": record}
+
+
+def _log_entry(found: Search, uri: str) -> dict[str, Any]:
+    return {"store": shown(uri), "configurations": len(found.trialled)}
+
+
+def _logged(found: Search, uri: str) -> bool:
+    """Whether all that is found is written and in the MLflow store that was asked for."""
+    path = fetch(found.folder / "logged.json")
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == _log_entry(found, uri)
+
+
+def main(argv: Sequence[str]) -> None:
+    own = Parser(add_help=False, allow_abbrev=False)
+    own.add_argument("--space", default="sigma_lr")
+    own.add_argument("--resume", action="store_true")
+    options, rest = parse_options(own, argv)
+    assert options is not None
+    job = parse(rest, f"{__doc__.splitlines()[0]}\n\n{OWN_HELP}{HELP}")
+    print(shown(tune(job, options)), flush=True)
