@@ -95,13 +95,13 @@ def export_submission(argv: Sequence[str]) -> None:
     check_writable(out.parent)
     import torch
 
-    import acw
     from acw.evaluation import submission
+    from acw.tracking.load import load
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU that torch can use; leave it out")
     location = options.model if is_model_uri(options.model) else local_path(options.model, "MODEL")
-    print(submission.export(acw.load(location, options.device), local_path(options.stimuli, "--stimuli"), out))
+    print(submission.export(load(location, options.device), local_path(options.stimuli, "--stimuli"), out))
     print(shown(out), flush=True)
 
 

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from acw.features.backbone import BACKBONE_SETS, BACKBONES, TAPS, Backbone
+from acw.features.backbone import TAPS, Backbone
+from acw.features.zoo import BACKBONE_SETS, BACKBONES
 from acw.storage.checksums import fingerprint
 from acw.storage.errors import UserError
 
@@ -300,6 +301,8 @@ def _check(recipe: Recipe) -> None:
         "BACKBONE=SOURCE with the recipe's backbones, each once",
     )
     require(recipe.taps in TAPS, "taps", " or ".join(TAPS))
+    lacking = [name for name in recipe.backbones if recipe.taps == "earlier" and not BACKBONES[name].earlier]
+    require(not lacking, "taps", f"own or deepest, as {', '.join(lacking)} names no earlier layer")
     require(recipe.center_bias in ("kde", "gaussian"), "center_bias", "kde or gaussian")
     require(
         0 <= recipe.center_bias_bandwidth < 1 and (not recipe.center_bias_bandwidth or recipe.center_bias == "kde"),

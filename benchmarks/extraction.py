@@ -31,11 +31,12 @@ from torch.nn.functional import interpolate
 
 from acw.data import Stimulus
 from acw.data.images import decode_image
-from acw.features.backbone import BACKBONES, Backbone, load_backbone, tap_outputs
+from acw.features.backbone import Backbone, load_backbone, tap_outputs
 from acw.features.batch_size import Pace
 from acw.features.extraction import write_shards
 from acw.features.store import shard_path
 from acw.features.weights import load_weights
+from acw.features.zoo import BACKBONES
 
 SIZE = (1088, 1920)  # half of it divides by 32: there, timm's padding is DeepGaze IIE's
 

@@ -30,7 +30,7 @@ from acw.data import Dataset, Stimulus, pysaliency_compat
 from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Target, score_mixtures
 from acw.evaluation.sauc import MeanPrediction, reduced, shuffled_aucs
 from acw.evaluation.scoring import Scoring, score_images
-from acw.features.backbone import BACKBONES
+from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads import finalizer
 from acw.heads.center_bias import fixed_gaussian

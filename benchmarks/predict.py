@@ -26,9 +26,10 @@ from scipy.interpolate import make_interp_spline
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from acw.features.backbone import BACKBONES, Backbone, FrozenBackbone, load_backbone
+from acw.features.backbone import Backbone, FrozenBackbone, load_backbone
 from acw.features.store import compute
 from acw.features.tensors import Features
+from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads import readout
 from acw.heads.center_bias import fixed_gaussian

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acw.cluster.process import compute_with
-from acw.features.backbone import BACKBONES
 from acw.features.tensors import Features
+from acw.features.zoo import BACKBONES
 from acw.heads import finalizer, readout
 from acw.heads.finalizer import Finalizer
 from acw.heads.readout import Parameters

@@ -20,8 +20,9 @@ import torch
 from timm.layers import Conv2dSame
 from torch.nn import functional
 
-from acw.features.backbone import BACKBONES, Backbone, FrozenBackbone, _pad_same, load_backbone, tap_outputs
+from acw.features.backbone import Backbone, FrozenBackbone, _pad_same, load_backbone, tap_outputs
 from acw.features.weights import load_weights, read_weights
+from acw.features.zoo import BACKBONES
 from acw.storage.errors import UserError
 
 DEEPGAZE_IIE_KEYS = Path(__file__).parents[2] / "shared" / "deepgaze_iie" / "keys.json"

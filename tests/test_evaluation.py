@@ -27,7 +27,7 @@ from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Targe
 from acw.evaluation.sauc import MeanPrediction
 from acw.evaluation.scoring import REFERENCES, Scores, Scoring, score_images
 from acw.evaluation.summary import per_image_csv, summarise
-from acw.features.backbone import BACKBONES
+from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads import finalizer
 from acw.heads.center_bias import fixed_gaussian

@@ -14,8 +14,9 @@ from PIL import Image
 from scipy.special import logsumexp
 
 from acw import load
-from acw.features.backbone import BACKBONES, Backbone, load_backbone
+from acw.features.backbone import Backbone, load_backbone
 from acw.features.store import compute
+from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads import ensemble as ensembles
 from acw.heads import finalizer, readout

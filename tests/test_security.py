@@ -26,9 +26,10 @@ import acw
 from acw import cli
 from acw.data import Dataset, load_dataset
 from acw.evaluation import external_models, submission
-from acw.features.backbone import BACKBONES, load_backbone
+from acw.features.backbone import load_backbone
 from acw.features.store import open_shard
 from acw.features.weights import read_weights
+from acw.features.zoo import BACKBONES
 from acw.pipeline import job
 from acw.storage import secrets
 from acw.storage.errors import UserError

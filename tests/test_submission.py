@@ -16,7 +16,8 @@ from acw import cli
 from acw.data import pysaliency_compat
 from acw.data.images import decode_image
 from acw.evaluation import submission
-from acw.features.backbone import BACKBONES, load_backbone
+from acw.features.backbone import load_backbone
+from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads.center_bias import fixed_gaussian
 from acw.heads.finalizer import Finalizer

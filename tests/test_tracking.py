@@ -17,7 +17,8 @@ import pytest
 import requests
 
 import acw
-from acw.features.backbone import BACKBONES, load_backbone
+from acw.features.backbone import load_backbone
+from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads.center_bias import fixed_gaussian
 from acw.heads.finalizer import Finalizer

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from acw.storage.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def trouble(error: BaseException) -> UserError | None:

@@ -20,14 +20,11 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from acw.storage.addresses import mirrored
 from acw.storage.errors import UserError
 from acw.storage.files import fetch, write_atomic
-
-if TYPE_CHECKING:
-    pass
 
 FILE = "log.jsonl"
 # So often a driver that has nothing else to say says that it lives.

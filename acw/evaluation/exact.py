@@ -11,11 +11,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from acw.data import pysaliency_compat
-from acw.evaluation.metrics import METRICS, Target
+from acw.evaluation.metrics import METRICS, Target, added_scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,4 +62,5 @@ class ExactTarget:
             "KLDiv": MIT_KLDiv(smooth, self._empirical),
             "SIM": SIM(smooth, self._empirical),
         }
+        found |= added_scores(torch.from_numpy(density), target)
         return {metric: float(found[metric]) for metric in METRICS}

@@ -11,7 +11,7 @@ and LL to 1e-6). On CUDA the blur needs full float32 matrix products, which is P
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -22,8 +22,56 @@ from torch import Tensor
 
 from acw.storage.errors import UserError
 
-METRICS = ("IG", "LL", "AUC", "sAUC", "NSS", "CC", "KLDiv", "SIM")
-ALL_METRICS = (*METRICS, "SIM_opt")  # the last only where it is asked for
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of METRICS.
+
+    better: 1 where more is better, -1 where less is. function: of one density, float64 (H, W) with sum 1, and the
+    image's Target; its mean over images is what is reported. The field's eight have none: `score_mixtures` makes them
+    of many mixtures at once, `sauc` the one that needs other images, and `exact` all of them by pysaliency.
+    """
+
+    name: str
+    unit: str
+    better: int
+    function: Callable[[Tensor, Target], float] | None = None
+
+
+# By name, in the order of tables. A new metric is a row here, with its function.
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("IG", "bit/fixation", 1),
+        Metric("LL", "bit/fixation", 1),
+        Metric("AUC", "", 1),
+        Metric("sAUC", "", 1),
+        Metric("NSS", "", 1),
+        Metric("CC", "", 1),
+        Metric("KLDiv", "nat", -1),
+        Metric("SIM", "", 1),
+    )
+}
+SIM_OPT = Metric("SIM_opt", "", 1)  # SIM of a map that is made for it; only where it is asked for
+
+
+def in_order(present: Iterable[str]) -> list[str]:
+    """Names of metrics in the order of tables; what is no metric of this version comes last."""
+    known = [*METRICS, SIM_OPT.name]
+    there = set(present)
+    return [name for name in known if name in there] + sorted(there - set(known))
+
+
+def better(name: str) -> int:
+    """1 where more of a metric is better, -1 where less is, 0 for what is no metric."""
+    row = {**METRICS, SIM_OPT.name: SIM_OPT}.get(name)
+    return row.better if row else 0
+
+
+def added_scores(density: Tensor, target: Target) -> dict[str, float]:
+    """The scores, by their names, that functions of METRICS give a density, float64 (H, W) with sum 1."""
+    return {name: row.function(density, target) for name, row in METRICS.items() if row.function}
+
 
 # The regulariser of the Tuebingen/MIT saliency benchmark, as in pysaliency.metrics.MIT_KLDiv.
 _KLDIV_REGULARISER = 2.2204e-16
@@ -359,8 +407,11 @@ def score_mixtures(components: Components, weights: Tensor, target: Target) -> l
         "NSS": torch.where(std > FLAT, (at_fixations.mean(1) - 1) / std, 0),
         **_map_scores(components, smooth, target),
     }
-    names = [metric for metric in METRICS if metric in columns]
-    return [dict(zip(names, row, strict=True)) for row in torch.stack([columns[m] for m in names], 1).tolist()]
+    scores = [dict(zip(columns, row, strict=True)) for row in torch.stack(list(columns.values()), 1).tolist()]
+    if any(row.function for row in METRICS.values()):
+        for row, scored in zip(sharp / len(components.density[0]), scores, strict=True):
+            scored |= added_scores((row @ components.density).view(target.size), target)
+    return scores
 
 
 def _std(weights: Tensor, covariance: Tensor) -> Tensor:

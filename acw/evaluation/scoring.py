@@ -22,11 +22,11 @@ from acw.evaluation.exact import ExactTarget
 from acw.evaluation.external_models import Outside
 from acw.evaluation.gold_standard import GoldStandard
 from acw.evaluation.metrics import (
-    ALL_METRICS,
     METRICS,
     Components,
     ShuffledFixations,
     Target,
+    in_order,
     score_mixtures,
     score_saliency,
 )
@@ -200,7 +200,7 @@ class Scoring:
                         f"{name}: its {metric} on {self.dataset.stimuli[index].name} is {value}, as its density is 0 "
                         "where somebody looked; give densities that are positive everywhere, or --kind saliency"
                     )
-        return {name: {m: one[m] for m in ALL_METRICS if m in one} for name, one in result.items()}
+        return {name: {m: one[m] for m in in_order(one)} for name, one in result.items()}
 
     @staticmethod
     def _every_density(maps: _Maps) -> Iterator[tuple[str, np.ndarray]]:

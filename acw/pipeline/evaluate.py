@@ -30,13 +30,13 @@ def evaluate(
     """Scores the model, and the outside ones beside it, on all images and writes the two files; prints the table."""
     import numpy as np
 
-    import acw
     from acw.cluster.joining import connect
     from acw.evaluation import gold_standard
     from acw.evaluation.scoring import ImageDensities, Scoring, score_images
     from acw.evaluation.summary import per_image_csv, summarise, table
+    from acw.tracking.load import load
 
-    model = acw.load(location)
+    model = load(location)
     trained_on = model.provenance["dataset"]
     if trained_on is None:
         raise UserError(

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from acw.data import Dataset, load_dataset
 from acw.data.coordinates import MOST_DROPPED, Origin, Units
@@ -14,9 +14,6 @@ from acw.data.readers import READERS
 from acw.storage.addresses import expanded, local
 from acw.storage.errors import UserError
 from acw.storage.files import refuse_undecodable, remove, write_atomic
-
-if TYPE_CHECKING:
-    pass
 
 
 class Parser(argparse.ArgumentParser):

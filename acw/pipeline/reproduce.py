@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from acw.evaluation.metrics import METRICS
 from acw.model import assembly
 from acw.pipeline.job import Job, parse
 from acw.pipeline.options import Parser
@@ -150,14 +151,14 @@ def _without_backbones(argv: Sequence[str]) -> list[str]:
 
 def _validation(job: Job) -> dict[int, dict[str, float]]:
     """Scores of each development image by what did not train on it, kept in the run's folder."""
-    import acw
     from acw.cluster.joining import connect
     from acw.evaluation.validation import validation_scores
+    from acw.tracking.load import load
 
     path = fetch(job.folder / "validation.json")
     if not path.exists():
         heads = assembly.heads_by_fold(job.recipe, *checkpoints.trained(job.recipe, job.folder))
-        models = assembly.fold_models(job.recipe, job.dataset, job.split, heads, acw.load(job.folder))
+        models = assembly.fold_models(job.recipe, job.dataset, job.split, heads, load(job.folder))
         connect()
         write_json(path, validation_scores(job.dataset, job.split, models, list(job.stores().values())))
     return {int(index): scores for index, scores in json.loads(path.read_text(encoding="utf-8")).items()}
@@ -187,14 +188,20 @@ def _table_2(systems: Sequence[System]) -> list[dict[str, Any]]:
             changed = f"{system.name} with the paper's weighted sum of log-densities, renormalised"
             rows.append(_scored(f"{system.name}, log mixture", models["log_mixture"], changed))
     for name, values in PUBLISHED_2.items():
-        row = {"system": name, "measured": "published, other data split", **dict(zip(TABLE_2, values, strict=True))}
-        rows.append(row | {"LL": None, "IG low": None, "IG high": None, "what changed": SIM_OPT})
+        row = {"system": name, "measured": "published, other data split", **dict.fromkeys(_columns())}
+        row |= dict(zip(TABLE_2, values, strict=True))
+        rows.append(row | {"IG low": None, "IG high": None, "what changed": SIM_OPT})
     return rows
+
+
+def _columns() -> list[str]:
+    """The paper's metrics, then the others."""
+    return [*TABLE_2, *(metric for metric in METRICS if metric not in TABLE_2)]
 
 
 def _scored(name: str, entry: dict[str, Any], changed: str) -> dict[str, Any]:
     """A row of what was measured here; entry: a model's in evaluation.json."""
-    means = {metric: entry["overall"][metric]["mean"] for metric in (*TABLE_2, "LL")}
+    means = {metric: entry["overall"][metric]["mean"] for metric in _columns()}
     low, high = entry["overall"]["IG"]["ci95"]
     return {"system": name, "measured": "here", **means, "IG low": low, "IG high": high, "what changed": changed}
 

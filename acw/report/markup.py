@@ -10,6 +10,8 @@ from html import escape
 from importlib.resources import files
 from typing import NamedTuple
 
+from acw.evaluation.metrics import better
+
 
 class Interval(NamedTuple):
     """A value with its 95 % interval."""
@@ -28,9 +30,6 @@ class Written(NamedTuple):
 
 Cell = Interval | Written | float | str | None
 Row = Mapping[str, Cell]
-
-# Whether more is better, of the columns in which one row may be the best.
-BETTER = {"IG": 1, "LL": 1, "AUC": 1, "sAUC": 1, "NSS": 1, "CC": 1, "KLDiv": -1, "SIM": 1, "SIM_opt": 1, "loss": -1}
 
 
 def document(title: str, lead: str, sections: Mapping[str, str]) -> str:
@@ -72,7 +71,7 @@ def table(
     numeric = {name for name in columns if any(_number(row.get(name)) is not None for row in rows)}
     heads = []
     for name in columns:
-        first = "descending" if name in numeric and BETTER.get(name, 1) > 0 else "ascending"
+        first = "descending" if name in numeric and _better(name) >= 0 else "ascending"
         kind = "" if name in numeric else ' class="text"'
         label = escape(name) or "name"
         heads.append(f'<th scope="col" data-first="{first}"{kind}><button type="button">{label}</button></th>')
@@ -103,8 +102,8 @@ def _best(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
     best = {}
     for name in columns:
         values = [value for row in rows if (value := _number(row.get(name))) is not None]
-        if name in BETTER and len(values) > 1:
-            best[name] = (max if BETTER[name] > 0 else min)(values)
+        if _better(name) and len(values) > 1:
+            best[name] = (max if _better(name) > 0 else min)(values)
     return best
 
 
@@ -188,3 +187,8 @@ def switched(name: str, parts: Mapping[str, str]) -> str:
         for number, (choice, part) in enumerate(parts.items())
     )
     return f'<div data-switched="{name}">{shown}</div>'
+
+
+def _better(name: str) -> int:
+    """1 or -1 of a column in which one row may be the best, as more or less is better; 0 of others."""
+    return -1 if name == "loss" else better(name)

@@ -20,7 +20,8 @@ import numpy as np
 
 from acw.cluster.costs import noted
 from acw.evaluation.bootstrap import interval
-from acw.evaluation.metrics import ALL_METRICS
+from acw.evaluation.metrics import in_order
+from acw.evaluation.summary import KEYS
 from acw.report import charts, gallery, markup
 from acw.report.figures import Example, extended
 from acw.report.gallery import HEADLINE, Weights
@@ -104,7 +105,7 @@ def _per_image(run: Path) -> tuple[dict[str, str], Scores]:
     with (run / "per_image.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             category[row["image"]] = row["category"]
-            scores[row["image"]][row["model"]] = {m: float(row[m]) for m in ALL_METRICS if row.get(m)}
+            scores[row["image"]][row["model"]] = {m: float(row[m]) for m in in_order(row.keys() - set(KEYS)) if row[m]}
     return category, dict(scores)
 
 
@@ -149,8 +150,7 @@ def _range(low: float, high: float, signed: bool = False) -> str:
 
 def _metrics(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     """The metrics that any of the entries has, in their usual order."""
-    present = {metric for entry in entries for metric in entry}
-    return [metric for metric in ALL_METRICS if metric in present] + sorted(present - set(ALL_METRICS))
+    return in_order({metric for entry in entries for metric in entry})
 
 
 def _scores(evaluation: dict[str, Any]) -> str:

@@ -1,0 +1,31 @@
+"""Loads a finished model, wherever it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from acw.model.model import Model
+
+
+def load(location: str | Path, device: torch.device | str = "cpu") -> Model:
+    """A finished model, from a run's folder, a model's folder, here or in S3, or an MLflow model URI
+    (`models:/acw@champion`).
+
+    Raises UserError where there is no model, or no such device (`cpu`, `cuda`, `cuda:N`).
+    """
+    from acw.model.arguments import as_device
+    from acw.model.model import Model
+    from acw.storage.addresses import local
+    from acw.storage.files import is_model_uri, present
+
+    device = as_device(device)
+    if is_model_uri(location):
+        from acw.tracking.registry import download_model
+
+        return Model.load(download_model(str(location)), device)
+    folder = local(location)
+    return Model.load(folder / "model" if present(folder / "model" / "model.json") else folder, device)
