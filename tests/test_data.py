@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_dilation, gaussian_filter
 from scipy.sparse import csc_array
 
 from acw.data import Dataset, load_dataset, pysaliency_compat, split
@@ -296,7 +296,7 @@ def test_folder_of_no_known_layout_and_wrong_choices(tmp_path: Path) -> None:
         ("image,x,y,category\na.png,1,2,u\na.png,1,2,N/A\n", "line 3: a.png has the category 'N/A' and 'u'"),
         ("image,x,y\na.png,137,2,46,2\n", "line 2: has 5 fields where the header has 3; are there decimal commas"),
         ("image,x,y\na.png,1,2\na.png,13,5,2\n", "line 3: has 4 fields"),
-        ("image;x;y\na.png;13,5;2\n", "line 2: x is '13,5', with a decimal comma; write decimal points"),
+        ("image;x;y\na.png;13,5;2\n", "line 2: x is '13,5', with a decimal comma"),
         ("image;x;y\na.png;1;2;3\n", "line 2: has 4 fields where the header has 3; quote names that hold semicolons"),
         ("image,x,y,x,y\na.png,1,2,3,4\n", r"has the column 'x' 2 times \(two eyes\?\)"),
         ("image,x,y, image\na.png,1,2,3\n", "has the column 'image' 2 times"),
@@ -310,6 +310,12 @@ def test_folder_of_no_known_layout_and_wrong_choices(tmp_path: Path) -> None:
         ("image,x,y\na.png\0,1,2\n", "line 2: holds a NUL byte"),
         ("image,x,y\na\x07.png,1,2\n", "holds a character that cannot be printed"),
         ("image,x,y\n" + "a" * 300 + ".png,1,2\n", "cannot be a file's name"),
+        ("sep=;\nimage;x\na.png;1\n", r"has no column 'y' \(it has image, x\)"),
+        ("image x y\na.png 1 2\n", "its columns are separated by blanks"),
+        ('"image" "x" "y"\n"1" "a.png" 1 2\n', "its columns are separated by blanks"),
+        ("image,x,y\n1,a.png,1,2\n", "is the first of them a row's name, as R writes it"),
+        ('image,x,y\na.png,"1,290",2\n', "x is '1,290', with a decimal comma, or one between thousands"),
+        ("image;x;y\na.png;1.290;2\na.png;12;2\n", "x is '1.290' in one line and has no point in others"),
         ("image,x,y\nA.PNG,1,2\n", r"A.PNG is not in .* \(it has a.png, which differs in its capitals\)"),
         ("image,x,y\nsub\\b.jpg,1,2\n", r"is not in .* \(it has sub/b.jpg\)"),
         ("image,x,y\na,1,2\n", r"a is not in .* \(it has a.png: names are with their endings\)"),
@@ -436,6 +442,21 @@ def test_shares_and_centres_are_refused_and_converted_when_asked(
         (lambda x, y: x * 4.8, lambda x, y: y * 3.6, "4.7 times as far as the images: are they px of a screen"),
         (lambda x, y: np.where(x < 80, -9999, x), lambda x, y: np.where(x < 80, -9999, y), "as a lost eye is written"),
         (lambda x, y: np.where(x < 80, 0, x), lambda x, y: np.where(x < 80, 0, y), "exactly at x=0 y=0"),
+        (lambda x, y: np.where(x < 20, 0, x), lambda x, y: np.where(x < 20, 0, y), "exactly at x=0 y=0"),
+        (lambda x, y: np.where(x < 20, -32768, x / 400), lambda x, y: y / 300, "shares of the width and height"),
+        (lambda x, y: (x - 200) / 35, lambda x, y: (y - 150) / 35, "degrees of visual angle from the centre"),
+        (lambda x, y: x / 35, lambda x, y: y / 35, "degrees of visual angle or another unit than px"),
+        (
+            lambda x, y: (x - 200) / 300,
+            lambda x, y: (150 - y) / 300,
+            "shares of the height from the centre; .* --y-axis",
+        ),
+        (lambda x, y: x / 400, lambda x, y: y, "a share of the width in x alone"),
+        (
+            lambda x, y: np.repeat(x[:, :20], 3, 1),
+            lambda x, y: np.repeat(y[:, :20], 3, 1),
+            "80 of 120 fixations repeat",
+        ),
     ],
 )
 def test_the_likely_reason_is_named(
@@ -450,6 +471,46 @@ def test_the_likely_reason_is_named(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("convention", "x", "y"),
+    [
+        ({"units": "height", "origin": "centre", "y_axis": "up"}, lambda x: (x - 200) / 300, lambda y: (150 - y) / 300),
+        ({"units": "share", "y_axis": "up"}, lambda x: x / 400, lambda y: 1 - y / 300),
+        ({"y_axis": "up"}, lambda x: x, lambda y: 300 - y),
+    ],
+)
+def test_every_convention_gives_the_same_px(
+    tmp_path: Path,
+    px: tuple[np.ndarray, np.ndarray],
+    convention: dict[str, str],
+    x: Callable[[np.ndarray], np.ndarray],
+    y: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    expected = recorded(tmp_path / "px", *px)()
+    dataset = recorded(tmp_path / "other", x(px[0]), y(px[1]))(**convention)
+    np.testing.assert_allclose(dataset.x, expected.x, atol=1e-9)
+    np.testing.assert_allclose(dataset.y, expected.y, atol=1e-9)
+    assert any("y going" in note for note in dataset.notes)
+
+
+def test_px_that_are_called_something_else_are_told(tmp_path: Path, px: tuple[np.ndarray, np.ndarray]) -> None:
+    for units in ("share", "height"):
+        with pytest.raises(UserError, match=f"look like px; leave out --units {units}"):
+            recorded(tmp_path / units, *px)(units=units)
+    with pytest.raises(UserError, match="--drop-outside 1: give the share"):
+        recorded(tmp_path / "share", *px)(drop_outside=1)
+
+
+def test_what_is_odd_becomes_a_note(tmp_path: Path, px: tuple[np.ndarray, np.ndarray]) -> None:
+    x, y = px
+    (first, _) = recorded(tmp_path, x, y, orientation=3)().notes
+    assert first.startswith("pixels are read as stored, whatever EXIF says of 2 images (a.jpg, b.jpg)")
+    rows = ["image,x,y,category", *(f"{name}.jpg,{100 + k}.5,90,{c}" for k, (name, c) in enumerate(("aA", "ba")))]
+    (tmp_path / "f.csv").write_text("\n".join(rows), encoding="utf-8")
+    notes = load_dataset(str(tmp_path), fixations=str(tmp_path / "f.csv")).notes
+    assert any("categories differ in their capitals alone (A, a)" in note for note in notes)
+
+
 def test_an_exif_orientation_is_named_where_it_explains(tmp_path: Path, px: tuple[np.ndarray, np.ndarray]) -> None:
     x, y = px
     with pytest.raises(UserError, match=r"a\.jpg has an EXIF orientation that turns it"):
@@ -458,12 +519,13 @@ def test_an_exif_orientation_is_named_where_it_explains(tmp_path: Path, px: tupl
 
 def test_fixations_of_a_smaller_image_are_noted(tmp_path: Path, px: tuple[np.ndarray, np.ndarray]) -> None:
     x, y = px
-    (note,) = recorded(tmp_path, x * 0.4, y * 0.4)().notes
-    assert "upper left 39% by 39%" in note
+    twins, corner = recorded(tmp_path, x * 0.4, y * 0.4)().notes
+    assert "2 images are there twice, under other names (a.jpg, b.jpg)" in twins
+    assert "upper left 39% by 39%" in corner
 
 
 def test_units_are_not_for_marked_pixels(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="marks pixels of the images, so leave out --units and --origin"):
+    with pytest.raises(UserError, match="marks pixels of the images, so leave out --units, --origin and --y-axis"):
         load_dataset(str(cat2000(tmp_path)), units="share")
 
 
@@ -485,7 +547,12 @@ def test_a_folder_states_its_pixels_per_degree(tmp_path: Path, px: tuple[np.ndar
         ('{"pixels": 3}', "no JSON object with keys of licence, name, pixels_per_degree"),
         ('{"pixels_per_degree": 0}', "pixels_per_degree is 0"),
         ('{"pixels_per_degree": true}', "pixels_per_degree is True"),
+        ('{"pixels_per_degree": 0.028}', "0.028 px a degree of visual angle cannot be in images 400 px wide"),
+        ('{"pixels_per_degree": 1e7}', r"1e\+07 px a degree"),
         ('{"name": 3}', "name is 3"),
+        ('{"name": " "}', "name is ' '"),
+        ('{"name": "a\\u0000b"}', "holds a character that cannot be printed"),
+        ('{"licence": "\\ud800"}', "holds a character that cannot be printed"),
     ):
         statement.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=message):
@@ -523,7 +590,10 @@ def test_a_map_that_is_none_of_fixations_is_refused(tmp_path: Path) -> None:
         "a blurred map?": np.round(blurred / blurred.max() * 255).astype(np.uint8),
         "areas and not pixels": np.round(blurred / blurred.max() * 12) * (blurred > 0.3 * blurred.max()),
         "(a blurred map, or an inverted one?)": 1 - marks,
-        "areas and not pixels (a blurred map, or discs?)": (gaussian_filter(marks, 3) > 0.004).astype(np.uint8),
+        "a blurred map, discs, or an enlarged map?": (gaussian_filter(marks, 3) > 0.004).astype(np.uint8),
+        "discs, or an enlarged map?)": np.kron(marks[::2, ::2], np.ones((2, 2))),
+        "areas and not pixels (": binary_dilation(marks[:, ::-1], np.ones((5, 5))).astype(float),
+        "numbers of subjects, or in order?": np.cumsum(marks).reshape(marks.shape) * marks,
         "values below 0": marks - 2 * np.roll(marks, 5),
         "transposed": marks.T,
     }

@@ -30,6 +30,7 @@ class Stimulus:
     size: (height, width) in px.
     source: where the image comes from, if the data set says so (`osie` for the attribute `osie-1003`).
     digest: SHA-256 in hexadecimal of the file, or of what generates the display.
+    orientation: of EXIF, which is ignored: 1 is upright, 5 to 8 are turned by 90 degrees.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Stimulus:
     category: str
     source: str | None
     digest: str
+    orientation: int = 1
 
     def pixels(self) -> np.ndarray:
         """The image as uint8 (H, W, 3) RGB, any EXIF rotation ignored.

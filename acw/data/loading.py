@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from acw.data import synthetic
-from acw.data.coordinates import MOST_DROPPED, Origin, Units, corner_only, inside, placed
+from acw.data import plausibility, synthetic
+from acw.data.coordinates import MOST_DROPPED, Convention, Origin, Units, YAxis, inside, placed
 from acw.data.dataset import SYNTHETIC, Dataset
+from acw.data.plausibility import degree
 from acw.data.readers import READERS, fitting_reader
 from acw.data.recording import Recording, printable, refuse
 from acw.data.remote import bring
-from acw.data.statement import read_statement
+from acw.data.statement import STATEMENT, read_statement
 from acw.storage.addresses import local, mirrored, shown
 from acw.storage.errors import UserError
 
@@ -28,6 +29,7 @@ def load_dataset(
     fixations: str | None = None,
     units: Units = "px",
     origin: Origin = "corner",
+    y_axis: YAxis = "down",
     drop_outside: bool | float = False,
 ) -> Dataset:
     """Reads a data set.
@@ -37,8 +39,7 @@ def load_dataset(
         the `s3://` address of one.
     reader: a name of READERS; without it the first that fits, in their order.
     fixations: a CSV file with the columns image (path in the folder), x, y, and perhaps subject and category.
-    units: of x and y: px, or `share` of the image's width and height.
-    origin: from where x and y are counted: the upper left `corner`, or the image's `centre`; y goes down in both.
+    units, origin, y_axis: how x and y are written, see `Convention`.
     drop_outside: leave out fixations that lie outside their image, up to this share of all (True: a tenth), and say so
         in the data set's notes.
 
@@ -62,22 +63,31 @@ def load_dataset(
             f"dataset {folder}: is read by the {chosen} reader, which takes no fixations file; "
             "choose the reader csv or leave the file out"
         )
-    share = MOST_DROPPED if drop_outside is True else float(drop_outside)
-    if not 0 <= share <= 1:
-        raise UserError(f"--drop-outside {share:g}: give the share of the fixations that may be left out, 0 to 1")
+    convention = Convention(units, origin, y_axis)
+    share = _droppable(drop_outside)
     recording = READERS[chosen].read(folder, fixations)
-    return _assemble(folder, chosen, recording, units, origin, share)
+    return _assemble(folder, chosen, recording, convention, share)
 
 
-def _assemble(folder: Path, reader: str, recording: Recording, units: Units, origin: Origin, share: float) -> Dataset:
+def _droppable(drop_outside: bool | float) -> float:
+    """The share of the fixations that may lie outside. A whole number is refused: 1 may mean yes, or all."""
+    if isinstance(drop_outside, bool | np.bool_):
+        return MOST_DROPPED if drop_outside else 0.0
+    if not isinstance(drop_outside, float | np.floating) or not 0 <= drop_outside <= 1:
+        raise UserError(f"--drop-outside {drop_outside}: give the share of fixations that may be left out, such as 0.1")
+    return float(drop_outside)
+
+
+def _assemble(folder: Path, reader: str, recording: Recording, convention: Convention, share: float) -> Dataset:
     where = f"dataset {folder}"
     if not recording.stimuli or not len(recording.image):
         raise UserError(f"{where}: holds no image with fixations; add some")
     names = [stimulus.name for stimulus in recording.stimuli]
     if len(set(names)) < len(names):
         raise UserError(f"{where}: has the image {max(names, key=names.count)} twice; list every image once")
-    places = placed(recording, units, origin, where)
-    kept, dropped = inside(recording, places, share, where)
+    plausibility.refuse_repeated(recording, where)
+    places = placed(recording, convention, where)
+    kept, dropped = inside(recording, places, convention, share, where)
     order = sorted(range(len(names)), key=names.__getitem__)
     stimuli = tuple(recording.stimuli[index] for index in order)
     image = np.argsort(order)[recording.image]
@@ -86,7 +96,8 @@ def _assemble(folder: Path, reader: str, recording: Recording, units: Units, ori
     rows = np.flatnonzero(kept)
     rows = rows[np.argsort(image[rows], kind="stable")]
     statement = read_statement(folder)
-    converted = () if (units, origin) == ("px", "corner") else (f"read as {units} from the {origin}",)
+    widths = [stimulus.size[1] for stimulus in stimuli]
+    stated = statement.pixels_per_degree
     return Dataset(
         name=statement.name or (folder.parent.name if folder.name == "trainSet" else folder.name),
         reader=reader,
@@ -97,7 +108,7 @@ def _assemble(folder: Path, reader: str, recording: Recording, units: Units, ori
         y=places.y[rows],
         subject=recording.subject[rows].astype(np.int32),
         # One degree of visual angle, where it is known; else CAT2000's share of the width, 40 of 1920 px.
-        blur_sigma=statement.pixels_per_degree or float(np.mean([stimulus.size[1] for stimulus in stimuli])) / 48,
-        notes=(*recording.notes, *converted, *dropped, *corner_only(places)),
+        blur_sigma=degree(stated, max(widths), str(folder / STATEMENT)) if stated else float(np.mean(widths)) / 48,
+        notes=(*recording.notes, *convention.note, *dropped, *plausibility.oddities(recording, places)),
         licence=statement.licence,
     )

@@ -121,7 +121,7 @@ def stimulus(folder: Path, file: str, category: str, source: str | None = None) 
     found = inspect_image(folder / file)
     # The same image has the same name whether a reader was given CAT2000's folder or the one above it.
     name = file.removeprefix("trainSet/").removeprefix("Stimuli/")
-    return Stimulus(name, str(folder / file), found.size, _nfc(category), source, found.digest)
+    return Stimulus(name, str(folder / file), found.size, _nfc(category), source, found.digest, found.orientation)
 
 
 def printable(text: str, where: str) -> None:

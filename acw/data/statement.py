@@ -8,10 +8,10 @@ Every key is optional. One degree of visual angle is the width of the Gaussian o
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from acw.data.recording import printable
 from acw.storage.errors import UserError
 
 STATEMENT = "acw.json"
@@ -39,11 +39,10 @@ def read_statement(folder: Path) -> Statement:
     if not isinstance(said, dict) or not said.keys() <= fields:
         raise UserError(f"{path}: is no JSON object with keys of {', '.join(sorted(fields))}; correct it")
     pixels = said.get("pixels_per_degree")
-    if pixels is not None and (
-        isinstance(pixels, bool) or not isinstance(pixels, int | float) or not 0 < pixels < math.inf
-    ):
+    if pixels is not None and (isinstance(pixels, bool) or not isinstance(pixels, int | float) or not pixels > 0):
         raise UserError(f"{path}: pixels_per_degree is {pixels!r}; give px of one degree of visual angle, above 0")
     for key in ("name", "licence"):
-        if not isinstance(said.get(key, ""), str):
+        if key in said and not (isinstance(said[key], str) and said[key].strip()):
             raise UserError(f"{path}: {key} is {said[key]!r}; give a text")
+        printable(said.get(key, ""), f"{path}: {key}")
     return Statement(**said)

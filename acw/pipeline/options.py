@@ -5,28 +5,57 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from acw.data import Dataset, load_dataset
-from acw.data.coordinates import MOST_DROPPED, Origin, Units
+from acw.data.coordinates import MOST_DROPPED, Origin, Units, YAxis
+from acw.data.plausibility import degree
 from acw.data.readers import READERS
 from acw.storage.addresses import expanded, local
 from acw.storage.errors import UserError
 from acw.storage.files import refuse_undecodable, remove, write_atomic
 
+# A shell's variable, which in single quotes stays as it is.
+VARIABLE = re.compile(r"\$[A-Za-z_]\w*|\$\{\w+\}|%[A-Za-z_]\w*%")
+
 
 class Parser(argparse.ArgumentParser):
-    """Ends with one line and status 2, like every other error of the user's."""
+    """Of every job and command: one style of help, and one line and status 2 for a mistake."""
+
+    def __init__(self, about: str | None = None, **more: Any) -> None:
+        """about: the docstring of the module whose command it is."""
+        name = Path(sys.argv[0]).name
+        ours: dict[str, Any] = {
+            "prog": name if name.split(" ")[0] == "acw" else f"python jobs/{name}",
+            "description": about and about.strip(),
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+            "allow_abbrev": False,
+        }
+        super().__init__(**ours | more)
+
+    def read(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The options, by their names with underscores. Underscores are taken for hyphens, as once they were typed."""
+        return vars(self.parse_args([hyphenated(text) for text in argv]))
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def hyphenated(text: str) -> str:
+    """An option's name as the help spells it; what is no option stays as it is."""
+    name, separator, value = text.partition("=")
+    return f"{name.replace('_', '-')}{separator}{value}" if name.startswith("--") else text
 
 
 def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         default="synthetic",
+        metavar="PATH",
         help="synthetic (default); a CAT2000 folder; a folder with pysaliency's stimuli.hdf5 and fixations.hdf5; "
         "or a folder of images, with --fixations; or s3://BUCKET/PREFIX of one of these",
     )
@@ -39,12 +68,15 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
 
 def add_reader_options(parser: argparse.ArgumentParser) -> None:
     """How the files of a data set are to be understood; `reader_options` takes them from the parsed options."""
-    parser.add_argument("--fixations", help="CSV with columns image, x, y (0-based px), optionally subject, category")
+    about = "CSV with columns image, x, y (0-based px), optionally subject, category"
+    parser.add_argument("--fixations", metavar="FILE", help=about)
     parser.add_argument("--reader", choices=tuple(READERS), help="where a folder could be read in two ways")
-    about = "of x and y: px (default), or share of the image's width and height"
+    about = "of x and y: px (default); share of the image's width and height; or both in its height, as in PsychoPy"
     parser.add_argument("--units", choices=get_args(Units), default="px", help=about)
-    about = "where x and y are counted from: the upper left corner (default) or the image's centre; y goes down"
+    about = "where x and y are counted from: the corner (default) or the image's centre"
     parser.add_argument("--origin", choices=get_args(Origin), default="corner", help=about)
+    about = "where y goes: down from the upper left corner (default), or up from the lower left one, as in PsychoPy"
+    parser.add_argument("--y-axis", choices=get_args(YAxis), default="down", help=about)
     about = f"drop fixations outside their image, up to this share of all ({MOST_DROPPED:g} unless given), and say so"
     parser.add_argument(
         "--drop-outside", nargs="?", type=float, const=MOST_DROPPED, default=0.0, metavar="SHARE", help=about
@@ -53,7 +85,7 @@ def add_reader_options(parser: argparse.ArgumentParser) -> None:
 
 def reader_options(options: dict[str, Any]) -> dict[str, Any]:
     """What `load_dataset` takes of parsed options."""
-    return {name: options[name] for name in ("reader", "units", "origin", "drop_outside")}
+    return {name: options[name] for name in ("reader", "units", "origin", "y_axis", "drop_outside")}
 
 
 def read_dataset(options: dict[str, Any]) -> Dataset:
@@ -62,19 +94,21 @@ def read_dataset(options: dict[str, Any]) -> Dataset:
         spec = str(local_path(spec, "--dataset"))
     if fixations:
         fixations = str(local_path(fixations, "--fixations"))
-    sigma = options["pixels_per_degree"]
-    if sigma is not None and not 0 < sigma < float("inf"):
-        raise UserError(f"--pixels-per-degree {sigma}: give px of one degree of visual angle, above 0")
     dataset = load_dataset(spec, fixations=fixations, **reader_options(options))
     for note in dataset.notes:
         print(f"data set {dataset.name}: {note}", flush=True)
-    return dataset if sigma is None else dataclasses.replace(dataset, blur_sigma=sigma)
+    if (stated := options["pixels_per_degree"]) is None:
+        return dataset
+    widest = max(stimulus.size[1] for stimulus in dataset.stimuli)
+    return dataclasses.replace(dataset, blur_sigma=degree(stated, widest, "--pixels-per-degree"))
 
 
 def local_path(location: str, option: str) -> Path:
     """An absolute path; on a cluster a relative one is refused, as a job's folder is not the one it was typed in.
 
-    Of an s3:// address, where the copy belongs on this node; raises UserError if its bucket cannot be had."""
+    Of an s3:// address, where the copy belongs on this node. Raises UserError if its bucket cannot be had, for another
+    address, and for a variable that no shell has written out, unless there is a file of that name.
+    """
     refuse_undecodable(location, option)
     if location.startswith("s3://"):
         from acw.storage import s3
@@ -82,6 +116,11 @@ def local_path(location: str, option: str) -> Path:
         s3.reach(location)
         return local(location)
     path = expanded(location)
+    if not path.exists():
+        if re.match(r"[sS]3:/", location):
+            raise UserError(f"{option} {location}: write s3://BUCKET/PREFIX, in lower case and with two slashes")
+        if found := VARIABLE.search(location):
+            raise UserError(f"{option} {location}: {found[0]} is not written out; write the path in full")
     if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise UserError(f"{option} {location}: a relative path means nothing on a cluster; use an absolute path")
     return path.resolve()
@@ -89,7 +128,8 @@ def local_path(location: str, option: str) -> Path:
 
 def root_folder(location: str) -> Path:
     """The root as an absolute path; it need not be there."""
-    if "://" in location and not location.startswith("s3://"):
+    # One letter alone is a Windows drive.
+    if re.match(r"\w[\w+.-]+:/", location) and not location.lower().startswith("s3:/"):
         raise UserError(f"--root {location}: give s3://BUCKET/PREFIX, or a folder on a disk that all nodes share")
     return local_path(location, "--root")
 

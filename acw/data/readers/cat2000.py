@@ -22,8 +22,9 @@ _FIXATIONS = re.compile(r"(trainSet/)?FIXATIONLOCS/[^/]+/[^./][^/]*\.mat")
 # than so many at one pixel.
 MOST_MARKED = 0.25
 MOST_COUNTED = 50
-# From so many marks on, most have an unmarked neighbour, unless they are a blurred map or discs.
-MARKS_TO_JUDGE = 500
+# Fewer marks may be anything. Of more, most are alone and single counts; those of a blurred map, of discs, of squares
+# or of an enlarged map touch each other.
+MARKS_TO_JUDGE = 10
 
 
 def _fits(has: Callable[[str], bool], fixations: bool) -> bool:
@@ -130,10 +131,24 @@ def _no_map_of_fixations(marks: np.ndarray) -> str | None:
         return f"as it has {len(values)} different values from {values[0]:g} to {values[-1]:g} (a blurred map?)"
     if share > MOST_MARKED:
         return f"as it marks {share:.0%} of the pixels (a blurred map, or an inverted one?)"
-    inner = marked[1:-1, 1:-1] & marked[:-2, 1:-1] & marked[2:, 1:-1] & marked[1:-1, :-2] & marked[1:-1, 2:]
-    if marked.sum() >= MARKS_TO_JUDGE and inner.sum() > 0.5 * marked.sum():
-        return "as its marks are areas and not pixels (a blurred map, or discs?)"
+    if marked.sum() >= MARKS_TO_JUDGE and _areas(marked):
+        return "as its marks are areas and not pixels (a blurred map, discs, or an enlarged map?)"
+    marks = marks[marked]
+    if len(marks) >= MARKS_TO_JUDGE and np.any(marks != marks[0]) and np.sum(marks > 1) > np.sum(marks == 1):
+        return "as most of its marks are above 1 (numbers of subjects, or in order?)"
     return None
+
+
+def _areas(marked: np.ndarray) -> bool:
+    """Whether most marks lie within others, or most groups of touching marks have the same size, of 4 or more."""
+    from scipy.ndimage import label
+
+    inner = marked[1:-1, 1:-1] & marked[:-2, 1:-1] & marked[2:, 1:-1] & marked[1:-1, :-2] & marked[1:-1, 2:]
+    if inner.sum() > 0.5 * marked.sum():
+        return True
+    sizes = np.bincount(label(marked, np.ones((3, 3)))[0][marked])[1:]
+    usual = int(np.bincount(sizes).argmax())
+    return len(sizes) >= 3 and usual >= 4 and bool(np.mean(sizes == usual) >= 0.5)
 
 
 READER = Reader("cat2000", _fits, _reads, _read)

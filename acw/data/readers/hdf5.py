@@ -50,7 +50,10 @@ def _read(folder: Path, fixations: str | None) -> Recording:
                 f"{found.path}: is {found.size[1]}x{found.size[0]} px, but stimuli.hdf5 says "
                 f"{shape[1]}x{shape[0]}; restore the image that the fixations belong to"
             )
-    image = np.asarray(recorded.n).astype(np.int64)
+    numbers = np.asarray(recorded.n)
+    image = numbers.astype(np.int64)
+    if np.any(image != numbers) or any(np.iscomplexobj(values) for values in (recorded.x, recorded.y)):
+        raise UserError(f"{folder / 'fixations.hdf5'}: n are whole numbers, x and y real ones; write it again")
     if np.any((image < 0) | (image >= len(stimuli))):
         raise UserError(f"{folder / 'fixations.hdf5'}: names images beyond the {len(stimuli)} of stimuli.hdf5")
     x, y = (np.asarray(values, dtype=np.float64) for values in (recorded.x, recorded.y))
