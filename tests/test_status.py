@@ -155,7 +155,7 @@ def test_a_bank_that_a_worker_has_begun_with_and_never_finishes_an_epoch(tmp_pat
 
 
 def test_a_bank_that_waits_for_its_turn_is_not_stalled(tmp_path: Path) -> None:
-    """Nor is one of an earlier crew that none has begun with again."""
+    """Nor is one of an earlier group that none has begun with again."""
     seen = []
 
     @stage("training")
@@ -165,7 +165,7 @@ def test_a_bank_that_waits_for_its_turn_is_not_stalled(tmp_path: Path) -> None:
             event_log.event("bank begun", bank=bank.name, worker=worker, **PLACE)
         seen.append([unit["state"] for unit in stage_of(status(tmp_path, time.time()), "heads")["units"]])
         seen.append([unit["state"] for unit in stage_of(status(tmp_path, time.time() + 310), "heads")["units"]])
-        event_log.event("crew gathered", training="training", workers=1)
+        event_log.event("worker group started", training="training", workers=1)
         event_log.event("bank begun", bank=BANKS[2].name, worker=0, **PLACE)
         seen.append([unit["state"] for unit in stage_of(status(tmp_path, time.time()), "heads")["units"]])
 

@@ -1,4 +1,4 @@
-"""Training's entry on a Ray cluster: banks of heads spread over a crew of Ray Train's workers, systems of a joint
+"""Training's entry on a Ray cluster: banks of heads spread over a group of Ray Train's workers, systems of a joint
 training over Ray's tasks."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ UNIT = "heads x images"
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker gets. board: `crew.Board`, as an actor, which says whose turn it is."""
+    """What every worker gets. board: `worker_group.Board`, as an actor, which says whose turn it is."""
 
     recipe: Recipe
     training_set: TrainingSet
@@ -62,9 +62,9 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
     # Cores are shared out as for all banks: a rerun then has the threads, and so the heads, of an uninterrupted run.
     allocation = allocate(len(banks), recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
     workers = min(allocation.workers, room(allocation), len(waiting))
-    crew = dataclasses.replace(allocation, workers=workers)
+    group = dataclasses.replace(allocation, workers=workers)
     print(
-        f"training {sum(len(bank.members) for bank in waiting)} heads in {len(waiting)} banks on {crew}",
+        f"training {sum(len(bank.members) for bank in waiting)} heads in {len(waiting)} banks on {group}",
         flush=True,
     )
     board = new_board()

@@ -178,7 +178,7 @@ def in_hand(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The units that workers have, each the one that it began with last, and since when (Unix time), by a run's log."""
     hands: dict[Any, tuple[str, float]] = {}
     for event in events:
-        if event["event"] == "crew gathered":
+        if event["event"] in ("worker group started", "crew gathered"):
             hands.clear()
         elif event["event"] == "bank begun":
             hands[event.get("worker", event["bank"])] = event["bank"], event_log.seconds(event)

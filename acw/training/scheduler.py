@@ -1,4 +1,4 @@
-"""Which bank each worker of a crew trains next, so that all of them have work until the end.
+"""Which bank each worker of a group trains next, so that all of them have work until the end.
 
 A bank is trained by one worker at a time, and goes from one to another only between two epochs. A worker keeps its bank
 until that is done and then takes the longest that waits; but it lays its bank aside when another could not otherwise be

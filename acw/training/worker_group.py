@@ -1,7 +1,7 @@
-"""A crew of Ray Train workers that share a work until nothing is left of it, on a cluster whose nodes come and go.
+"""A group of Ray Train workers that share the work until none is left, on a cluster whose nodes come and go.
 
-What is done is in the workers' checkpoints, so a crew is gathered anew, as large as the cluster has room for, whenever
-one of it is lost, and at the end of an epoch when there is room for more.
+What is done is in the workers' checkpoints, so a new group is started, as large as the cluster has room for, whenever
+one of its workers is lost, and at the end of an epoch when there is room for more.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from acw.storage.errors import UserError
 from acw.storage.files import ray_storage, ray_trouble
 from acw.training.scheduler import Turns
 
-# Crews lost in a row before any of their workers has finished an epoch. Spot machines are lost often in a long run.
+# Groups lost in a row before any of their workers has finished an epoch. Spot machines are lost often in a long run.
 MAX_FAILURES = 5
-# For Ray to find places for a crew: a node's loss is known after half a minute.
+# For Ray to find places for a group: a node's loss is known after half a minute.
 PLACES_SECONDS = 30
 LOOKING_SECONDS = 2.0
 RECRUITING_SECONDS = 20.0
@@ -48,7 +48,7 @@ class Board:
         return self._complaint
 
     def offer(self, left: dict[str, float]) -> None:
-        """The driver has a new crew for these units; how much is left of each, in any unit of work."""
+        """The driver has a new worker group for these units; how much is left of each, in any unit of work."""
         self._turns, self._regroup = Turns(left), False
 
     def turn(self, worker: int, left: float = 0.0, epoch: float = 0.0) -> str:
@@ -99,12 +99,12 @@ def complete(
     allocation: Allocation,
     folder: Path,
 ) -> None:
-    """Has a crew work until nothing is left.
+    """Has a worker group work until nothing is left.
 
     loop: what each worker does, given the `config`; it asks the board whose turn it is before each epoch. left: of each
     unit that has epochs left, how much, in any unit of work. epochs: how many are behind all units. folder: the run's,
     for Ray Train's own notes.
-    Raises UserError for what workers complained of and for crews that are lost again and again; an error of the
+    Raises UserError for what workers complained of and for groups that are lost again and again; an error of the
     program's comes as Ray Train's.
     """
     import ray
@@ -119,7 +119,7 @@ def complete(
         here = room(allocation) or wait_for_room(allocation)
         workers = max(1, min(here, allocation.workers, len(units)) // divisor)
         ray.get(board.offer.remote(units))
-        event_log.event("crew gathered", training="training", workers=workers)
+        event_log.event("worker group started", training="training", workers=workers)
         try:
             with _Watch(board, news, allocation, workers, left):
                 _trainer(loop, config, allocation, workers, folder).fit()
@@ -157,10 +157,10 @@ def _trainer(
             resources_per_worker={"CPU": allocation.cpus, "GPU": allocation.gpus},
         ),
         run_config=ray.train.RunConfig(
-            # Checkpoints are ours, so Ray needs no memory of earlier crews; an old name would bring back its result.
+            # Checkpoints are ours, so Ray needs no memory of earlier groups; an old name would bring back its result.
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}",
             **ray_storage(folder),
-            # Ray itself would gather the same crew again, for which there may be no room now.
+            # Ray itself would gather the same group again, for which there may be no room now.
             failure_config=ray.train.FailureConfig(
                 max_failures=0,
                 controller_failure_limit=0,  # type: ignore[call-arg]  # of Ray Train V2
@@ -184,9 +184,9 @@ def _given_up(error: Exception) -> Exception:
 
 
 class _Watch:
-    """While a crew works: prints where, and asks the cluster for those who are missing.
+    """While a worker group works: prints where, and asks the cluster for those who are missing.
 
-    When one of these finds a place, the crew is asked to end its epoch and to regroup.
+    When one of these finds a place, the group is asked to end its epoch and to regroup.
     """
 
     def __init__(self, board: Any, news: News, allocation: Allocation, workers: int, left: Callable[[], Any]) -> None:
