@@ -36,7 +36,7 @@ UNIT = "heads x images"
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker gets. board: `worker_group.Board`, as an actor, which says whose turn it is."""
+    """What every worker gets. board: `worker_group.Board`, as an actor, which schedules the banks."""
 
     recipe: Recipe
     training_set: TrainingSet
@@ -141,7 +141,7 @@ def _work(units: Sequence[Unit]) -> tuple[int, int]:
 
 
 def run_worker(config: dict) -> None:
-    """What a Ray Train worker does: trains epochs of the banks whose turn it is."""
+    """What a Ray Train worker does: trains epochs of the banks that it is given."""
     import ray.train
     from ray.train.torch import get_device
 
@@ -154,16 +154,16 @@ def run_worker(config: dict) -> None:
     compute_with(work.allocation.cpus)
     banks = {bank.name: bank for bank in plan_banks(work.recipe)}
     try:
-        turn = ray.get(work.board.turn.remote(rank))
-        while turn:
-            turn = _train_while_its_turn(work, banks[turn], device, place, rank)
+        name = ray.get(work.board.next_unit.remote(rank))
+        while name:
+            name = _train_while_scheduled(work, banks[name], device, place, rank)
     except UserError as error:
         # Raised, it would be tried again with the same end, as if a node had been lost.
         ray.get(work.board.complain.remote(str(error)))
 
 
-def _train_while_its_turn(work: Work, bank: Bank, device: torch.device, place: dict[str, Any], rank: int) -> str:
-    """Trains a bank until it is done, or another one's turn has come; the name of that, or "" for none."""
+def _train_while_scheduled(work: Work, bank: Bank, device: torch.device, place: dict[str, Any], rank: int) -> str:
+    """Trains a bank until it is done, or it is given another one; the name of that, or "" for none."""
     import ray
 
     (unit,), store = bank_units(work.recipe, [bank], work.folder), work.stores[bank.backbone]
@@ -172,10 +172,10 @@ def _train_while_its_turn(work: Work, bank: Bank, device: torch.device, place: d
     for state in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device, place):
         event_log.event("epoch", **epoch_fields(unit, state.history[-1]))
         standing = Standing(unit, state.history, state.learning_rate.tolist(), state.bad_epochs.tolist())
-        turn = ray.get(work.board.turn.remote(rank, *_left(standing, store)))
-        if turn != bank.name:
-            return turn
-    return ray.get(work.board.turn.remote(rank))
+        name = ray.get(work.board.next_unit.remote(rank, *_left(standing, store)))
+        if name != bank.name:
+            return name
+    return ray.get(work.board.next_unit.remote(rank))
 
 
 def _left(standing: Standing, store: FeatureStore) -> tuple[float, float]:

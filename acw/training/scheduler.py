@@ -17,7 +17,7 @@ def soonest_end(amounts: Collection[float], workers: int) -> float:
     return max(*amounts, sum(amounts) / workers) if amounts else 0.0
 
 
-class Turns:
+class Scheduler:
     """What is left of each bank, and who has it. left: by bank, in any unit of work."""
 
     def __init__(self, left: Mapping[str, float]) -> None:

@@ -17,7 +17,7 @@ from acw.cluster import event_log
 from acw.cluster.allocation import Allocation, Demand, room, wait_for_room
 from acw.storage.errors import UserError
 from acw.storage.files import ray_storage, ray_trouble
-from acw.training.scheduler import Turns
+from acw.training.scheduler import Scheduler
 
 # Groups lost in a row before any of their workers has finished an epoch. Spot machines are lost often in a long run.
 MAX_FAILURES = 5
@@ -34,7 +34,7 @@ class Board:
         self._begun: list[tuple[str, dict[str, Any]]] = []
         self._complaint = ""
         self._regroup = False
-        self._turns = Turns({})
+        self._scheduler = Scheduler({})
 
     def begin(self, unit: str, place: dict[str, Any]) -> None:
         """A worker says what it begins with, and where it is (`cluster.place_of`)."""
@@ -47,13 +47,13 @@ class Board:
     def complaint(self) -> str:
         return self._complaint
 
-    def offer(self, left: dict[str, float]) -> None:
+    def schedule(self, left: dict[str, float]) -> None:
         """The driver has a new worker group for these units; how much is left of each, in any unit of work."""
-        self._turns, self._regroup = Turns(left), False
+        self._scheduler, self._regroup = Scheduler(left), False
 
-    def turn(self, worker: int, left: float = 0.0, epoch: float = 0.0) -> str:
-        """The unit whose next epoch a worker trains (`Turns.next`), or "" where it should stop."""
-        return "" if self._regroup or self._complaint else self._turns.next(worker, left, epoch)
+    def next_unit(self, worker: int, left: float = 0.0, epoch: float = 0.0) -> str:
+        """The unit whose next epoch a worker trains (`Scheduler.next`), or "" where it should stop."""
+        return "" if self._regroup or self._complaint else self._scheduler.next(worker, left, epoch)
 
     def regroup(self) -> None:
         """The driver wants the workers to stop at the end of their epoch."""
@@ -101,7 +101,7 @@ def complete(
 ) -> None:
     """Has a worker group work until nothing is left.
 
-    loop: what each worker does, given the `config`; it asks the board whose turn it is before each epoch. left: of each
+    loop: what each worker does, given the `config`; it asks the board for its unit before each epoch. left: of each
     unit that has epochs left, how much, in any unit of work. epochs: how many are behind all units. folder: the run's,
     for Ray Train's own notes.
     Raises UserError for what workers complained of and for groups that are lost again and again; an error of the
@@ -118,7 +118,7 @@ def complete(
         before = epochs()
         here = room(allocation) or wait_for_room(allocation)
         workers = max(1, min(here, allocation.workers, len(units)) // divisor)
-        ray.get(board.offer.remote(units))
+        ray.get(board.schedule.remote(units))
         event_log.event("worker group started", training="training", workers=workers)
         try:
             with _Watch(board, news, allocation, workers, left):

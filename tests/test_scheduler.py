@@ -7,12 +7,12 @@ import random
 
 import pytest
 
-from acw.training.scheduler import Turns
+from acw.training.scheduler import Scheduler
 
 
 def simulate(banks: dict[str, list[float]], workers: int) -> tuple[float, int]:
     """When the last of the banks, given by their epochs' lengths, is done, and how often one was laid aside."""
-    turns = Turns({name: sum(epochs) for name, epochs in banks.items()})
+    scheduler = Scheduler({name: sum(epochs) for name, epochs in banks.items()})
     done, aside, end = dict.fromkeys(banks, 0), 0, 0.0
     ready = [(0.0, worker, "") for worker in range(workers)]
     while ready:
@@ -20,7 +20,7 @@ def simulate(banks: dict[str, list[float]], workers: int) -> tuple[float, int]:
         end = max(end, now)
         done |= {mine: done[mine] + 1} if mine else {}
         left = banks[mine][done[mine] :] if mine else []
-        chosen = turns.next(worker, sum(left), left[0] if left else 0.0)
+        chosen = scheduler.next(worker, sum(left), left[0] if left else 0.0)
         aside += bool(left) and chosen != mine
         if chosen:
             held = [other for _, _, other in ready]
@@ -50,6 +50,6 @@ def test_four_banks_on_three_workers() -> None:
 
 
 def test_a_worker_alone_trains_one_bank_after_the_other() -> None:
-    turns = Turns({"short": 2.0, "long": 3.0})
+    scheduler = Scheduler({"short": 2.0, "long": 3.0})
     told = [(0.0, 0.0), (2.0, 1.0), (1.0, 1.0), (0.0, 0.0), (1.0, 1.0), (0.0, 0.0), (0.0, 0.0)]
-    assert [turns.next(0, *left) for left in told] == ["long", "long", "long", "short", "short", "", ""]
+    assert [scheduler.next(0, *left) for left in told] == ["long", "long", "long", "short", "short", "", ""]
