@@ -4,7 +4,7 @@
     python benchmarks/grid.py --json grid.json
 
 Each row sums over cells `stride` times as long as the density grid's 8 px; the error is that of the loss, averaged over
-images as training does, for the worst of the trained heads. `trainer.coarsest` takes the first within 1e-4 nat.
+images as training does, for the worst of the trained heads. `loss.coarsest` takes the first within 1e-4 nat.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from acw.heads import finalizer, readout
 from acw.recipes import derive, named_recipe
 from acw.training.bank import plan_banks
 from acw.training.batches import Batches
-from acw.training.trainer import COARSE_CELLS, REFERENCE_CELL, coarsest, log_likelihood, train_epochs
+from acw.training.loss import COARSE_CELLS, REFERENCE_CELL, coarsest, log_likelihood
+from acw.training.trainer import train_epochs
 from acw.training.training_set import training_set
 
 BACKBONE = "lite0"

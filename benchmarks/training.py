@@ -25,12 +25,13 @@ from torch import Tensor
 from acw.cluster.process import compute_with
 from acw.features.tensors import Features
 from acw.features.zoo import BACKBONES
-from acw.heads import finalizer, readout
+from acw.heads import readout
 from acw.heads.finalizer import Finalizer
 from acw.heads.readout import Parameters
 from acw.recipes import named_recipe
 from acw.training.bank import Bank, BankState, Head
-from acw.training.trainer import COARSE_CELLS, BankAdam
+from acw.training.loss import COARSE_CELLS, image_loss, per_cell_log_likelihood
+from acw.training.trainer import BankAdam
 
 IMAGE, CELL, BATCH, FIXATIONS = (1080, 1920), 8.0, 8, 300
 GRID = (135, 240)
@@ -74,10 +75,9 @@ class Step:
             [tap.float() for tap in self.stored], torch.full((BATCH,), 0.5), torch.full((BATCH,), 1 / 12), self.readout
         )
         priority = readout.readout(parameters, features)
-        loss = -finalizer.log_likelihood(
-            parameters, priority, self.bias, self.coarse, self.target, Finalizer(cell=CELL)
-        )
-        loss.mean(1).sum().backward()
+        how = Finalizer(cell=CELL)
+        log_p = per_cell_log_likelihood(parameters, priority, self.bias, self.coarse, self.target, how)
+        image_loss(log_p).mean(1).sum().backward()
         self.adam.step(self.on, flat)
 
 

@@ -23,6 +23,7 @@ from acw.storage.errors import UserError
 from acw.training import trainer
 from acw.training.bank import Bank, BankState, Head, checkpoint_path, plan_banks, unfinished
 from acw.training.batches import Batches, TrainingSet
+from acw.training.loss import LOSS_TOLERANCE, coarsest, log_likelihood
 from acw.training.trainer import BankAdam, train_epochs
 
 
@@ -41,7 +42,7 @@ def train(
 ) -> BankState:
     for _ in train_epochs(recipe, bank, training_set, store, folder, CPU):
         pass
-    return BankState.load(bank.checkpoint_path(folder, bank))
+    return BankState.load(checkpoint_path(folder, bank))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_the_loss_is_that_of_the_full_density(training_set: TrainingSet, store: 
         for group in batches.groups([0, 1, 2, 3]):
             batch = batches.load(group)
             bias = batches.bias("finalizer_bias", batch.grid)[folds]
-            actual = trainer.log_likelihood(bank, folds, batch, batches, stride)
+            actual = log_likelihood(bank, folds, batch, batches, stride)
             coarse = finalizer.normalise(finalizer.finalize(bank, readout.readout(bank, batch.features), bias, how))
             assert float(coarse.amax() - coarse.amin()) > 5
             for position, index in enumerate(group):
@@ -204,21 +205,21 @@ def test_the_coarsest_sum_within_the_tolerance_is_taken(training_set: TrainingSe
     bank["log_sigma"] = torch.tensor([60.0, 5.0]).log()
     bank["center_bias_weight"] *= torch.tensor([0.1, 1.0])
     bank["conv5.weight"] *= torch.tensor([0.1, 12.0])[:, None, None]
-    strides, errors = trainer.coarsest(bank, members, batches, fresh=False)
+    strides, errors = coarsest(bank, members, batches, fresh=False)
     assert strides[1] < strides[0] == 12
-    assert (errors < trainer.LOSS_TOLERANCE).all()
+    assert (errors < LOSS_TOLERANCE).all()
     everything = [batches.load(group) for group in batches.groups(np.flatnonzero(training_set.fold >= 0))]
     taken, exact, coarse = (
-        torch.cat([trainer.log_likelihood(bank, folds, batch, batches, s) for batch in everything], 1).mean(1)
+        torch.cat([log_likelihood(bank, folds, batch, batches, s) for batch in everything], 1).mean(1)
         for s in (strides, 0.5, 16.0)
     )
     for head, stride in enumerate(strides.tolist()):
-        alone = torch.cat([trainer.log_likelihood(bank, folds, b, batches, stride) for b in everything], 1).mean(1)
+        alone = torch.cat([log_likelihood(bank, folds, b, batches, stride) for b in everything], 1).mean(1)
         assert float(taken[head]) == pytest.approx(float(alone[head]), abs=1e-5), "as if all heads had its stride"
     # Measured on some of the images.
-    assert (taken - exact).abs().max() < 2 * trainer.LOSS_TOLERANCE
-    assert (coarse - exact).abs()[1] > trainer.LOSS_TOLERANCE
-    assert trainer.coarsest(bank, members, batches, fresh=True)[0].tolist() == [4, 4]
+    assert (taken - exact).abs().max() < 2 * LOSS_TOLERANCE
+    assert (coarse - exact).abs()[1] > LOSS_TOLERANCE
+    assert coarsest(bank, members, batches, fresh=True)[0].tolist() == [4, 4]
 
 
 def test_an_epoch_has_each_development_image_once(training_set: TrainingSet, store: FeatureStore) -> None:
@@ -272,7 +273,7 @@ def test_an_epoch_is_a_plain_loop_over_the_folds_training_images(
             own = [index for index in indices if training_set.fold[index] not in (-1, fold)]
             for index in own:
                 batch = batches.load(np.array([index]))
-                loss = -trainer.log_likelihood(head, torch.tensor([fold]), batch, batches)[0, 0]
+                loss = -log_likelihood(head, torch.tensor([fold]), batch, batches)[0, 0]
                 (loss / len(own)).backward()
                 losses.append(loss.item())
             if own:
@@ -285,8 +286,8 @@ def test_an_epoch_is_a_plain_loop_over_the_folds_training_images(
         for index in np.flatnonzero(training_set.fold == fold):
             batch = batches.load(np.array([index]))
             kde = training_set.baseline[fold].of_size(batch.grid) - batch.log_area_B.item()
-            log_likelihood = trainer.log_likelihood(head, torch.tensor([fold]), batch, batches)[0, 0].item()
-            gains.append(log_likelihood - float((kde * batch.target_BHW[0].numpy()).sum()))
+            mean_log_p = log_likelihood(head, torch.tensor([fold]), batch, batches)[0, 0].item()
+            gains.append(mean_log_p - float((kde * batch.target_BHW[0].numpy()).sum()))
         assert state.history[0]["ig"][k] == pytest.approx(np.mean(gains) / np.log(2), abs=1e-3)
 
 

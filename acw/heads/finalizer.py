@@ -10,7 +10,7 @@ DeepGaze IIE: Linardos, Kuemmerer, Press, Bethge, ICCV 2021, and its published P
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -81,7 +81,7 @@ class Finalizer:
         """(grid[axis], source) float32: the upsampling of a readout of `source` cells along one axis."""
         if self.upsampling != "bicubic":
             return resizing(source, grid[axis], self.upsampling, device)
-        result = torch.eye(source, device=device)
+        result = torch.eye(source, dtype=torch.float32, device=device)
         for step in self.steps:
             scale = STEPS_IMAGE[1] / STEPS_IMAGE[axis] * grid[axis] / max(grid)
             cells = max(1, math.floor(step[axis] * scale + 0.5))
@@ -145,52 +145,6 @@ def finalize(
     return torch.addcmul(smooth_KBHW, parameters["center_bias_weight"][:, None, None, None], center_bias_KHW[:, None])
 
 
-def log_likelihood(
-    parameters: Mapping[str, Tensor],
-    priority_KBhw: Tensor,
-    bias_KB: Tensor,
-    coarse_biases: Sequence[tuple[Tensor, Tensor]],
-    target_BHW: Tensor,
-    finalizer: Finalizer,
-) -> Tensor:
-    """(K, B) float32: mean natural-log density per cell of the density grid, over each image's fixations.
-
-    target_BHW are the fixations T on the density grid, as weights that sum to 1; bias_KB <T, b> of each head's centre
-    bias b on that grid. With s the unnormalised log-density, it is <T, s> - logsumexp(s), and no map of s on that grid
-    is made: the first part is exact on the readout's own grid, where T comes by the transposed finalizer, and the
-    normaliser is a sum over the cells of another grid, which for so smooth a function differs little
-    (`training.coarsest` measures how much). coarse_biases: of each such grid which heads (indices, int64 (k,)) have it,
-    and b, sampled there, of those (k, H, W); together they are all heads.
-    """
-    height, width = target_BHW.shape[1:]
-    heads, images = priority_KBhw.shape[:2]
-    vertical_KHh, horizontal_KWw = smoothing(parameters, priority_KBhw, (height, width), finalizer)
-    bias_weight_K = parameters["center_bias_weight"]
-    # One matrix product an image for all heads, and one a head for all images.
-    half_BKhW = (vertical_KHh.mT.reshape(-1, height) @ target_BHW).view(images, heads, -1, width)
-    target_KBhw = half_BKhW.transpose(0, 1).reshape(heads, -1, width) @ horizontal_KWw
-    at_fixations = (target_KBhw.view_as(priority_KBhw) * priority_KBhw).sum((2, 3))
-    at_fixations = at_fixations + bias_weight_K[:, None] * bias_KB
-    parts = []
-    for heads_k, bias_kHW in coarse_biases:
-        # Of all heads, no copies.
-        vertical, horizontal, priority, weight = (
-            value if len(heads_k) == heads else value.index_select(0, heads_k)
-            for value in (vertical_KHh, horizontal_KWw, priority_KBhw, bias_weight_K)
-        )
-        coarse = bias_kHW.shape[1:]
-        if coarse != (height, width):
-            vertical = finalizer.sampling(height, coarse[0], vertical.device) @ vertical
-            horizontal = finalizer.sampling(width, coarse[1], vertical.device) @ horizontal
-        scores_kBHW = vertical[:, None] @ (priority @ horizontal.mT[:, None])
-        scores_kBHW = torch.addcmul(scores_kBHW, weight[:, None, None, None], bias_kHW[:, None])
-        parts.append(torch.logsumexp(scores_kBHW, (2, 3)) + math.log(height * width / coarse.numel()))
-    normaliser_KB = torch.cat(parts)
-    if len(parts) > 1:
-        normaliser_KB = normaliser_KB.index_select(0, torch.cat([heads_k for heads_k, _ in coarse_biases]).argsort())
-    return at_fixations - normaliser_KB
-
-
 def smoothing(
     parameters: Mapping[str, Tensor], priority_KBhw: Tensor, grid: Grid, finalizer: Finalizer
 ) -> tuple[Tensor, Tensor]:
@@ -242,7 +196,7 @@ def spline_matrix(source: int, target: int, device: torch.device | str = "cpu") 
     times slower than others.
     """
     if source == 1:
-        return torch.ones(target, 1, device=device)
+        return torch.ones(target, 1, dtype=torch.float32, device=device)
     spline = make_interp_spline(np.arange(source) + 0.5, np.eye(source), k=min(3, source - 1))
     weights = spline((np.arange(target) + 0.5) * (source / target))
     weights[np.abs(weights) < NEGLIGIBLE] = 0
@@ -258,7 +212,7 @@ def step_matrix(source: int, target: int, mode: str, device: torch.device | str 
 
 def resizing(source: int, target: int, mode: str, device: torch.device | str = "cpu") -> Tensor:
     """(target, source): PyTorch's `interpolate(mode=mode)` of images, corners not aligned, along one axis."""
-    identity = torch.eye(source, device=device)
+    identity = torch.eye(source, dtype=torch.float32, device=device)
     if mode == "nearest":
         return identity[nearest_index(source, target, device)]
     # Bicubic knows images only; along the axis that keeps its length it changes nothing.

@@ -41,8 +41,9 @@ from acw.storage.files import present
 from acw.training.bank import Bank, plan_banks
 from acw.training.batches import Batches, TrainingSet
 from acw.training.joint import JointSet, train_system
+from acw.training.loss import coarsest
 from acw.training.scheduler import soonest_end
-from acw.training.trainer import coarsest, train_epochs
+from acw.training.trainer import train_epochs
 from acw.training.training_set import kde_of, training_set
 
 # Of calibration, for each backbone's features; training and scores take about as long again.

@@ -33,6 +33,7 @@ from acw.storage.errors import UserError
 from acw.storage.files import fetch, write_atomic
 from acw.training.bank import above, below, read_checkpoint, stored, system_path
 from acw.training.batches import Batches, TrainingSet, group_by_shape, read_ahead
+from acw.training.loss import image_loss
 from acw.training.trainer import ADAM_BETAS, ADAM_EPS, PLATEAU_THRESHOLD
 
 WEIGHTS_RATE = 10.0  # of the category weights, times that of everything else
@@ -163,7 +164,7 @@ def _train_epoch(recipe: Recipe, state: SystemState, batches: _Batches) -> float
     for step, groups in zip(steps, parts, strict=True):
         adam.zero_grad()
         for _ in groups:
-            loss = -mixture_log_likelihood(on_device, next(reader), batches).sum() / len(step)
+            loss = image_loss(mixture_log_likelihood(on_device, next(reader), batches)).sum() / len(step)
             loss.backward()
             total += float(loss.detach()) * len(step)
         adam.step()

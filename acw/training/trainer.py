@@ -1,7 +1,6 @@
 """The loop that trains a bank of heads on one backbone's cached features.
 
-The loss is the negative log-likelihood in nats per fixation, each image counting equally. It needs the log-density at
-the fixations and one normaliser an image, so no full-resolution map is made (`finalizer.log_likelihood`).
+What it minimises is in loss.py.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ from torch import Tensor
 
 from acw.cluster.costs import peak_rss
 from acw.features.store import FeatureStore
-from acw.heads import finalizer
 from acw.heads import readout as bank_of_heads
-from acw.heads.finalizer import Finalizer
 from acw.heads.readout import Parameters
 from acw.recipes import Recipe
 from acw.storage.errors import UserError
 from acw.storage.files import fetch
 from acw.training.bank import Bank, BankState, Head, checkpoint_path
-from acw.training.batches import Batch, Batches, TrainingSet
+from acw.training.batches import Batches, TrainingSet
+from acw.training.loss import coarsest, image_loss, log_likelihood
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -36,18 +34,6 @@ ADAM_EPS = 1e-8
 PLATEAU_THRESHOLD = 1e-4
 # Validation keeps no graph, so it can take more images at once than a training step.
 EVALUATION_BATCH = 16
-# The loss's normaliser is a sum over cells of one of these lengths (image px), the first whose error is within the
-# tolerance (nats per fixation, of the mean over images, for the worst head), measured on some images against a sum over
-# much finer cells; or over the finest of these, where halving them has come to nothing: sums converge. Fresh heads are
-# smoother than they will be at the end of their first epoch, so what is measured on them promises nothing.
-COARSE_CELLS = (32.0, 24.0, 16.0, 8.0, 4.0)
-REFERENCE_CELL = 2.0
-FRESH_CELL = 8.0
-LOSS_TOLERANCE = 1e-4
-SETTLED = LOSS_TOLERANCE / 10
-CHECKED_IMAGES = 16
-# Of the reference's fine cells there are many.
-CHECKED_AT_ONCE = 2
 
 
 class Diverged(UserError):
@@ -111,85 +97,14 @@ def _train_epoch(
         parameters = bank_of_heads.unflatten(flat_KP, adam.like)
         loss_K = torch.zeros(len(on), device=device)
         for _ in groups:
-            nll_KB = -log_likelihood(parameters, folds[on], next(reader), batches, strides[on])
-            loss_K = loss_K + nll_KB.sum(1) / len(images)
+            loss_KB = image_loss(log_likelihood(parameters, folds[on], next(reader), batches, strides[on]))
+            loss_K = loss_K + loss_KB.sum(1) / len(images)
         # A sum over heads: no head's gradient reaches another's parameters.
         loss_K.sum().backward()
         adam.step(on, flat_KP)
         total[on.to(device)] += loss_K.detach() * len(images)
         count[on] += len(images)
     return total.cpu() / count, int(count.sum())
-
-
-def log_likelihood(
-    parameters: Parameters, folds: Tensor, batch: Batch, batches: Batches, strides: Tensor | float = 1.0
-) -> Tensor:
-    """(K, B) float32: mean natural-log density per px at an image's fixations, in nats per fixation.
-
-    folds: (K,) of the heads, whose centre biases are added. strides: of the normaliser's sum, in cells of the density
-    grid, one a head or one for all.
-    """
-    return likelihood_of(bank_of_heads.readout(parameters, batch.features), parameters, folds, batch, batches, strides)
-
-
-def likelihood_of(
-    priority: Tensor,
-    parameters: Parameters,
-    folds: Tensor,
-    batch: Batch,
-    batches: Batches,
-    strides: Tensor | float = 1.0,
-) -> Tensor:
-    """`log_likelihood` of the heads' priority maps (K, B, h, w)."""
-    device = batches.device
-    strides = torch.as_tensor(strides, dtype=torch.float32).expand(len(folds))
-    bias_KB = batches.at_fixations("finalizer_bias", batch)[folds.to(device)]
-    coarse_biases = []
-    for stride in sorted(set(strides.tolist())):
-        mine = torch.nonzero(strides == stride)[:, 0]
-        of_folds = batches.bias("finalizer_bias", batch.grid, stride)
-        coarse_biases.append((mine.to(device), of_folds[folds[mine].to(device)]))
-    per_cell_KB = finalizer.log_likelihood(
-        parameters, priority, bias_KB, coarse_biases, batch.target_BHW, batches.finalizer
-    )
-    return per_cell_KB - batch.log_area_B
-
-
-def strides_of(how: Finalizer, cells: Sequence[float]) -> list[float]:
-    """Lengths in px as multiples of the density grid's cell; a density with steps has nothing between its cells."""
-    strides = [cell / how.cell for cell in cells]
-    return strides if how.upsampling != "nearest" else [*(s for s in strides if s > 1), 1.0]
-
-
-@torch.no_grad()
-def coarsest(parameters: Parameters, members: Sequence[Head], batches: Batches, fresh: bool) -> tuple[Tensor, Tensor]:
-    """(K,) each head's coarsest sum, in cells of the density grid, whose loss is within LOSS_TOLERANCE, or the finest;
-    (K,) the errors, nats. Fresh heads have FRESH_CELL."""
-    folds = torch.tensor([head.fold for head in members])
-    development = np.flatnonzero(batches.training_set.fold >= 0)
-    chosen = development[np.linspace(0, len(development) - 1, min(CHECKED_IMAGES, len(development))).astype(int)]
-    groups = batches.groups(chosen)
-
-    def mean_of(strides: Sequence[float]) -> Tensor:
-        mean_SK = torch.zeros(len(strides), len(members), dtype=torch.float64, device=batches.device)
-        parts = (g[k : k + CHECKED_AT_ONCE] for g in groups for k in range(0, len(g), CHECKED_AT_ONCE))
-        for batch in batches.ahead(parts):
-            priority = bank_of_heads.readout(parameters, batch.features)
-            for row, stride in zip(mean_SK, strides, strict=True):
-                row += likelihood_of(priority, parameters, folds, batch, batches, stride).double().sum(1) / len(chosen)
-        return mean_SK
-
-    strides = strides_of(batches.finalizer, (FRESH_CELL,) if fresh else COARSE_CELLS)
-    finest = strides_of(batches.finalizer, (REFERENCE_CELL,))[-1]
-    mean_SK = mean_of(strides)
-    exact_K = mean_SK[-1]
-    if strides[-1] > finest and (fresh or bool(((mean_SK[-2] - exact_K).abs() > SETTLED).any())):
-        exact_K = mean_of([finest])[0]
-    errors_SK = (mean_SK - exact_K).abs().cpu()
-    good_SK = errors_SK < LOSS_TOLERANCE
-    good_SK[0 if fresh else -1] = True
-    first_K = good_SK.int().argmax(0)
-    return torch.tensor(strides)[first_K], errors_SK.gather(0, first_K[None])[0]
 
 
 def epoch_batches(recipe: Recipe, batches: Batches, epoch: int) -> list[np.ndarray]:
