@@ -28,7 +28,7 @@ from acw.features.extraction import write_shards
 from acw.features.store import shard_path, untouched, verify
 from acw.features.weights import read_weights
 from acw.pipeline.job import parse
-from acw.storage import addresses, s3
+from acw.storage import addresses, s3, s3_settings
 from acw.storage.addresses import local, shown
 from acw.storage.errors import Damaged, UserError
 from acw.storage.files import fetch, listing, present, remove, write_atomic, write_json
@@ -45,8 +45,8 @@ def root(server: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, req
 def overwrite(uri: str, content: bytes) -> None:
     """Other bytes with the checksum that was noted for the old ones."""
     bucket, key = addresses.parts(uri)
-    noted = s3.client().head_object(Bucket=bucket, Key=key)["Metadata"]
-    s3.client().put_object(Bucket=bucket, Key=key, Body=content, Metadata=noted)
+    noted = s3_settings.client().head_object(Bucket=bucket, Key=key)["Metadata"]
+    s3_settings.client().put_object(Bucket=bucket, Key=key, Body=content, Metadata=noted)
 
 
 # --- Files there and back ----------------------------------------------------------------------------------------
@@ -130,7 +130,8 @@ def test_two_processes_download_once(root: str, server: SeaweedFS, tmp_path: Pat
     proxy = Proxy(server.address)
     proxy.delay = 0.01  # so that the second one comes before the first has finished
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-    script = "import sys; from acw.storage import *; print(sha256_file(fetch(local(sys.argv[1]), immutable=True)))"
+    script = "import sys; from acw.storage.addresses import local; from acw.storage.checksums import sha256_file; "
+    script += "from acw.storage.files import fetch; print(sha256_file(fetch(local(sys.argv[1]), immutable=True)))"
     started = [
         subprocess.Popen([sys.executable, "-c", script, f"{root}/shard"], stdout=subprocess.PIPE, encoding="utf-8")
         for _ in range(2)
@@ -175,6 +176,15 @@ FAILURES = {
     "no credentials": ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no credentials .*; set AWS_ACCESS"),
     "no such profile": ({"AWS_PROFILE": "nobody"}, "AWS_PROFILE names a profile that this machine does not have"),
     "no server": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, r"no S3 server answers at 127\.0\.0\.1:9 .*start it"),
+    "no port": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:99999"}, "AWS_ENDPOINT_URL is no address; write http://HOST"),
+    "no region": ({"AWS_REGION": "eu-central-1 "}, "AWS_REGION 'eu-central-1 ' cannot be a region's name; correct it"),
+    "no config": ({"AWS_CONFIG_FILE": __file__}, rf"{__file__} cannot be read as AWS's settings; correct it, or set"),
+    "no mode": ({"AWS_DEFAULTS_MODE": "fast"}, r"boto3 does not take a setting \(InvalidDefaultsMode\); correct AWS's"),
+    "no proxy": (
+        {"http_proxy": "nonsense", "AWS_ENDPOINT_URL": "http://s3.invalid"},
+        r"the proxy that HTTP_PROXY .* does not answer .*to NO_PROXY",
+    ),
+    "key with a line break": ({"AWS_ACCESS_KEY_ID": f"{KEY}\n{SECRET}"}, "AWS_ACCESS_KEY_ID, .* hold a line break"),
     "no address": ({"AWS_ENDPOINT_URL": "localhost"}, r"AWS_ENDPOINT_URL: is no address \(localhost\); write http://"),
 }
 
@@ -185,12 +195,12 @@ def test_errors_are_one_line_before_any_work(failure: str, root: str, monkeypatc
     for name, value in changed.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
-    s3._client.cache_clear()
+    s3_settings._client.cache_clear()
     with pytest.raises(UserError, match=message) as caught:
         parse(["demo", "--root", root], "")
     assert "\n" not in str(caught.value)
     assert SECRET not in str(caught.value)
-    s3._client.cache_clear()
+    s3_settings._client.cache_clear()
 
 
 def test_a_bucket_must_be_there(root: str) -> None:
@@ -203,8 +213,8 @@ def test_a_bucket_must_be_there(root: str) -> None:
 def test_slow_answers(root: str, server: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = Proxy(server.address)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-    monkeypatch.setattr(s3, "READ_SECONDS", 1)
-    monkeypatch.setattr(s3, "ATTEMPTS", 2)
+    monkeypatch.setattr(s3_settings, "READ_SECONDS", 1)
+    monkeypatch.setattr(s3_settings, "ATTEMPTS", 2)
     path = local(f"{root}/file")
     proxy.delay = 0.2
     write_atomic(path, b"late")
@@ -334,7 +344,7 @@ def test_from_s3_to_s3_while_the_server_is_restarted(
     objects = {entry.key: entry for entry in s3.listing(root)}
     assert any("/runs/mlartifacts/" in key for key in objects)
     for key in objects:
-        content = s3.client().get_object(Bucket=BUCKET, Key=key)["Body"].read()
+        content = s3_settings.client().get_object(Bucket=BUCKET, Key=key)["Body"].read()
         assert KEY.encode() not in content, key
         assert SECRET.encode() not in content, key
     for text in (said, *(path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.json"))):

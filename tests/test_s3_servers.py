@@ -13,12 +13,12 @@ from seaweed import BUCKET, Proxy, SeaweedFS
 
 from acw.cluster.joining import SHARED
 from acw.pipeline.job import parse
-from acw.storage import s3
+from acw.storage import s3, s3_errors, s3_settings
 from acw.storage.addresses import local
 from acw.storage.errors import UserError
 from acw.storage.files import fetch, ray_storage, ray_trouble, write_atomic
 
-NAMES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", s3.CALCULATION, s3.VALIDATION)
+NAMES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", s3_errors.CALCULATION, s3_errors.VALIDATION)
 ROOT = f"s3://{BUCKET}/here"
 UNKNOWN = "is of an authority that this machine does not know .*; set AWS_CA_BUNDLE to the PEM file"
 REFUSED = r"refuses an upload \({}\), .* set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
@@ -32,7 +32,7 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
     with pytest.MonkeyPatch.context() as patch:
         server.used_by(patch, folder / "cache")
         patch.setenv("AWS_CA_BUNDLE", str(folder / "authority.pem"))
-        s3.client().create_bucket(Bucket=BUCKET)
+        s3_settings.client().create_bucket(Bucket=BUCKET)
     yield server
     server.kill()
 
@@ -46,9 +46,9 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "")
     monkeypatch.delenv("MLFLOW_S3_ENDPOINT_URL")
-    s3._client.cache_clear()
+    s3_settings._client.cache_clear()
     yield
-    s3._client.cache_clear()
+    s3_settings._client.cache_clear()
 
 
 def use_all_clients(tmp_path: Path) -> None:
@@ -91,12 +91,27 @@ def test_an_authority_of_ones_own_holds_for_all_clients(
     use_all_clients(tmp_path)
 
 
-def _give(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _give(name: str, value: Path | str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in NAMES:
-        monkeypatch.setenv(name, str(path))
+        monkeypatch.setenv(name, str(value))
     else:
-        Path(os.environ["AWS_CONFIG_FILE"]).write_text(f"[default]\n{name} = {path}\n", encoding="utf-8")
-    s3._client.cache_clear()
+        Path(os.environ["AWS_CONFIG_FILE"]).write_text(f"[default]\n{name} = {value}\n", encoding="utf-8")
+    s3_settings._client.cache_clear()
+
+
+def test_an_endpoint_of_the_profile_holds_for_all_clients(
+    server: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.used_by(monkeypatch, tmp_path / "node")
+    for entry in s3.listing(ROOT):
+        s3.delete(f"s3://{BUCKET}/{entry.key}")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    _give("endpoint_url", server.address, monkeypatch)
+    use_all_clients(tmp_path)
+    assert s3_settings.Settings.from_environment().shown == server.address.removeprefix("http://")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(UserError, match=f"^{ROOT}/ray: AWS_PROFILE names a profile"):
+        ray_storage(local(ROOT))
 
 
 @pytest.mark.parametrize("code", ["NotImplemented", "XAmzContentSHA256Mismatch", "MissingContentLength"])
@@ -113,8 +128,8 @@ def test_a_server_older_than_checksums(
         parse(["demo", "--root", ROOT], "")
     with pytest.raises(UserError, match=f"^{ROOT}/ray: .*{REFUSED.format(code)}"):
         ray_storage(local(ROOT))
-    monkeypatch.setenv(s3.CALCULATION, "when_required")
-    s3._client.cache_clear()
+    monkeypatch.setenv(s3_errors.CALCULATION, "when_required")
+    s3_settings._client.cache_clear()
     use_all_clients(tmp_path)
     proxy.close()
 
@@ -125,7 +140,7 @@ def test_what_befalls_s3_inside_ray_is_not_called_a_lost_worker(
     """On a node without the authority's file, Ray keeps but the text of pyarrow's error."""
     secure.used_by(monkeypatch, tmp_path / "node")
     with pytest.raises(OSError, match="SSL peer certificate") as caught:
-        s3.Settings.from_environment().filesystem(attempts=1).create_dir(f"{BUCKET}/there")
+        s3_settings.Settings.from_environment().filesystem(attempts=1).create_dir(f"{BUCKET}/there")
     told = ray_trouble(local(ROOT), TrainingFailedError(f"Training failed due to controller error:\n{caught.value}"))
     assert told
     error, passes = told

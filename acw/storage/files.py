@@ -61,7 +61,7 @@ def version(path: Path) -> str:
         return cache.etag(path) or ""
     try:
         status = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
     return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -105,9 +105,9 @@ def ray_trouble(folder: Path, error: BaseException) -> tuple[UserError, bool] | 
     """What befell Ray's own files below a folder, if an error of Ray's tells of it, and whether that may pass."""
     if not mirrored(folder):
         return None
-    from acw.storage import cache, s3
+    from acw.storage import cache, s3_errors
 
-    return s3.trouble_of_ray(error, cache.uri(folder / "ray"))
+    return s3_errors.trouble_of_ray(error, cache.uri(folder / "ray"))
 
 
 def write_atomic(path: Path, content: bytes | str | Callable[[Path], None]) -> None:

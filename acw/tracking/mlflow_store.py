@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from acw.storage import s3, secrets
+from acw.storage import s3_errors, secrets
 from acw.storage.addresses import local, mirrored, shown
 from acw.storage.errors import UserError
 from acw.storage.files import give_home
+from acw.storage.s3_settings import Settings
 from acw.tracking import sqlite_in_s3
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def quiet_mlflow(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    for name, value in s3.Settings.from_environment().mlflow_environment().items():
+    for name, value in Settings.from_environment().mlflow_environment().items():
         os.environ.setdefault(name, value)
     give_home()
     import mlflow
@@ -248,7 +249,7 @@ def log(uri: str, write: Callable[[], T]) -> T:
     Raises UserError if the store cannot be used.
     """
     for _ in range(sqlite_in_s3.ATTEMPTS):
-        with s3.explained(shown(database_of(uri)) if in_s3(uri) else uri), explained(uri):
+        with s3_errors.explained(shown(database_of(uri)) if in_s3(uri) else uri), explained(uri):
             result = write()
         if publish(uri):
             return result

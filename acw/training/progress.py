@@ -208,8 +208,8 @@ def seconds_left(units: Sequence[Standing], workers: int, now: float | None) -> 
     """Seconds until all units are trained by so many workers: as expected, and at most; None before any epoch.
 
     Heads stop early: how many epochs a unit has left, its own learning rates and the finished units tell. Banks take
-    turns (`scheduler.Scheduler`); of systems, workers take those that are under way, then the longest of the others. now: None
-    where nobody works.
+    turns (`scheduler.Scheduler`); of systems, workers take those that are under way, then the longest of the others.
+    now: None where nobody works.
     """
     by_backbone = {one.unit.backbone: one.epoch_seconds for one in units if one.epoch_seconds}
     typical = mean(by_backbone.values())
