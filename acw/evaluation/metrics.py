@@ -112,6 +112,11 @@ def _bands(
     offsets = np.arange(-radius, radius + 1)
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
     kernel /= kernel.sum()
+    # Of a kernel that is longer than the axis, what meets the same pixels is one weight, so that memory stays bounded.
+    if radius >= length and mode == "reflect":
+        offsets, kernel = np.arange(2 * length), np.bincount(offsets % (2 * length), kernel, 2 * length)
+    elif radius >= length:
+        offsets, kernel = offsets[radius - length + 1 : radius + length], kernel[radius - length + 1 : radius + length]
     source = np.arange(length)[:, None] + offsets
     weight = np.broadcast_to(kernel, source.shape)
     if mode == "reflect":
