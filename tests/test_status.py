@@ -27,7 +27,7 @@ from acw.recipes import Recipe
 from acw.storage.errors import UserError
 from acw.training import progress
 from acw.training.bank import Bank, BankState, checkpoint_path, plan_banks
-from acw.training.monitor import Watch
+from acw.training.monitor import ProgressMonitor
 from acw.training.status import status, text
 from acw.training.trainer import _record
 
@@ -74,8 +74,8 @@ def test_a_run_that_is_half_way(tmp_path: Path) -> None:
     @stage("training")
     def training(job: Any) -> None:
         halfway(tmp_path)
-        with Watch("training", progress.bank_units(RECIPE, BANKS, tmp_path), tmp_path, 2) as watch:
-            watch.look = lambda: None  # type: ignore[method-assign]  # that needs Ray
+        with ProgressMonitor("training", progress.bank_units(RECIPE, BANKS, tmp_path), tmp_path, 2) as monitor:
+            monitor.look = lambda: None  # type: ignore[method-assign]  # that needs Ray
             seen.update(status(tmp_path, time.time()))
 
     training(job(tmp_path))
@@ -144,7 +144,7 @@ def test_a_bank_that_a_worker_has_begun_with_and_never_finishes_an_epoch(tmp_pat
     @stage("training")
     def training(job: Any) -> None:
         train(tmp_path, BANKS[0], RISING, seconds=60.0)
-        event_log.event("bank begun", bank=BANKS[1].name, **PLACE)
+        event_log.event("bank started", bank=BANKS[1].name, **PLACE)
         for after in (290, 310):
             figures = status(tmp_path, time.time() + after)
             seen.extend(unit["state"] for unit in stage_of(figures, "heads")["units"][1:])
@@ -162,11 +162,11 @@ def test_a_bank_that_waits_for_its_turn_is_not_stalled(tmp_path: Path) -> None:
     def training(job: Any) -> None:
         halfway(tmp_path)
         for bank, worker in ((BANKS[1], 0), (BANKS[2], 1), (BANKS[3], 0)):
-            event_log.event("bank begun", bank=bank.name, worker=worker, **PLACE)
+            event_log.event("bank started", bank=bank.name, worker=worker, **PLACE)
         seen.append([unit["state"] for unit in stage_of(status(tmp_path, time.time()), "heads")["units"]])
         seen.append([unit["state"] for unit in stage_of(status(tmp_path, time.time() + 310), "heads")["units"]])
         event_log.event("worker group started", training="training", workers=1)
-        event_log.event("bank begun", bank=BANKS[2].name, worker=0, **PLACE)
+        event_log.event("bank started", bank=BANKS[2].name, worker=0, **PLACE)
         seen.append([unit["state"] for unit in stage_of(status(tmp_path, time.time()), "heads")["units"]])
 
     training(job(tmp_path))
@@ -186,24 +186,24 @@ def test_a_bank_is_silent_since_a_worker_has_begun_with_it_again(
     path = checkpoint_path(tmp_path, BANKS[1])
     os.utime(path, (path.stat().st_atime, time.time() - 1000))
 
-    def warnings(watch: Watch, after: float) -> list[str]:
+    def warnings(monitor: ProgressMonitor, after: float) -> list[str]:
         with monkeypatch.context() as later:
             later.setattr("acw.training.monitor.time.time", lambda: now + after)
-            watch.look()
+            monitor.look()
         return [event["bank"] for event in event_log.events(tmp_path) if event["event"] == "stalled"]
 
     now = time.time()
 
     @stage("training")
     def training(job: Any) -> None:
-        watch = Watch("training", progress.bank_units(RECIPE, BANKS, tmp_path), tmp_path, 1)
-        watch._start = now - 2000  # of a driver that was there for the last epoch
-        event_log.event("bank begun", bank=BANKS[2].name, worker=0, **PLACE)
-        assert warnings(watch, 0) == []
-        event_log.event("bank begun", bank=BANKS[1].name, worker=0, **PLACE)
-        assert warnings(watch, 100) == []
-        assert warnings(watch, 310) == [BANKS[1].name]
-        assert warnings(watch, 320) == [BANKS[1].name], "once"
+        monitor = ProgressMonitor("training", progress.bank_units(RECIPE, BANKS, tmp_path), tmp_path, 1)
+        monitor._start = now - 2000  # of a driver that was there for the last epoch
+        event_log.event("bank started", bank=BANKS[2].name, worker=0, **PLACE)
+        assert warnings(monitor, 0) == []
+        event_log.event("bank started", bank=BANKS[1].name, worker=0, **PLACE)
+        assert warnings(monitor, 100) == []
+        assert warnings(monitor, 310) == [BANKS[1].name]
+        assert warnings(monitor, 320) == [BANKS[1].name], "once"
 
     training(job(tmp_path))
 
@@ -296,8 +296,8 @@ def test_metrics_and_events_of_a_training(tmp_path: Path, ray_local: None, capsy
 
     @stage("training")
     def training(job: Any) -> None:
-        with Watch("training", units, tmp_path, 2) as watch:
-            watch.look()
+        with ProgressMonitor("training", units, tmp_path, 2) as monitor:
+            monitor.look()
 
     training(job(tmp_path))
     training(job(tmp_path))

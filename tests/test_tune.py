@@ -374,12 +374,12 @@ def test_status_tells_of_a_search(searched: Searched, tmp_path: Path, monkeypatc
     monkeypatch.setattr(tuner, "PROGRESS_SECONDS", -1)
     found, recipe = Search(tmp_path, _space(), 4, 11, seed=0), named_recipe("gaze")
     with event_log.kept(tmp_path, "search", recipe=dataclasses.asdict(recipe)):
-        board = tuner.Board(found, recipe, Allocation(1, 1, 0))
+        reporter = tuner.ProgressReporter(found, recipe, Allocation(1, 1, 0))
         population = found.propose()
         assert status(tmp_path, time.time())["minutes_left"] is None
         found.finish(population, [_ended(0.5, "finished") for _ in population.own])
-        board.finished(population)
-        board.epoch(found.propose(), 2, 4, 0.3, {"node": "10.0.0.1/abcd", "gpus": [], "device": "cpu"})
+        reporter.finished(population)
+        reporter.epoch(found.propose(), 2, 4, 0.3, {"node": "10.0.0.1/abcd", "gpus": [], "device": "cpu"})
         seen = status(tmp_path, time.time())
     assert seen["state"] == "running"
     assert seen["minutes_left"] >= 0

@@ -67,8 +67,8 @@ def search(work: Work, found: Search, ended: Callable[[], None]) -> None:
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     recipe = work.recipe
     allocation = allocate(waiting, recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
-    board = Board(found, recipe, allocation)
-    proposals = _proposals(found, board, ended)
+    reporter = ProgressReporter(found, recipe, allocation)
+    proposals = _proposals(found, reporter, ended)
     # Our own files hold all that is to be kept.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # Tune's own would let Ctrl-C pass for the search's end.
@@ -94,8 +94,8 @@ def search(work: Work, found: Search, ended: Callable[[], None]) -> None:
         ),
     )
     results = tuner.fit()
-    if proposals.complaint:
-        raise UserError(proposals.complaint)
+    if proposals.failure:
+        raise UserError(proposals.failure)
     if results.num_errors:
         raise results.errors[0]
     if found.waiting or found.missing:
@@ -132,7 +132,7 @@ def _trial(config: dict[str, Any], work: Work, allocation: Allocation) -> None:
             tune.report(_report(outcomes) | {"place": [place]})  # Tune takes dictionaries apart
     except UserError as error:
         # Raised, it would be tried again with the same end, as if a node had been lost.
-        tune.report({"ig": ASTRAY, "epoch": 0, "complaint": str(error)})
+        tune.report({"ig": ASTRAY, "epoch": 0, "failure": str(error)})
 
 
 def _report(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -143,29 +143,29 @@ def _report(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def _proposals(found: Search, board: Board, ended: Callable[[], None]) -> Any:
+def _proposals(found: Search, reporter: ProgressReporter, ended: Callable[[], None]) -> Any:
     """Tune's view of the search: suggests its populations, interrupted ones first, and tells it their ends."""
     from ray.tune.search import Searcher
 
     class Proposals(Searcher):
         def __init__(self) -> None:
             super().__init__(metric="ig", mode="max")
-            self.complaint = ""
+            self.failure = ""
             self._interrupted = found.waiting
             self._population: dict[str, Population] = {}
 
         def suggest(self, trial_id: str) -> Any:
-            if self.complaint:
+            if self.failure:
                 return Searcher.FINISHED
             population = self._interrupted.pop(0) if self._interrupted else found.propose()
             self._population[trial_id] = population
             return {"population": dataclasses.asdict(population)}
 
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-            self.complaint = self.complaint or result.get("complaint", "")
+            self.failure = self.failure or result.get("failure", "")
             if "outcomes" in result:
                 alive = sum(one["state"] == "training" for one in result["outcomes"])
-                board.epoch(self._population[trial_id], result["epoch"], alive, result["ig"], *result["place"])
+                reporter.epoch(self._population[trial_id], result["epoch"], alive, result["ig"], *result["place"])
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             if error or not result or "outcomes" not in result:
@@ -174,9 +174,9 @@ def _proposals(found: Search, board: Board, ended: Callable[[], None]) -> Any:
             try:
                 found.finish(population, [Outcome(**one) for one in result["outcomes"]])
             except UserError as error:  # which Tune would take for the trial's, and try that again
-                self.complaint = str(error)
+                self.failure = str(error)
                 return
-            board.finished(population)
+            reporter.finished(population)
             ended()
 
         def save(self, checkpoint_path: str) -> None:
@@ -220,7 +220,7 @@ def best_so_far(outcomes: Sequence[Outcome]) -> list[float]:
     return best
 
 
-class Board:
+class ProgressReporter:
     """Says how far a search is: a line while populations train, a table of the best configurations after each."""
 
     def __init__(self, found: Search, recipe: Recipe, allocation: Allocation) -> None:

@@ -24,10 +24,10 @@ from acw.storage.files import fetch
 from acw.training.bank import Bank, plan_banks, system_path, unfinished
 from acw.training.batches import TrainingSet
 from acw.training.joint import JointSet, SystemState, train_system, unfinished_systems
-from acw.training.monitor import WATCH_SECONDS, Watch
+from acw.training.monitor import LOOK_SECONDS, ProgressMonitor
 from acw.training.progress import Standing, Unit, bank_units, epoch_fields, read, system_units
 from acw.training.trainer import train_epochs
-from acw.training.worker_group import News, complete, new_board
+from acw.training.worker_group import StartReporter, complete, new_coordinator
 
 # How often the joint training of a fold may be lost with its node; each loss costs an epoch at most.
 MAX_RETRIES = 10
@@ -36,14 +36,14 @@ UNIT = "heads x images"
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker gets. board: `worker_group.Board`, as an actor, which schedules the banks."""
+    """What every worker gets. coordinator: `worker_group.Coordinator`, as an actor, which schedules the banks."""
 
     recipe: Recipe
     training_set: TrainingSet
     stores: dict[str, FeatureStore]
     folder: Path
     allocation: Allocation
-    board: Any
+    coordinator: Any
 
 
 def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureStore], folder: Path) -> Cost:
@@ -67,8 +67,8 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
         f"training {sum(len(bank.members) for bank in waiting)} heads in {len(waiting)} banks on {group}",
         flush=True,
     )
-    board = new_board()
-    work = Work(recipe, training_set, stores, folder, allocation, board)
+    coordinator = new_coordinator()
+    work = Work(recipe, training_set, stores, folder, allocation, coordinator)
 
     def left() -> dict[str, float]:
         mine = {bank.name for bank in unfinished(recipe, folder)}
@@ -77,8 +77,8 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
     def epochs() -> int:
         return sum(read(unit).epochs for unit in units)
 
-    with Watch("training", units, folder, workers):
-        complete(run_worker, {"work": work}, left, epochs, board, allocation, folder)
+    with ProgressMonitor("training", units, folder, workers):
+        complete(run_worker, {"work": work}, left, epochs, coordinator, allocation, folder)
     after, peak = _work(units)
     return Cost(time.monotonic() - start, after - before, max(peak, peak_rss()), UNIT)
 
@@ -96,8 +96,8 @@ def train_jointly(recipe: Recipe, data: JointSet, heads: Sequence[dict[str, Para
         print(f"joint training: all {recipe.folds} systems are trained", flush=True)
         return Cost(0.0, 0, peak_rss(), UNIT)
     allocation = allocate(recipe.folds, recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
-    board = new_board()
-    news = News(board, "joint training")
+    coordinator = new_coordinator()
+    starts = StartReporter(coordinator, "joint training")
     systems = system_units(recipe, folder)
 
     # A task that dies with its node starts again, from its checkpoint.
@@ -108,8 +108,8 @@ def train_jointly(recipe: Recipe, data: JointSet, heads: Sequence[dict[str, Para
         place = place_of(allocation, device)
         unit, epochs = systems[fold], 0
         event_log.to_stderr(folder.name)
-        event_log.event("bank begun", bank=unit.name, **place)
-        ray.get(board.begin.remote(unit.name, place))
+        event_log.event("bank started", bank=unit.name, **place)
+        ray.get(coordinator.started.remote(unit.name, place))
         for state in train_system(recipe, fold, data, heads, folder, device, place):
             epochs += 1
             event_log.event("epoch", **epoch_fields(unit, state.history[-1]))
@@ -117,10 +117,10 @@ def train_jointly(recipe: Recipe, data: JointSet, heads: Sequence[dict[str, Para
 
     start, shared, trained, peak = time.monotonic(), ray.put(data), 0, peak_rss()
     out = [one.remote(shared, heads[fold], fold) for fold in waiting]
-    with Watch("joint training", systems, folder, min(allocation.workers, len(waiting))):
+    with ProgressMonitor("joint training", systems, folder, min(allocation.workers, len(waiting))):
         while out:
-            ready, out = ray.wait(out, timeout=WATCH_SECONDS)
-            news.show()
+            ready, out = ray.wait(out, timeout=LOOK_SECONDS)
+            starts.report()
             for fold, epochs, memory in ray.get(ready):
                 trained, peak = trained + epochs, max(peak, memory)
                 state = SystemState.load(fetch(system_path(folder, fold)))
@@ -154,12 +154,12 @@ def run_worker(config: dict) -> None:
     compute_with(work.allocation.cpus)
     banks = {bank.name: bank for bank in plan_banks(work.recipe)}
     try:
-        name = ray.get(work.board.next_unit.remote(rank))
+        name = ray.get(work.coordinator.next_unit.remote(rank))
         while name:
             name = _train_while_scheduled(work, banks[name], device, place, rank)
     except UserError as error:
         # Raised, it would be tried again with the same end, as if a node had been lost.
-        ray.get(work.board.complain.remote(str(error)))
+        ray.get(work.coordinator.report_error.remote(str(error)))
 
 
 def _train_while_scheduled(work: Work, bank: Bank, device: torch.device, place: dict[str, Any], rank: int) -> str:
@@ -167,15 +167,15 @@ def _train_while_scheduled(work: Work, bank: Bank, device: torch.device, place: 
     import ray
 
     (unit,), store = bank_units(work.recipe, [bank], work.folder), work.stores[bank.backbone]
-    event_log.event("bank begun", bank=bank.name, heads=unit.heads, **place)
-    ray.get(work.board.begin.remote(bank.name, place | {"worker": rank}))
+    event_log.event("bank started", bank=bank.name, heads=unit.heads, **place)
+    ray.get(work.coordinator.started.remote(bank.name, place | {"worker": rank}))
     for state in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device, place):
         event_log.event("epoch", **epoch_fields(unit, state.history[-1]))
         standing = Standing(unit, state.history, state.learning_rate.tolist(), state.bad_epochs.tolist())
-        name = ray.get(work.board.next_unit.remote(rank, *_left(standing, store)))
+        name = ray.get(work.coordinator.next_unit.remote(rank, *_left(standing, store)))
         if name != bank.name:
             return name
-    return ray.get(work.board.next_unit.remote(rank))
+    return ray.get(work.coordinator.next_unit.remote(rank))
 
 
 def _left(standing: Standing, store: FeatureStore) -> tuple[float, float]:

@@ -13,10 +13,10 @@ from acw.cluster import event_log
 from acw.storage.errors import UserError
 from acw.training.progress import Standing, Unit, epoch_fields, in_hand, number, read, summary, time_left
 
-WATCH_SECONDS = 5.0
+LOOK_SECONDS = 5.0
 
 
-class Watch:
+class ProgressMonitor:
     """Follows the units of a training while workers are at it: a line on stdout whenever one has finished an epoch, all
     epochs and stopped heads in the run's log, and Ray's metrics."""
 
@@ -31,9 +31,9 @@ class Watch:
         self._start = time.time()
         self._shown = ""
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._follow, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ProgressMonitor:
         heads = sum(len(one.unit.heads) for one in self.standings)
         event_log.event(f"{self.what} started", banks=len(self.standings), heads=heads, workers=self.workers)
         self._thread.start()
@@ -43,10 +43,10 @@ class Watch:
         self._end.set()
         self._thread.join()
 
-    def _watch(self) -> None:
+    def _follow(self) -> None:
         going = True
         while going:
-            going = not self._end.wait(WATCH_SECONDS)
+            going = not self._end.wait(LOOK_SECONDS)
             # What cannot be looked at now may be the next time.
             with contextlib.suppress(UserError):
                 self.look()

@@ -27,6 +27,8 @@ RECENT = 3
 # minute to start lost workers again.
 STALLED_EPOCHS = 5
 STALLED_SECONDS = 120.0
+# The second in the logs of earlier versions.
+BANK_STARTED = ("bank started", "bank begun")
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def in_hand(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     for event in events:
         if event["event"] in ("worker group started", "crew gathered"):
             hands.clear()
-        elif event["event"] == "bank begun":
+        elif event["event"] in BANK_STARTED:
             hands[event.get("worker", event["bank"])] = event["bank"], event_log.seconds(event)
     return dict(hands.values())
 
@@ -298,7 +300,7 @@ def _row(value: Any) -> list[float | None]:
 
 
 def search_line(figures: Mapping[str, Any]) -> str:
-    """How far a search is, as `tuning.Board.figures` has it, without the time left; for people."""
+    """How far a search is, as `tuner.ProgressReporter.figures` has it, without the time left; for people."""
     parts = [f"{figures['done']}/{figures['total']} configurations done"]
     if best := figures["best"]:
         parts[0] += f", best {best['ig']:.4f} bit"

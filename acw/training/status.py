@@ -22,6 +22,7 @@ from acw.storage.errors import UserError
 from acw.storage.files import fetch, present
 from acw.training.bank import plan_banks
 from acw.training.progress import (
+    BANK_STARTED,
     STALLED_EPOCHS,
     STALLED_SECONDS,
     Standing,
@@ -218,7 +219,7 @@ def _extraction(driver: Driver) -> dict[str, Any]:
 
 def _unit(one: Standing, driver: Driver, runs: bool, usual: float | None, now: float) -> dict[str, Any]:
     """A bank, or a fold's system; usual: what an epoch of one takes, seconds."""
-    events = [event for event in driver.events if event["event"] == "bank begun" and event["bank"] == one.unit.name]
+    events = [event for event in driver.events if event["event"] in BANK_STARTED and event["bank"] == one.unit.name]
     begun = [event_log.seconds(event) for event in events]
     if one.written and one.written > driver.since:
         begun.append(driver.since)

@@ -27,25 +27,25 @@ LOOKING_SECONDS = 2.0
 RECRUITING_SECONDS = 20.0
 
 
-class Board:
+class Coordinator:
     """What workers tell their driver and each other; in memory, since a full disk may be what they have to tell."""
 
     def __init__(self) -> None:
-        self._begun: list[tuple[str, dict[str, Any]]] = []
-        self._complaint = ""
+        self._starts: list[tuple[str, dict[str, Any]]] = []
+        self._error = ""
         self._regroup = False
         self._scheduler = Scheduler({})
 
-    def begin(self, unit: str, place: dict[str, Any]) -> None:
-        """A worker says what it begins with, and where it is (`cluster.place_of`)."""
-        self._begun.append((unit, place))
+    def started(self, unit: str, place: dict[str, Any]) -> None:
+        """A worker says which unit it starts, and where it is (`cluster.place_of`)."""
+        self._starts.append((unit, place))
 
-    def complain(self, complaint: str) -> None:
+    def report_error(self, error: str) -> None:
         """A worker says what only the user can mend."""
-        self._complaint = self._complaint or complaint
+        self._error = self._error or error
 
-    def complaint(self) -> str:
-        return self._complaint
+    def error(self) -> str:
+        return self._error
 
     def schedule(self, left: dict[str, float]) -> None:
         """The driver has a new worker group for these units; how much is left of each, in any unit of work."""
@@ -53,41 +53,41 @@ class Board:
 
     def next_unit(self, worker: int, left: float = 0.0, epoch: float = 0.0) -> str:
         """The unit whose next epoch a worker trains (`Scheduler.next`), or "" where it should stop."""
-        return "" if self._regroup or self._complaint else self._scheduler.next(worker, left, epoch)
+        return "" if self._regroup or self._error else self._scheduler.next(worker, left, epoch)
 
     def regroup(self) -> None:
         """The driver wants the workers to stop at the end of their epoch."""
         self._regroup = True
 
-    def begun(self, since: int) -> list[tuple[str, dict[str, Any]]]:
-        return self._begun[since:]
+    def starts(self, since: int) -> list[tuple[str, dict[str, Any]]]:
+        return self._starts[since:]
 
 
-class News:
-    """Prints what workers have begun with and where, since the last time."""
+class StartReporter:
+    """Prints which units workers have started, and where, since the last time."""
 
-    def __init__(self, board: Any, what: str) -> None:
-        self.board, self.what, self._seen = board, what, 0
+    def __init__(self, coordinator: Any, what: str) -> None:
+        self.coordinator, self.what, self._seen = coordinator, what, 0
 
-    def show(self) -> None:
+    def report(self) -> None:
         import ray
 
-        new = ray.get(self.board.begun.remote(self._seen))
+        new = ray.get(self.coordinator.starts.remote(self._seen))
         self._seen += len(new)
         for unit, place in new:
             gpus = f", GPU {','.join(place['gpus'])}" if place["gpus"] else ""
-            event_log.event("bank begun", training=self.what, bank=unit, **place)
+            event_log.event("bank started", training=self.what, bank=unit, **place)
             print(f"{self.what}: {unit} on node {place['node']}{gpus}, device {place['device']}", flush=True)
 
 
-def new_board() -> Any:
-    """A board as an actor beside the driver, with which it lives and dies."""
+def new_coordinator() -> Any:
+    """A coordinator as an actor beside the driver, with which it lives and dies."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board)
-    return board.options(scheduling_strategy=here).remote()
+    coordinator = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Coordinator)
+    return coordinator.options(scheduling_strategy=here).remote()
 
 
 def complete(
@@ -95,16 +95,16 @@ def complete(
     config: dict[str, Any],
     left: Callable[[], dict[str, float]],
     epochs: Callable[[], int],
-    board: Any,
+    coordinator: Any,
     allocation: Allocation,
     folder: Path,
 ) -> None:
     """Has a worker group work until nothing is left.
 
-    loop: what each worker does, given the `config`; it asks the board for its unit before each epoch. left: of each
+    loop: what each worker does, given the `config`; it asks the coordinator before each epoch. left: of each
     unit that has epochs left, how much, in any unit of work. epochs: how many are behind all units. folder: the run's,
     for Ray Train's own notes.
-    Raises UserError for what workers complained of and for groups that are lost again and again; an error of the
+    Raises UserError for errors that workers report and for groups that are lost again and again; an error of the
     program's comes as Ray Train's.
     """
     import ray
@@ -113,15 +113,15 @@ def complete(
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PLACES_SECONDS))
-    failures, divisor, news = 0, 1, News(board, "training")
+    failures, divisor, starts = 0, 1, StartReporter(coordinator, "training")
     while units := left():
         before = epochs()
         here = room(allocation) or wait_for_room(allocation)
         workers = max(1, min(here, allocation.workers, len(units)) // divisor)
-        ray.get(board.schedule.remote(units))
+        ray.get(coordinator.schedule.remote(units))
         event_log.event("worker group started", training="training", workers=workers)
         try:
-            with _Watch(board, news, allocation, workers, left):
+            with _GroupMonitor(coordinator, starts, allocation, workers, left):
                 _trainer(loop, config, allocation, workers, folder).fit()
             divisor = 1
         except (TrainingFailedError, RayActorError) as error:
@@ -136,8 +136,8 @@ def complete(
             divisor = 2 * divisor if unplaced and room(allocation) >= workers else 1
             what = str(refused or (f"no room for {workers} workers" if unplaced else "a worker was lost"))
             print(f"training: {what}; goes on from the checkpoints", flush=True)
-        if complaint := ray.get(board.complaint.remote()):
-            raise UserError(complaint)
+        if told := ray.get(coordinator.error.remote()):
+            raise UserError(told)
 
 
 def _trainer(
@@ -183,16 +183,19 @@ def _given_up(error: Exception) -> Exception:
     )
 
 
-class _Watch:
+class _GroupMonitor:
     """While a worker group works: prints where, and asks the cluster for those who are missing.
 
     When one of these finds a place, the group is asked to end its epoch and to regroup.
     """
 
-    def __init__(self, board: Any, news: News, allocation: Allocation, workers: int, left: Callable[[], Any]) -> None:
-        self.board, self.news, self.allocation, self.workers, self.left = board, news, allocation, workers, left
+    def __init__(
+        self, coordinator: Any, starts: StartReporter, allocation: Allocation, workers: int, left: Callable[[], Any]
+    ) -> None:
+        self.coordinator, self.starts, self.left = coordinator, starts, left
+        self.allocation, self.workers = allocation, workers
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> None:
         self._thread.start()
@@ -201,10 +204,10 @@ class _Watch:
         self._end.set()
         self._thread.join()
 
-    def _watch(self) -> None:
+    def _follow(self) -> None:
         demand, looked, asked = Demand(self.allocation), time.monotonic(), False
         while not self._end.wait(LOOKING_SECONDS):
-            self.news.show()
+            self.starts.report()
             if not asked and time.monotonic() - looked > RECRUITING_SECONDS:
                 looked = time.monotonic()
                 try:
@@ -213,7 +216,7 @@ class _Watch:
                     continue  # the checkpoints cannot be had just now; whoever needs them says so
                 if missing > 0 and demand.renew(missing) and (here := room(self.allocation)) > self.workers:
                     print(f"training: room for {here} workers instead of {self.workers}: regroups", flush=True)
-                    self.board.regroup.remote()
+                    self.coordinator.regroup.remote()
                     asked = True
         demand.end()
-        self.news.show()
+        self.starts.report()
