@@ -25,7 +25,7 @@ from acw.training.bank import Bank, plan_banks, system_path, unfinished
 from acw.training.batches import TrainingSet
 from acw.training.joint import JointSet, SystemState, train_system, unfinished_systems
 from acw.training.monitor import LOOK_SECONDS, ProgressMonitor
-from acw.training.progress import Standing, Unit, bank_units, epoch_fields, read, system_units
+from acw.training.progress import Progress, Unit, bank_units, epoch_fields, read, system_units
 from acw.training.trainer import train_epochs
 from acw.training.worker_group import StartReporter, complete, new_coordinator
 
@@ -171,14 +171,14 @@ def _train_while_scheduled(work: Work, bank: Bank, device: torch.device, place: 
     ray.get(work.coordinator.started.remote(bank.name, place | {"worker": rank}))
     for state in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device, place):
         event_log.event("epoch", **epoch_fields(unit, state.history[-1]))
-        standing = Standing(unit, state.history, state.learning_rate.tolist(), state.bad_epochs.tolist())
-        name = ray.get(work.coordinator.next_unit.remote(rank, *_left(standing, store)))
+        progress = Progress(unit, state.history, state.learning_rate.tolist(), state.bad_epochs.tolist())
+        name = ray.get(work.coordinator.next_unit.remote(rank, *_left(progress, store)))
         if name != bank.name:
             return name
     return ray.get(work.coordinator.next_unit.remote(rank))
 
 
-def _left(standing: Standing, store: FeatureStore) -> tuple[float, float]:
+def _left(progress: Progress, store: FeatureStore) -> tuple[float, float]:
     """What is left of a bank, as far as can be told, and what its next epoch takes; in no unit, but the same for all.
 
     An epoch of a head: the first layer over all channels and cells, the later layers, which cost about as much as 1,500
@@ -186,4 +186,4 @@ def _left(standing: Standing, store: FeatureStore) -> tuple[float, float]:
     """
     values = sum(h * w * c for (h, w), c in zip(store.tap_sizes[0], store.channels, strict=True))
     of_head = values + 1500 * store.readouts[0][0] * store.readouts[0][1] + 1_500_000
-    return of_head * standing.head_epochs_left, of_head * (len(standing.unit.heads) - standing.done)
+    return of_head * progress.head_epochs_left, of_head * (len(progress.unit.heads) - progress.done)

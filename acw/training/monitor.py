@@ -11,7 +11,7 @@ from pathlib import Path
 
 from acw.cluster import event_log
 from acw.storage.errors import UserError
-from acw.training.progress import Standing, Unit, epoch_fields, in_hand, number, read, summary, time_left
+from acw.training.progress import Progress, Unit, epoch_fields, in_hand, number, read, summary, time_left
 
 LOOK_SECONDS = 5.0
 
@@ -22,7 +22,7 @@ class ProgressMonitor:
 
     def __init__(self, what: str, units: Sequence[Unit], folder: Path, workers: int) -> None:
         self.what, self.folder, self.workers = what, folder, workers
-        self.standings = [Standing(unit) for unit in units]
+        self.all_progress = [Progress(unit) for unit in units]
         # What an earlier driver did not live to log is logged now.
         past = [entry for entry in event_log.events(folder) if entry.get("training") == what]
         self._epochs = {entry["bank"]: entry["epoch"] + 1 for entry in past if entry["event"] == "epoch"}
@@ -34,8 +34,8 @@ class ProgressMonitor:
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> ProgressMonitor:
-        heads = sum(len(one.unit.heads) for one in self.standings)
-        event_log.event(f"{self.what} started", banks=len(self.standings), heads=heads, workers=self.workers)
+        heads = sum(len(progress.unit.heads) for progress in self.all_progress)
+        event_log.event(f"{self.what} started", banks=len(self.all_progress), heads=heads, workers=self.workers)
         self._thread.start()
         return self
 
@@ -53,44 +53,44 @@ class ProgressMonitor:
 
     def look(self) -> None:
         """Tells what is new since the last look."""
-        self.standings = [one if one.finished else read(one.unit) for one in self.standings]
-        for one in self.standings:
-            self._log(one)
-            tags = {"run": self.folder.name, "bank": one.unit.name, "backbone": one.unit.backbone}
-            figures = (float(one.done), one.images_per_second, one.ig)
+        self.all_progress = [progress if progress.finished else read(progress.unit) for progress in self.all_progress]
+        for progress in self.all_progress:
+            self._log(progress)
+            tags = {"run": self.folder.name, "bank": progress.unit.name, "backbone": progress.unit.backbone}
+            figures = (float(progress.done), progress.images_per_second, progress.ig)
             event_log.measure(tags, dict(zip(event_log.METRICS, figures, strict=True)))
         line = self.line(time.time())
         if line != self._shown:
             print(line, flush=True)
             self._shown = line
 
-    def _log(self, one: Standing) -> None:
-        name = one.unit.name
-        for entry in one.history[self._epochs.get(name, 0) :]:
-            event_log.event("epoch", training=self.what, **epoch_fields(one.unit, entry))
-        self._epochs[name] = one.epochs
-        for head, ig, stopped in zip(one.unit.heads, one.gains, one.stopped, strict=False):
+    def _log(self, progress: Progress) -> None:
+        name = progress.unit.name
+        for entry in progress.history[self._epochs.get(name, 0) :]:
+            event_log.event("epoch", training=self.what, **epoch_fields(progress.unit, entry))
+        self._epochs[name] = progress.epochs
+        for head, ig, stopped in zip(progress.unit.heads, progress.gains, progress.stopped, strict=False):
             if stopped and (name, head) not in self._stopped:
                 self._stopped.add((name, head))
-                event_log.event("head stopped", training=self.what, bank=name, head=head, epochs=one.epochs, ig=ig)
+                event_log.event("head stopped", training=self.what, bank=name, head=head, epochs=progress.epochs, ig=ig)
         now = time.time()
-        silent = one.written and one.written > self._start and one.stalled(now, self._start)
+        silent = progress.written and progress.written > self._start and progress.stalled(now, self._start)
         since = in_hand(event_log.events(self.folder)).get(name) if silent else None
-        if since is None or not one.stalled(now, since):
+        if since is None or not progress.stalled(now, since):
             self._stalled.discard(name)
         elif name not in self._stalled:
             self._stalled.add(name)
-            event_log.event("stalled", logging.WARNING, training=self.what, bank=name, epochs=one.epochs)
+            event_log.event("stalled", logging.WARNING, training=self.what, bank=name, epochs=progress.epochs)
 
     def line(self, now: float) -> str:
         """Heads done, epoch, validation IG, time left."""
-        total = summary(self.standings, self.workers, now)
-        started = [one.epochs for one in self.standings if one.epochs]
+        total = summary(self.all_progress, self.workers, now)
+        started = [progress.epochs for progress in self.all_progress if progress.epochs]
         span = f"{min(started)}-{max(started)}" if started else "0"
-        joint = not self.standings[0].unit.backbone
-        done = "systems done" if joint else f"heads done, {len(started)}/{len(self.standings)} banks started"
+        joint = not self.all_progress[0].unit.backbone
+        done = "systems done" if joint else f"heads done, {len(started)}/{len(self.all_progress)} banks started"
         return (
             f"{self.what}: {total['done']}/{total['total']} {done}, "
-            f"epoch {span} of at most {self.standings[0].unit.rule.max_epochs}, "
+            f"epoch {span} of at most {self.all_progress[0].unit.rule.max_epochs}, "
             f"validation IG {number(total['validation_ig'], '.4f')} bit, {time_left(total)}"
         )

@@ -87,7 +87,7 @@ def system_units(recipe: Recipe, folder: Path) -> list[Unit]:
 
 
 @dataclass
-class Standing:
+class Progress:
     """How far a unit is.
 
     history: its epochs so far. rates, bad_epochs: per head, of the plateau rule; empty before the first epoch.
@@ -165,15 +165,15 @@ class Standing:
             found.append((soonest, soonest + (most - soonest) / 2 * (falls / rule.falls(rule.rate)) ** 2))
         return found
 
-    def stalled(self, now: float, begun: float, usual: float | None = None) -> bool:
+    def stalled(self, now: float, started: float, usual: float | None = None) -> bool:
         """Whether it has been silent for much longer than its epochs take.
 
-        begun: when a worker began with it. usual: what others' epochs take, seconds, for one before its first.
+        started: when a worker began with it. usual: what others' epochs take, seconds, for one before its first.
         """
         longest = max((entry["seconds"] for entry in self.history[-RECENT:]), default=usual)
         if self.finished or longest is None:
             return False
-        return now - max(self.written or 0.0, begun) > max(STALLED_SECONDS, STALLED_EPOCHS * longest)
+        return now - max(self.written or 0.0, started) > max(STALLED_SECONDS, STALLED_EPOCHS * longest)
 
 
 def in_hand(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -187,7 +187,7 @@ def in_hand(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return dict(hands.values())
 
 
-def read(unit: Unit) -> Standing:
+def read(unit: Unit) -> Progress:
     """What a unit's checkpoint says; nothing yet where there is none."""
     try:
         with safe_open(fetch(unit.path), framework="numpy") as file:
@@ -201,33 +201,35 @@ def read(unit: Unit) -> Standing:
                 bad_epochs = file.get_tensor("bad_epochs").tolist()
         # A copy of a checkpoint in S3 is as old as its download.
         written = history[-1].get("time", unit.path.stat().st_mtime)
-        return Standing(unit, history, rates, bad_epochs, written)
+        return Progress(unit, history, rates, bad_epochs, written)
     except (OSError, SafetensorError):
-        return Standing(unit)
+        return Progress(unit)
 
 
-def seconds_left(units: Sequence[Standing], workers: int, now: float | None) -> tuple[float, float] | None:
+def seconds_left(all_progress: Sequence[Progress], workers: int, now: float | None) -> tuple[float, float] | None:
     """Seconds until all units are trained by so many workers: as expected, and at most; None before any epoch.
 
     Heads stop early: how many epochs a unit has left, its own learning rates and the finished units tell. Banks take
     turns (`scheduler.Scheduler`); of systems, workers take those that are under way, then the longest of the others.
     now: None where nobody works.
     """
-    by_backbone = {one.unit.backbone: one.epoch_seconds for one in units if one.epoch_seconds}
+    by_backbone = {
+        progress.unit.backbone: progress.epoch_seconds for progress in all_progress if progress.epoch_seconds
+    }
     typical = mean(by_backbone.values())
     if typical is None:
         return None
-    lengths = [one.epochs for one in units if one.finished]
+    lengths = [progress.epochs for progress in all_progress if progress.finished]
     waiting: list[tuple[bool, float, float]] = []
-    for one in units:
-        if not one.finished:
-            seconds = one.epoch_seconds or by_backbone.get(one.unit.backbone, typical)
-            expected, most = one.epochs_left(lengths)
-            begun = min(max(now - one.written, 0.0), seconds) if one.written and now else 0.0
-            left = [max(0.0, seconds * epochs - begun) for epochs in (expected, most)]
-            waiting.append((one.written is not None, left[0], left[1]))
+    for progress in all_progress:
+        if not progress.finished:
+            seconds = progress.epoch_seconds or by_backbone.get(progress.unit.backbone, typical)
+            expected, most = progress.epochs_left(lengths)
+            spent = min(max(now - progress.written, 0.0), seconds) if progress.written and now else 0.0
+            left = [max(0.0, seconds * epochs - spent) for epochs in (expected, most)]
+            waiting.append((progress.written is not None, left[0], left[1]))
     workers = max(1, workers)
-    if units[0].unit.backbone:
+    if all_progress[0].unit.backbone:
         return soonest_end([row[1] for row in waiting], workers), soonest_end([row[2] for row in waiting], workers)
     return _makespan(waiting, 1, workers), _makespan(waiting, 2, workers)
 
@@ -239,20 +241,24 @@ def _makespan(waiting: Sequence[tuple], column: int, workers: int) -> float:
     return max(free)
 
 
-def summary(standings: Sequence[Standing], workers: int, now: float | None) -> dict[str, Any]:
+def summary(all_progress: Sequence[Progress], workers: int, now: float | None) -> dict[str, Any]:
     """Of all units together, as JSON's values: heads, rate of those under way, validation IG, minutes left.
 
     now: None where nobody works.
     """
-    left = seconds_left(standings, workers, now)
-    rates = [one.images_per_second for one in standings if not one.finished and one.images_per_second is not None]
+    left = seconds_left(all_progress, workers, now)
+    rates = [
+        progress.images_per_second
+        for progress in all_progress
+        if not progress.finished and progress.images_per_second is not None
+    ]
     return {
-        "done": sum(one.done for one in standings),
-        "total": sum(len(one.unit.heads) for one in standings),
-        "banks_done": sum(one.finished for one in standings),
-        "banks": len(standings),
+        "done": sum(progress.done for progress in all_progress),
+        "total": sum(len(progress.unit.heads) for progress in all_progress),
+        "banks_done": sum(progress.finished for progress in all_progress),
+        "banks": len(all_progress),
         "images_per_second": sum(rates) if rates and now else None,
-        "validation_ig": mean(gain for one in standings for gain in one.gains),
+        "validation_ig": mean(gain for progress in all_progress for gain in progress.gains),
         "minutes_left": left and left[0] / 60,
         "minutes_at_most": left and left[1] / 60,
     }

@@ -25,7 +25,7 @@ from acw.training.progress import (
     BANK_STARTED,
     STALLED_EPOCHS,
     STALLED_SECONDS,
-    Standing,
+    Progress,
     bank_units,
     in_hand,
     mean,
@@ -74,9 +74,9 @@ def status(folder: Path, now: float) -> dict[str, Any]:
     count = len(units)
     units += system_units(recipe, folder) if recipe.joint else []
     with ThreadPoolExecutor(READERS) as pool:
-        standings = list(pool.map(read, units))
-    banks, systems = standings[:count], standings[count:]
-    driver = driver or _unlogged(standings, now)
+        all_progress = list(pool.map(read, units))
+    banks, systems = all_progress[:count], all_progress[count:]
+    driver = driver or _unlogged(all_progress, now)
     stages = _stages(folder, recipe, driver, banks, systems, now)
     return {
         "run": shown(folder),
@@ -124,8 +124,8 @@ def _recipe(folder: Path, events: Sequence[dict[str, Any]]) -> Recipe:
     path = fetch(folder / "recipe.json")
     if path.exists():
         fields = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-    elif begun := [event["recipe"] for event in events if "recipe" in event]:
-        fields = begun[-1]
+    elif started := [event["recipe"] for event in events if "recipe" in event]:
+        fields = started[-1]
     else:
         below = sorted(
             {file.parent.name for name in ("recipe.json", event_log.FILE) for file in folder.glob(f"*/{name}")}
@@ -157,17 +157,17 @@ def _driver(events: list[dict[str, Any]], now: float) -> Driver | None:
     )
 
 
-def _unlogged(units: Sequence[Standing], now: float) -> Driver:
+def _unlogged(all_progress: Sequence[Progress], now: float) -> Driver:
     """What checkpoints tell of the driver of a run without a log."""
-    seen = max((one.written for one in units if one.written), default=0.0)
-    longest = max((entry["seconds"] for one in units for entry in one.history), default=0.0)
-    finished = all(one.finished for one in units)
+    seen = max((progress.written for progress in all_progress if progress.written), default=0.0)
+    longest = max((entry["seconds"] for progress in all_progress for entry in progress.history), default=0.0)
+    finished = all(progress.finished for progress in all_progress)
     alive = not finished and now - seen < max(STALLED_SECONDS, STALLED_EPOCHS * longest)
     return Driver("training", 0.0, seen, "", 0, alive, finished, "", [])
 
 
 def _stages(
-    folder: Path, recipe: Recipe, driver: Driver, banks: list[Standing], systems: list[Standing], now: float
+    folder: Path, recipe: Recipe, driver: Driver, banks: list[Progress], systems: list[Progress], now: float
 ) -> list[dict[str, Any]]:
     done = {
         "features": present(folder / "features.json"),
@@ -217,34 +217,36 @@ def _extraction(driver: Driver) -> dict[str, Any]:
     return {name: told[-1][name] for name in names} if told else {}
 
 
-def _unit(one: Standing, driver: Driver, runs: bool, usual: float | None, now: float) -> dict[str, Any]:
+def _unit(progress: Progress, driver: Driver, runs: bool, usual: float | None, now: float) -> dict[str, Any]:
     """A bank, or a fold's system; usual: what an epoch of one takes, seconds."""
-    events = [event for event in driver.events if event["event"] in BANK_STARTED and event["bank"] == one.unit.name]
-    begun = [event_log.seconds(event) for event in events]
-    if one.written and one.written > driver.since:
-        begun.append(driver.since)
+    events = [
+        event for event in driver.events if event["event"] in BANK_STARTED and event["bank"] == progress.unit.name
+    ]
+    started = [event_log.seconds(event) for event in events]
+    if progress.written and progress.written > driver.since:
+        started.append(driver.since)
     hands = in_hand(driver.events)
-    if one.finished:
+    if progress.finished:
         state = "done"
     elif not runs:
-        state = "interrupted" if one.epochs and not driver.alive else "waiting"
-    elif not begun or (hands and one.unit.name not in hands):
+        state = "interrupted" if progress.epochs and not driver.alive else "waiting"
+    elif not started or (hands and progress.unit.name not in hands):
         state = "waiting"  # for a worker, or for its turn
     else:
-        state = "stalled" if one.stalled(now, max(begun), usual) else "running"
-    last = [{}, *events, *one.history][-1]
+        state = "stalled" if progress.stalled(now, max(started), usual) else "running"
+    last = [{}, *events, *progress.history][-1]
     return {
-        "name": one.unit.name,
-        "backbone": one.unit.backbone,
+        "name": progress.unit.name,
+        "backbone": progress.unit.backbone,
         "state": state,
-        "done": one.done,
-        "total": len(one.unit.heads),
-        "epochs": one.epochs,
-        "max_epochs": one.unit.rule.max_epochs,
-        "images_per_second": one.images_per_second,
-        "validation_ig": one.ig,
-        "written": _iso(one.written),
-        "silent_seconds": round(now - one.written, 1) if one.written else None,
+        "done": progress.done,
+        "total": len(progress.unit.heads),
+        "epochs": progress.epochs,
+        "max_epochs": progress.unit.rule.max_epochs,
+        "images_per_second": progress.images_per_second,
+        "validation_ig": progress.ig,
+        "written": _iso(progress.written),
+        "silent_seconds": round(now - progress.written, 1) if progress.written else None,
         **{name: last.get(name) for name in ("node", "gpus", "device")},
     }
 
