@@ -41,7 +41,7 @@ class Range:
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            text = f"{self.low:g} to {self.high:g}" if self.ends else f"between {self.low:g} and {self.high:g}"
+            text = f"from {self.low:g} to {self.high:g}" if self.ends else f"between {self.low:g} and {self.high:g}"
         else:
             text = f"{self.low:g} or more" if self.ends else f"above {self.low:g}"
         return text if self.off is None else f"{text}, or {self.off:g}"
@@ -72,7 +72,7 @@ class Recipe:
 
     name: str
     backbones: tuple[str, ...] = field(
-        (), f"frozen backbones to mix, or sets of them ({', '.join(BACKBONE_SETS)})", BACKBONES
+        (), f"frozen backbones to mix, or a set of them: {' or '.join(BACKBONE_SETS)}", BACKBONES
     )
     long_side: int = field(
         0,
@@ -196,9 +196,9 @@ def recipe(function: Callable[[], Recipe]) -> Callable[[], Recipe]:
 def acw() -> Recipe:
     """Ours: heads trained one by one, mixed by category weights fitted on out-of-fold predictions.
 
-    python jobs/pipeline.py acw --dataset FOLDER --backbones lite
+    acw run acw --dataset FOLDER --backbones lite
 
-    What `gaze` and `cat2000` are; of the recipes that jobs/reproduce.py compares, the best: 1.519 bit on `gaze`.
+    What `gaze` and `cat2000` are; of the recipes that `acw reproduce` compares, the best: 1.519 bit on `gaze`.
     """
     return Recipe("acw", backbones=BACKBONE_SETS["paper"])
 
@@ -207,7 +207,7 @@ def acw() -> Recipe:
 def gaze() -> Recipe:
     """Any data set, with the small backbones whose weights the package registry carries: a laptop is enough.
 
-    python jobs/pipeline.py gaze --dataset FOLDER
+    acw run gaze --dataset FOLDER
 
     Cost: 959 photographs of 800x600 px in some 12 minutes and 4 GiB on 2 cores. There it reached 1.52 bit per
     fixation over the centre bias on the 192 held-out images, where other people's fixations reach 1.59.
@@ -219,7 +219,7 @@ def gaze() -> Recipe:
 def demo() -> Recipe:
     """The `gaze` recipe cut short, on the embedded synthetic displays: every step of a real run in minutes.
 
-    make demo, or: python jobs/pipeline.py demo
+    make demo, or: acw run demo
 
     Cost: 3 minutes on 2 cores. Expect 1.71 bit on the held-out displays, where 2.59 is possible.
     """
@@ -230,7 +230,7 @@ def demo() -> Recipe:
 def cat2000() -> Recipe:
     """The paper's four backbones at DeepGaze IIE's resolution, on GPUs.
 
-    python jobs/pipeline.py cat2000 --dataset CAT2000 --weights shapenet_c=deepgaze2e:deepgaze2e.pth
+    acw run cat2000 --dataset CAT2000 --weights shapenet_c=deepgaze2e:deepgaze2e.pth
 
     Cost: about 46 GB of features (23 MB an image). Hours and scores are not measured yet: it has never run on GPUs.
     """
@@ -241,7 +241,7 @@ def cat2000() -> Recipe:
 def deepgaze_iie() -> Recipe:
     """DeepGaze IIE's rule: its readout and finalizer, input and density at half size, all backbones mixed evenly.
 
-    python jobs/pipeline.py deepgaze_iie --dataset FOLDER [--backbones lite]
+    acw run deepgaze_iie --dataset FOLDER [--backbones lite]
 
     `acw import-deepgaze` makes the same network of the authors' own heads. On `gaze` with small backbones 1.506 bit,
     0.013 less than `acw`, for more than twice its hours: steps of 2 px instead of smooth cells of 8.
@@ -255,7 +255,7 @@ def deepgaze_iie() -> Recipe:
 def acw_v1() -> Recipe:
     """The paper's first iteration: a coarse input, one head a backbone and fold, a fixed centre bias, joint training.
 
-    python jobs/pipeline.py acw_v1 --dataset FOLDER [--backbones lite]
+    acw run acw_v1 --dataset FOLDER [--backbones lite]
 
     A readout of 8x15 cells for CAT2000's images, no smoothing, no category weights. On `gaze` with small backbones and
     four joint epochs 1.248 bit; more than six overfit (docs/log.md).
@@ -278,7 +278,7 @@ def acw_v1() -> Recipe:
 def acw_v2() -> Recipe:
     """The paper's second iteration: `acw_v1` with a weight per category and backbone, learned at ten times the rate.
 
-    python jobs/pipeline.py acw_v2 --dataset FOLDER [--backbones lite]
+    acw run acw_v2 --dataset FOLDER [--backbones lite]
 
     On `gaze`, as above: 1.268 bit.
     """
@@ -289,7 +289,7 @@ def acw_v2() -> Recipe:
 def acw_v3() -> Recipe:
     """The paper's third iteration: `acw_v2` with progressive bicubic upsampling, smoothing, three heads instead of one.
 
-    python jobs/pipeline.py acw_v3 --dataset FOLDER [--backbones lite]
+    acw run acw_v3 --dataset FOLDER [--backbones lite]
 
     On `gaze`, as above: 1.387 bit.
     """

@@ -242,7 +242,7 @@ def main() -> int:
 
 def chaos(place: Path, options: argparse.Namespace) -> int:
     dataset = displays(place / "set", ("Colour", "Faces", "Text"), options.images)
-    fields = ["--heads_per_worker", "5", "--max_epochs", str(options.epochs), "--lr_patience", str(options.epochs)]
+    fields = ["--heads-per-worker", "5", "--max-epochs", str(options.epochs), "--lr-patience", str(options.epochs)]
     good, runs, start = True, 0, time.monotonic()
     with contextlib.ExitStack() as stack:
         site = Site(place, stack)

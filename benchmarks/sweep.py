@@ -27,8 +27,8 @@ JOBS = Path(__file__).resolve().parents[1] / "jobs"
 def benchmark(arguments: argparse.Namespace) -> harness.Figures:
     with tempfile.TemporaryDirectory() as root:
         recipe = ["gaze", "--dataset", arguments.dataset] if arguments.dataset else ["demo"]
-        recipe += ["--backbones", arguments.backbone, "--long_side", arguments.long_side, "--root", root]
-        recipe += ["--workers", 1, "--max_epochs", arguments.epochs]
+        recipe += ["--backbones", arguments.backbone, "--long-side", arguments.long_side, "--root", root]
+        recipe += ["--workers", 1, "--max-epochs", arguments.epochs]
 
         def seconds(job: str, *more: object) -> float:
             start = time.perf_counter()
@@ -38,10 +38,10 @@ def benchmark(arguments: argparse.Namespace) -> harness.Figures:
 
         def sweep(seed: int, population: int, samples: int) -> float:
             # Another seed, and with it another split, is another search; the features are the same.
-            return seconds("tune", "--seed", seed, "--heads_per_worker", population, "--samples", samples)
+            return seconds("tune", "--seed", seed, "--heads-per-worker", population, "--samples", samples)
 
         count = arguments.configurations
-        seconds("extract", "--heads_per_worker", 1)
+        seconds("extract", "--heads-per-worker", 1)
         first = sweep(0, 1, 1)
         # With them the recipe's own configuration, in the same bank or as a trial of its own.
         apart, together = sweep(1, 1, count - 1), sweep(2, count, count - 1)

@@ -2,7 +2,7 @@
 
 python jobs/reproduce.py --dataset FOLDER --backbones lite             # small backbones: a laptop is enough
 python jobs/reproduce.py --dataset CAT2000 --weights shapenet_c=deepgaze2e:deepgaze2e.pth
-python jobs/reproduce.py --backbones lite0,lite1 --max_epochs 2 --joint_max_epochs 2    # the built-in displays
+python jobs/reproduce.py --backbones lite0,lite1 --max-epochs 2 --joint-max-epochs 2    # the built-in displays
 """
 
 from acw.cli import run

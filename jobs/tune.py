@@ -1,7 +1,7 @@
-"""Searches a space of recipe fields with Ray Tune; writes the best as a file that `pipeline.py --overlay FILE` takes.
+"""Searches a space of recipe fields with Ray Tune; writes the best as a file that `acw run --overlay FILE` takes.
 
 python jobs/tune.py gaze --dataset FOLDER --space sigma_lr --samples 32
-python jobs/tune.py demo --samples 4 --max_epochs 2     # the embedded displays, on a CPU
+python jobs/tune.py demo --samples 4 --max-epochs 2     # the embedded displays, on a CPU
 """
 
 from acw.cli import run

@@ -24,8 +24,8 @@ JOBS = Path(__file__).parents[1] / "jobs"
 # Two banks of two heads. No rate falls, so all epochs are trained: enough of them to be interrupted in their midst.
 EPOCHS = 40
 RECIPE = (
-    *("demo", "--backbones", "lite0,lite1", "--seeds", "1", "--folds", "2", "--heads_per_worker", "2"),
-    *("--workers", "2", "--max_epochs", str(EPOCHS), "--lr_patience", str(EPOCHS)),
+    *("demo", "--backbones", "lite0,lite1", "--seeds", "1", "--folds", "2", "--heads-per-worker", "2"),
+    *("--workers", "2", "--max-epochs", str(EPOCHS), "--lr-patience", str(EPOCHS)),
 )
 # Of a data set's folder and a root: people name folders as they like.
 NAME = 'Anna\'s "5 inch" images?#50%2F <b>\N{LATIN SMALL LETTER E WITH ACUTE}'

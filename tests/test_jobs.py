@@ -7,7 +7,9 @@ import dataclasses
 import importlib
 import json
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,10 +23,11 @@ from PIL import Image
 from scipy.io import savemat
 
 import acw
+from acw import cli
 from acw.cli import run as run_job
 from acw.evaluation.metrics import METRICS
 from acw.pipeline.job import parse
-from acw.recipes import RECIPES, Recipe, named_recipe
+from acw.recipes import RECIPES, Range, Recipe, named_recipe
 from acw.storage.errors import UserError
 
 BACKBONES = ("backbone:lite0", "backbone:lite1")
@@ -272,7 +275,7 @@ def test_help_lists_the_recipes(call: Callable[..., tuple[int, str, str]], job: 
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_help_of_a_recipe_lists_every_field_with_default_and_unit(
+def test_help_of_a_recipe_lists_every_field_with_default_unit_and_range(
     call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
@@ -280,14 +283,54 @@ def test_help_of_a_recipe_lists_every_field_with_default_and_unit(
     assert (status, err) == (0, "")
     entries = re.sub(r"\n {6,}", " ", out)  # long names have their text on the next line
     for field in dataclasses.fields(Recipe)[1:]:
-        (line,) = re.findall(rf"^ +--{field.name}\b.*$", entries, re.MULTILINE)
+        option = field.name.replace("_", "-")
+        (line,) = re.findall(rf"^ +--{option} .*$", entries, re.MULTILINE)
         value = getattr(named_recipe(name), field.name)
         shown = ",".join(value) or "none" if isinstance(value, tuple) else str(value).lower()
         assert field.metadata["help"] in line
         assert f"default: {shown}" in line
         assert field.metadata["unit"] in line
+        allowed = field.metadata["allowed"]
+        assert all(text in line for text in ([str(allowed)] if isinstance(allowed, Range) else allowed or []))
     for option in ("--dataset", "--fixations", "--reader", "--drop-outside", "--root", "--tracking-uri", "--overlay"):
         assert option in out
+    assert not re.search(r"--[a-z]+_", out)
+
+
+def test_underscores_are_taken_for_hyphens(tmp_path: Path) -> None:
+    """As command lines were typed once; a value keeps its own."""
+    arguments = ["--max_epochs", "3", "--learn_sigma=False", "--drop_outside", "--tracking-uri", "sqlite:////a_b.db"]
+    job = parse(["demo", *arguments, "--root", str(tmp_path)], "")
+    assert (job.recipe.max_epochs, job.recipe.learn_sigma) == (3, False)
+    assert job.tracking_uri == "sqlite:////a_b.db"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_its_help(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/acw", command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: acw {command} ")
+
+
+def test_bash_completes_commands_recipes_and_options(tmp_path: Path) -> None:
+    script = tmp_path / "acw.bash"
+    script.write_text(cli._completion("bash"), encoding="utf-8")
+    for typed, completed in (
+        ("import", "import-deepgaze"),
+        ("run deepg", "deepgaze_iie"),
+        ("run gaze --learn", "--learn-sigma --learning-rate"),
+        ("run gaze --taps ea", "earlier"),
+        ("status --j", "--json"),
+    ):
+        words = f"COMP_WORDS=(acw {typed}); COMP_CWORD={len(typed.split())}; COMP_TYPE=9; _shtab_acw"
+        asked = f"source {shlex.quote(str(script))}; {words}; printf '%s\n' \"${{COMPREPLY[@]}}\" | sort"
+        done = subprocess.run(["bash", "-c", asked], capture_output=True, encoding="utf-8")
+        assert done.stdout.split() == completed.split(), done.stderr
+    assert cli._completion("zsh").startswith("#compdef acw")
 
 
 # --- Mistakes --------------------------------------------------------------------------------------------------------
@@ -384,7 +427,7 @@ TYPED = {
     "field without a value": (["demo", "--sigma"], "--sigma"),
     "wrong type": (["demo", "--sigma", "wide"], "field 'sigma' takes a number, not 'wide'"),
     "no whole number": (["demo", "--folds", "2.5"], "field 'folds' takes a whole number, not '2.5'"),
-    "out of range": (["demo", "--folds", "1"], "field 'folds' must be between 2 and 100"),
+    "out of range": (["demo", "--folds", "1"], "field 'folds' must be from 2 to 100"),
     "unknown backbone": (["demo", "--backbones", "lite9"], "field 'backbones' must be one or more of"),
     "unknown reader": (["demo", "--reader", "matlab"], "--reader.*hdf5"),
     "fixations for synthetic": (["demo", "--fixations", "f.csv"], "dataset synthetic"),

@@ -51,9 +51,9 @@ def test_a_plan_counts_what_a_run_would_make(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no command 'plam'; commands are plan"):
+    with pytest.raises(UserError, match="no command 'plam'; commands are run, search"):
         cli._command(["plam"])
     with pytest.raises(UserError, match="no recipe 'gase'"):
         cli._command(["plan", "gase"])
-    with pytest.raises(UserError, match="--price-per-hour -1"):
+    with pytest.raises(UserError, match="'price_per_hour' must be 0 or more, not -1"):
         cli._command(["plan", *options(tmp_path), "--price-per-hour", "-1"])

@@ -30,7 +30,7 @@ def result(other: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = displays(folder / "images", ("Faces", "Text"), 8, first=10)
     fields = [
         *("--workers", "1", "--backbones", "lite0,lite1", "--folds", "2"),
-        *("--max_epochs", "1", "--joint_max_epochs", "2"),
+        *("--max-epochs", "1", "--joint-max-epochs", "2"),
     ]
     lines = succeed("reproduce", *data, *fields, "--root", folder / "runs", "--deepgaze", other.job.folder)
     return Path(lines[-1])

@@ -30,7 +30,7 @@ from acw.features.backbone import load_backbone
 from acw.features.store import open_shard
 from acw.features.weights import read_weights
 from acw.features.zoo import BACKBONES
-from acw.pipeline import job
+from acw.pipeline import import_deepgaze, job
 from acw.storage import secrets
 from acw.storage.errors import UserError
 from acw.tracking import mlflow_store
@@ -96,7 +96,7 @@ def as_safetensors(folder: Path, payload: Payload) -> None:
 def as_deepgaze(folder: Path, payload: Payload) -> None:
     path = folder / "deepgaze2e.pth"
     torch.save(payload, path)
-    cli.import_deepgaze([str(path), "--out", str(folder / "model")])
+    import_deepgaze.main([str(path), "--out", str(folder / "model")])
 
 
 def as_checkpoint(folder: Path, payload: Payload) -> None:

@@ -459,5 +459,5 @@ def test_a_diverged_configuration_ends_alone(tmp_path: Path, training_set: Train
     sane = train(tmp_path / "sane", training_set, store, Bank("stub", population.members[:1]))
     assert state.history[-1]["ig"] == [pytest.approx(sane.history[-1]["ig"][0], abs=1e-4), None]
     assert float(state.learning_rate[1]) == 0
-    with pytest.raises(UserError, match="lower --learning_rate"):
+    with pytest.raises(UserError, match="lower --learning-rate"):
         train(tmp_path / "wild", training_set, store, Bank("stub", population.members[1:]), wild)

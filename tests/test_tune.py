@@ -282,7 +282,7 @@ from ray import tune
 
 SPACE = {"learning_rate": tune.choice([2e-4, 5e-3])}
 """
-SMALL = ("demo", "--backbones", "lite0", "--seeds", "1", "--folds", "2", "--heads_per_worker", "3", "--workers", "1")
+SMALL = ("demo", "--backbones", "lite0", "--seeds", "1", "--folds", "2", "--heads-per-worker", "3", "--workers", "1")
 
 
 @dataclasses.dataclass
@@ -300,7 +300,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Itera
     base = tmp_path_factory.mktemp("search")
     (base / "spaces").mkdir()
     (base / "spaces" / "two_rates.py").write_text(TWO_RATES, encoding="utf-8")
-    arguments = [*SMALL, "--max_epochs", "2", "--learning_rate", "1e-3", "--root", str(base / f"runs on {NAME}")]
+    arguments = [*SMALL, "--max-epochs", "2", "--learning-rate", "1e-3", "--root", str(base / f"runs on {NAME}")]
     arguments += displays(base / NAME, ("Colour", "Faces"), 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "SPACES", base / "spaces")
@@ -327,7 +327,7 @@ def test_a_search_finds_the_better_rate_and_writes_it_down(searched: Searched) -
     assert origin["validation_IG"] > origin["validation_IG_of_the_recipe"]
     job = parse([*searched.arguments, "--overlay", searched.last], "")
     assert job.recipe.learning_rate == 1e-3, "what is typed wins over the file"
-    untyped = [a for a in searched.arguments if a not in ("--learning_rate", "1e-3")]
+    untyped = [a for a in searched.arguments if a not in ("--learning-rate", "1e-3")]
     job = parse([*untyped, "--overlay", searched.last], "")
     assert (job.recipe.learning_rate, job.overlay) == (2e-4, overlay)
     report = (searched.folder / "report.html").read_text(encoding="utf-8")
@@ -392,7 +392,7 @@ def test_status_tells_of_a_search(searched: Searched, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_a_search_goes_on_after_its_driver_was_killed(tmp_path: Path, by: signal.Signals) -> None:
     """In the second of two populations: neither the first nor any epoch of the second is done again."""
-    arguments = [*RECIPE, "--heads_per_worker", "4", "--workers", "1", "--lr_patience", "40", "--max_epochs", "12"]
+    arguments = [*RECIPE, "--heads-per-worker", "4", "--workers", "1", "--lr-patience", "40", "--max-epochs", "12"]
     arguments += [*displays(tmp_path / "tiny", ("Colour", "Faces"), 8), "--root", str(tmp_path / "root")]
     arguments += ["--tune", "sigma_lr", "--samples", "6"]
 

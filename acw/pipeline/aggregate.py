@@ -194,7 +194,7 @@ def _json_number(value: float) -> float | str:
 
 
 def main(argv: Sequence[str]) -> None:
-    job = parse(argv, __doc__.splitlines()[0])
+    job = parse(argv, __doc__)
     from acw.cluster.joining import connect
 
     connect()

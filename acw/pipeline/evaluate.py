@@ -41,7 +41,7 @@ def evaluate(
     if trained_on is None:
         raise UserError(
             f"{location}: has no centre bias yet, and IG no baseline; have them taken from training folds, and the "
-            f"held-out images scored: python jobs/pipeline.py deepgaze_iie --heads {location} --dataset D"
+            f"held-out images scored: acw run deepgaze_iie --heads {location} --dataset D"
         )
     if dataset.fingerprint == trained_on["fingerprint"]:
         print("warning: the model was trained on images of this very data set; see its own evaluation.json", flush=True)
@@ -83,10 +83,10 @@ def evaluate(
     print(table(result))
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="a run's folder, or an MLflow URI such as models:/acw@champion")
-    parser.add_argument("--out", required=True, help="JSON file to write")
+def add_options(parser: Parser) -> None:
+    about = "a run's folder, or an MLflow URI such as models:/acw@champion"
+    parser.add_argument("--model", required=True, metavar="PATH", help=about)
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSON file to write")
     parser.add_argument("--maps", action="append", default=[], metavar="[NAME=]DIR", help="another model's maps")
     about = "what --maps holds; and --predictions, where the file does not say and values may mislead"
     parser.add_argument("--kind", choices=("density", "saliency"), help=about)
@@ -99,7 +99,12 @@ def main(argv: Sequence[str]) -> None:
         "--sim-opt", action="store_true", help="SIM of maps optimised for it, too: half a minute a full-HD image"
     )
     add_dataset_options(parser)
-    options = vars(parser.parse_args(argv))
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(__doc__)
+    add_options(parser)
+    options = parser.read(argv)
     if options["maps"] and not options["kind"]:
         raise UserError("--maps: say what the maps are: --kind density or --kind saliency")
     out = local_path(options["out"], "--out")

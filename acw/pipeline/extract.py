@@ -41,7 +41,7 @@ def extract(job: Job) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    job = parse(argv, __doc__.splitlines()[0])
+    job = parse(argv, __doc__)
     from acw.cluster.joining import connect
 
     connect()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
-import sys
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from acw.cluster.event_log import kept
 from acw.data import Dataset, Split, split
 from acw.pipeline.options import Parser, add_dataset_options, check_writable, local_path, read_dataset, root_folder
-from acw.recipes import RECIPES, Recipe, derive, named_recipe
+from acw.recipes import RECIPES, Range, Recipe, derive, named_recipe
 from acw.storage.addresses import local, shown
 from acw.storage.checksums import fingerprint, sha256_file
 from acw.storage.errors import UserError
@@ -66,31 +65,56 @@ class Job:
         return {name: open_store(self.root / "features" / folders[name]) for name in self.recipe.backbones}
 
 
-def parse(argv: Sequence[str], description: str, program: str | None = None, *, writes: bool = True) -> Job:
-    """Reads `RECIPE [--dataset D] [--root R] [--field value ...]`. Raises UserError for whatever is wrong in it.
+def parse(argv: Sequence[str], about: str) -> Job:
+    """Reads `RECIPE [--option VALUE ...]`. Raises UserError for whatever is wrong in it; about: see `Parser`."""
+    return job_of(read_options(argv, about, add_recipe_options))
 
-    program: how the command is typed, for its help; that of a script in jobs/ unless given. writes: whether something
-    will be written below the root, which is then tried out.
+
+def read_options(
+    argv: Sequence[str], about: str, add_options: Callable[[Parser, Recipe | None], None]
+) -> dict[str, Any]:
+    """The options of a command whose first argument is a recipe, whose defaults its help then shows.
+
+    add_options: adds what the command takes, `add_recipe_options` included.
     """
-    name = Path(sys.argv[0]).name
-    program = program or (name if name.startswith("acw ") else f"python jobs/{name}")
-    recipe_name = _recipe_name(argv, description, program)
-    base = named_recipe(recipe_name)
-    parser = Parser(
-        prog=f"{program} {recipe_name}",
-        description=RECIPES[recipe_name].__doc__,
-        epilog=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    base = None
+    if argv and not argv[0].startswith("-"):
+        base = named_recipe(argv[0])
+        parser = Parser(RECIPES[base.name].__doc__, epilog=about)
+    elif "-h" in argv or "--help" in argv:
+        recipes = [f"  {name:14}{(function.__doc__ or '').splitlines()[0]}" for name, function in RECIPES.items()]
+        hint = "With a recipe, --help shows that recipe's defaults; without one, those of `acw`."
+        parser = Parser("\n".join([about.strip(), "", "recipes:", *recipes, "", hint]))
+    else:
+        raise UserError(f"the first argument is a recipe: {', '.join(RECIPES)}; see --help")
+    parser.usage = f"{parser.prog} RECIPE [--option VALUE ...]"
+    add_options(parser, base)
+    return parser.read(argv)
+
+
+def add_recipe_options(parser: Parser, base: Recipe | None = None) -> None:
+    """A recipe's name and all that `job_of` takes; base: the recipe whose defaults the help shows."""
+    parser.add_argument("recipe", metavar="RECIPE", choices=tuple(RECIPES), help="what to run; its name comes first")
+    add_job_options(parser, base)
+
+
+def add_job_options(parser: Parser, base: Recipe | None = None) -> None:
+    """What `job_of` takes besides a recipe's name."""
     add_dataset_options(parser)
     about = "folder, or s3://BUCKET/PREFIX, for features, runs and MLflow's store (default: runs)"
-    parser.add_argument("--root", default="runs", help=about)
+    parser.add_argument("--root", default="runs", metavar="PATH", help=about)
     about = "MLflow server or sqlite:///FILE (default: MLFLOW_TRACKING_URI, else sqlite under the root, in S3 too)"
-    parser.add_argument("--tracking-uri", help=about)
-    parser.add_argument("--overlay", help="JSON file of recipe fields, as jobs/tune.py writes it")
-    _add_fields(parser, base)
-    options = vars(parser.parse_args(argv[1:]))
+    parser.add_argument("--tracking-uri", metavar="URI", help=about)
+    parser.add_argument("--overlay", metavar="FILE", help="JSON file of recipe fields, as `acw search` writes it")
+    _add_fields(parser, base or named_recipe("acw"))
+
+
+def job_of(options: dict[str, Any], *, writes: bool = True) -> Job:
+    """The job that parsed options ask for; writes: whether anything will be written below the root, which is tried out.
+
+    Raises UserError for whatever is wrong in them.
+    """
+    base = named_recipe(options["recipe"])
     overlay = _read_overlay(options["overlay"]) if options["overlay"] else None
     given = {f.name: options[f.name] for f in dataclasses.fields(Recipe)[1:] if options[f.name] is not None}
     recipe = _with_heads(_with_absolute_weights(derive(derive(base, (overlay or {}).get("fields", {})), given)))
@@ -149,46 +173,39 @@ def _with_heads(recipe: Recipe) -> Recipe:
     return result
 
 
-def _recipe_name(argv: Sequence[str], description: str, program: str) -> str:
-    if argv and not argv[0].startswith("-"):
-        return argv[0]
-    lines = [
-        f"usage: {program} RECIPE [--dataset D] [--root R] [--field value ...]",
-        "",
-        description,
-        "",
-        "recipes:",
-    ]
-    lines += [f"  {name:14}{(function.__doc__ or '').splitlines()[0]}" for name, function in RECIPES.items()]
-    lines += ["", f"{program} RECIPE --help lists every field with its default, unit and meaning."]
-    if argv and argv[0] in ("-h", "--help"):
-        print("\n".join(lines))
-        raise SystemExit(0)
-    raise UserError(f"the first argument is a recipe: {', '.join(RECIPES)}; see --help")
-
-
-def _add_fields(parser: argparse.ArgumentParser, base: Recipe) -> None:
+def _add_fields(parser: Parser, base: Recipe) -> None:
+    """Each field as an option; what it takes, its unit and its default stand in its help."""
     group = parser.add_argument_group("fields of the recipe")
+    kinds = typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe)[1:]:
-        value = getattr(base, field.name)
-        shown = ",".join(value) or "none" if isinstance(value, tuple) else str(value).lower()
-        unit = field.metadata["unit"]
-        names = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
-        text = f"{field.metadata['help']} (default: {shown}{f'; {unit}' if unit else ''})".replace("%", "%%")
-        group.add_argument(*sorted(names, reverse=True), dest=field.name, metavar="VALUE", help=text)
+        value, kind, allowed = getattr(base, field.name), kinds[field.name], field.metadata["allowed"]
+        how: dict[str, Any] = {}
+        if kind is bool:
+            how = {"type": str.lower, "choices": ("true", "false")}
+        elif kind is str and allowed:
+            how = {"choices": tuple(allowed)}
+        else:
+            how["metavar"] = {int: "N", float: "X", str: "PATH"}.get(kind, "A,B,...")
+        facts = [field.metadata["unit"]]
+        if allowed and "choices" not in how:
+            facts.append(str(allowed) if isinstance(allowed, Range) else ", ".join(allowed))
+        default = ",".join(value) if isinstance(value, tuple) else str(value).lower()
+        facts.append(f"default: {default or 'none'}")
+        text = f"{field.metadata['help']} ({'; '.join(filter(None, facts))})".replace("%", "%%")
+        group.add_argument(f"--{field.name.replace('_', '-')}", help=text, **how)
 
 
 def _read_overlay(location: str) -> dict[str, Any]:
-    """What jobs/tune.py wrote, the recipe's fields as `fields`; or only those, as a person may write them."""
+    """What a search wrote, the recipe's fields as `fields`; or only those, as a person may write them."""
     path = fetch(local_path(location, "--overlay"))
     try:
         overlay = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); --overlay takes a file that jobs/tune.py wrote"
+            f"{path}: cannot be read ({error.strerror}); --overlay takes a file that `acw search` wrote"
         ) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: no JSON ({error}); --overlay takes a file that jobs/tune.py wrote") from None
+        raise UserError(f"{path}: no JSON ({error}); --overlay takes a file that `acw search` wrote") from None
     overlay = {"fields": overlay} if isinstance(overlay, dict) and "fields" not in overlay else overlay
     if not isinstance(overlay, dict) or not isinstance(overlay["fields"], dict):
         raise UserError(f"{path}: holds no fields; --overlay takes a JSON object of recipe fields")

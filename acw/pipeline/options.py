@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import os
 import re
 import sys
@@ -31,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         name = Path(sys.argv[0]).name
         ours: dict[str, Any] = {
             "prog": name if name.split(" ")[0] == "acw" else f"python jobs/{name}",
-            "description": about and about.strip(),
+            "description": about and inspect.cleandoc(about),
             "formatter_class": argparse.RawDescriptionHelpFormatter,
             "allow_abbrev": False,
         }
@@ -81,6 +82,11 @@ def add_reader_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drop-outside", nargs="?", type=float, const=MOST_DROPPED, default=0.0, metavar="SHARE", help=about
     )
+
+
+def add_stimuli_option(parser: argparse.ArgumentParser) -> None:
+    about = "folder of images, or CAT2000's testSet (categories are folders)"
+    parser.add_argument("--stimuli", required=True, metavar="PATH", help=about)
 
 
 def reader_options(options: dict[str, Any]) -> dict[str, Any]:

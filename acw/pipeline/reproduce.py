@@ -1,7 +1,7 @@
 """Reproduces the paper: every system in it, both its tables, with paired intervals between them.
 
 Runs the recipes acw_v1, acw_v2, acw_v3, deepgaze_iie and acw on one data set and split; fields of a recipe, such as
-`--max_epochs 8`, are given to all of them. acw_v2 takes the heads of acw_v1, of which it is another mixture, to train
+`--max-epochs 8`, are given to all of them. acw_v2 takes the heads of acw_v1, of which it is another mixture, to train
 them jointly. `--deepgaze MODEL` adds the authors' own heads (`acw import-deepgaze`), mixed evenly and by category
 weights. What is there already is kept.
 Leaves table1.csv (validation images, as published), table2.csv (held-out images), reproduction.json and report.html in
@@ -21,16 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from acw.evaluation.metrics import METRICS
-from acw.model import assembly
-from acw.pipeline.job import Job, parse
+from acw.pipeline.job import Job, add_job_options, job_of
 from acw.pipeline.options import Parser
 from acw.pipeline.whole import pipeline
 from acw.recipes import Recipe
 from acw.storage.addresses import shown
 from acw.storage.checksums import fingerprint
 from acw.storage.files import csv_text, fetch, listing, write_atomic, write_json
-from acw.training import checkpoints
 
 # Recipe -> what changed in it, as every row says.
 SYSTEMS = {
@@ -79,24 +76,28 @@ class System:
     @property
     def epochs(self) -> str:
         """The most that any head was trained, and any system jointly."""
+        from acw.training import checkpoints
 
         banks, systems = checkpoints.trained(self.job.recipe, self.job.folder)
         epochs = [[len(state.history) for state in banks.values()], [len(system.history) for system in systems]]
         return " + ".join(str(max(counts)) for counts in epochs if counts)
 
 
-def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
-    """Runs all systems and compares them; the path of reproduction.json."""
-    from acw.report import page
+def reproduce(options: dict[str, Any], fields: Sequence[str]) -> Path:
+    """Runs all systems and compares them; the path of reproduction.json.
 
-    wanted = [(name, changed, [name, *argv]) for name, changed in SYSTEMS.items()]
-    if deepgaze:
-        for name, (fields, changed) in THEIRS.items():
-            options = [text for field, value in fields.items() for text in (f"--{field}", value)]
-            wanted.append((name, changed, ["deepgaze_iie", *_without_backbones(argv), "--heads", deepgaze, *options]))
+    options: as `add_options` has them parsed. fields: those given to all, as options, for the record.
+    """
+    from acw.report import comparison
+
+    wanted = [(name, changed, {"recipe": name}) for name, changed in SYSTEMS.items()]
+    if options["deepgaze"]:
+        # A model brings its own backbones and weights.
+        model = {"recipe": "deepgaze_iie", "heads": options["deepgaze"], "backbones": None, "weights": None}
+        wanted += [(name, changed, model | mixture) for name, (mixture, changed) in THEIRS.items()]
     systems: list[System] = []
     # All of them first: a mistake in the last is better known now than after the others' training.
-    jobs = [parse(line, __doc__.splitlines()[0]) for _, _, line in wanted]
+    jobs = [job_of(options | own) for _, _, own in wanted]
     for (name, changed, _), job in zip(wanted, jobs, strict=True):
         print(f"--- {name}: {changed}", flush=True)
         _take_heads(job, [system.job for system in systems])
@@ -117,8 +118,8 @@ def reproduce(argv: Sequence[str], deepgaze: str | None) -> Path:
     runs = {system.name: shown(system.job.folder) for system in systems}
     result = folder / "reproduction.json"
     content = {"table1": first, "table2": second, "comparisons": compared, "runs": runs}
-    write_json(result, content | {"dataset": job.dataset.summary(), "split": job.split.hash, "fields": list(argv)})
-    page.write_comparison(folder)
+    write_json(result, content | {"dataset": job.dataset.summary(), "split": job.split.hash, "fields": list(fields)})
+    comparison.write(folder)
     return result
 
 
@@ -139,21 +140,13 @@ def _take_heads(job: Job, done: Sequence[Job]) -> None:
             return
 
 
-def _without_backbones(argv: Sequence[str]) -> list[str]:
-    """A model brings its own backbones and weights."""
-    result = [text for text in argv if not text.startswith(("--backbones=", "--weights="))]
-    for option in ("--backbones", "--weights"):
-        while option in result:
-            place = result.index(option)
-            del result[place : place + 2]
-    return result
-
-
 def _validation(job: Job) -> dict[int, dict[str, float]]:
     """Scores of each development image by what did not train on it, kept in the run's folder."""
     from acw.cluster.joining import connect
     from acw.evaluation.validation import validation_scores
+    from acw.model import assembly
     from acw.tracking.load import load
+    from acw.training import checkpoints
 
     path = fetch(job.folder / "validation.json")
     if not path.exists():
@@ -196,6 +189,8 @@ def _table_2(systems: Sequence[System]) -> list[dict[str, Any]]:
 
 def _columns() -> list[str]:
     """The paper's metrics, then the others."""
+    from acw.evaluation.metrics import METRICS
+
     return [*TABLE_2, *(metric for metric in METRICS if metric not in TABLE_2)]
 
 
@@ -247,11 +242,17 @@ def _text(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
 
+def add_options(parser: Parser) -> None:
+    about = "the authors' own model, of `acw import-deepgaze`: mixed evenly, and by category weights"
+    parser.add_argument("--deepgaze", metavar="PATH", help=about)
+    add_job_options(parser)
+
+
 def main(argv: Sequence[str]) -> None:
-    own = Parser(description=__doc__, add_help=False, allow_abbrev=False)
-    own.add_argument("--deepgaze")
-    options, rest = own.parse_known_args(list(argv))
-    if "-h" in rest or "--help" in rest:
-        print(__doc__)
-        return
-    print(shown(reproduce(rest, options.deepgaze)), flush=True)
+    parser = Parser(__doc__)
+    parser.usage = f"{parser.prog} [--option VALUE ...]"
+    add_options(parser)
+    options = parser.read(argv)
+    given = {name: value for name, value in options.items() if value != parser.get_default(name) and name != "deepgaze"}
+    fields = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    print(shown(reproduce(options, fields)), flush=True)

@@ -1,8 +1,8 @@
-"""Searches a space of recipe fields with Ray Tune; writes the best as a file that `pipeline.py --overlay FILE` takes.
+"""Searches a space of recipe fields with Ray Tune; writes the best as a file that `acw run --overlay FILE` takes.
 
 Optuna proposes populations of configurations. Each is trained in one bank a backbone, in one pass over the features;
 the worse of a population stop early (successive halving), and so do whole populations that are worse than others
-(ASHA). `--heads_per_worker` says how many heads a bank may have: fewer, and the searcher learns more often.
+(ASHA). `--heads-per-worker` says how many heads a bank may have: fewer, and the searcher learns more often.
 The objective is the validation IG of some folds, averaged over the recipe's backbones; held-out images are never used.
 The last line on stdout is the path of the overlay; report.html beside it shows the search.
 """
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from acw.pipeline.job import Job, parse
+from acw.pipeline.job import Job, add_recipe_options, job_of, read_options
 from acw.pipeline.options import Parser
+from acw.recipes import Recipe
 from acw.storage.addresses import shown
 from acw.storage.errors import UserError
 from acw.storage.files import fetch, plain_name
@@ -27,17 +28,11 @@ if TYPE_CHECKING:
     from acw.search.tuner import Work
 
 SPACES = Path(__file__).resolve().parents[2] / "tune_spaces"
-HELP = """--samples N       configurations, besides the recipe's own (default: 16)
---search-folds 0,1
-                  cross-validation folds whose validation images decide (default: 0)"""
-OWN_HELP = """--space NAME      what to search: a file of tune_spaces/ (default: sigma_lr)
---resume          go on with a search that was interrupted, or add to one that has ended with fewer samples
-"""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a search is asked for, besides the job: see HELP."""
+    """What a search is asked for, besides the job: see `add_search_options`."""
 
     space: str
     samples: int
@@ -45,24 +40,21 @@ class Options:
     resume: bool
 
 
-def parse_options(parser: Parser, argv: Sequence[str]) -> tuple[Options | None, list[str]]:
-    """The options of a search, if one is asked for, and the arguments that are left; the parser sets space and resume.
+def add_search_options(parser: Parser) -> None:
+    """Those of every search; `search_options` takes them from the parsed options."""
+    parser.add_argument("--samples", metavar="N", help="configurations, besides the recipe's own (default: 16)")
+    about = "cross-validation folds whose validation images decide, such as 0,1 (default: 0)"
+    parser.add_argument("--search-folds", metavar="A,B,...", help=about)
 
-    Raises UserError for what makes no sense.
-    """
-    parser.add_argument("--samples")
-    parser.add_argument("--search-folds")
-    given, rest = parser.parse_known_args(list(argv))
-    if given.space is None:
-        if given.samples or given.search_folds:
-            raise UserError("--samples and --search-folds say how to search; add --tune SPACE, or leave them out")
-        return None, rest
-    samples, folds = given.samples or "16", (given.search_folds or "0").split(",")
+
+def search_options(options: dict[str, Any], space: str, resume: bool) -> Options:
+    """Raises UserError for what makes no sense."""
+    samples, folds = options["samples"] or "16", (options["search_folds"] or "0").split(",")
     if not samples.isdecimal() or int(samples) < 1:
         raise UserError(f"--samples {samples}: give the number of configurations, 1 or more")
     if not all(fold.isdecimal() for fold in folds) or len(set(folds)) < len(folds):
-        raise UserError(f"--search-folds {given.search_folds}: give numbers of folds, such as 0,1")
-    return Options(given.space, int(samples), tuple(map(int, folds)), given.resume), rest
+        raise UserError(f"--search-folds {options['search_folds']}: give numbers of folds, such as 0,1")
+    return Options(space, int(samples), tuple(map(int, folds)), resume)
 
 
 def tune(job: Job, options: Options) -> Path:
@@ -193,11 +185,16 @@ def _logged(found: Search, uri: str) -> bool:
     return path.exists() and json.loads(path.read_text(encoding="utf-8")) == _log_entry(found, uri)
 
 
+def add_options(parser: Parser, base: Recipe | None = None) -> None:
+    about = "what to search: a file of tune_spaces/ (default: sigma_lr)"
+    parser.add_argument("--space", default="sigma_lr", metavar="NAME", help=about)
+    add_search_options(parser)
+    about = "go on with a search that was interrupted, or add to one that has ended with fewer samples"
+    parser.add_argument("--resume", action="store_true", help=about)
+    add_recipe_options(parser, base)
+
+
 def main(argv: Sequence[str]) -> None:
-    own = Parser(add_help=False, allow_abbrev=False)
-    own.add_argument("--space", default="sigma_lr")
-    own.add_argument("--resume", action="store_true")
-    options, rest = parse_options(own, argv)
-    assert options is not None
-    job = parse(rest, f"{__doc__.splitlines()[0]}\n\n{OWN_HELP}{HELP}")
-    print(shown(tune(job, options)), flush=True)
+    options = read_options(argv, __doc__, add_options)
+    asked = search_options(options, options["space"], options["resume"])
+    print(shown(tune(job_of(options), asked)), flush=True)

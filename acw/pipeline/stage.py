@@ -80,18 +80,23 @@ def stage(chosen: Mapping[str, Path], uri: str) -> int:
     return count
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("folder", help="the data set, as for --dataset")
-    parser.add_argument("address", help="s3://BUCKET/PREFIX")
+def add_options(parser: Parser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="the data set, as for --dataset")
+    parser.add_argument("address", metavar="ADDRESS", help="s3://BUCKET/PREFIX")
     add_reader_options(parser)
-    options = parser.parse_args(list(argv))
-    if not options.address.startswith("s3://"):
-        raise UserError(f"{options.address}: is no S3 address; write s3://BUCKET/PREFIX")
-    local_path(options.address, "ADDRESS")  # whether it can be had, before all is read
-    fixations = local_path(options.fixations, "--fixations") if options.fixations else None
-    chosen = files(local_path(options.folder, "FOLDER"), fixations, **reader_options(vars(options)))
-    uri = options.address.rstrip("/")
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(__doc__)
+    add_options(parser)
+    options = parser.read(argv)
+    address, table = options["address"], options["fixations"]
+    if not address.startswith("s3://"):
+        raise UserError(f"{address}: is no S3 address; write s3://BUCKET/PREFIX")
+    local_path(address, "ADDRESS")  # whether it can be had, before all is read
+    fixations = local_path(table, "--fixations") if table else None
+    chosen = files(local_path(options["folder"], "FOLDER"), fixations, **reader_options(options))
+    uri = address.rstrip("/")
     count = stage(chosen, uri)
     print(f"{count} files uploaded, {len(chosen) - count} were there; each checked by its checksum", flush=True)
     if fixations:

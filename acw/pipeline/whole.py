@@ -11,11 +11,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from acw.pipeline.job import Job, parse
+from acw.pipeline.job import Job, add_recipe_options, job_of, read_options
 from acw.pipeline.options import Parser
-from acw.pipeline.search import HELP, parse_options, tune
-from acw.recipes import derive
+from acw.pipeline.search import add_search_options, search_options, tune
+from acw.recipes import Recipe, derive
 from acw.storage.addresses import shown
+from acw.storage.errors import UserError
 from acw.storage.files import fetch
 
 
@@ -50,13 +51,20 @@ def pipeline(job: Job) -> Path:
     return result
 
 
+def add_options(parser: Parser, base: Recipe | None = None) -> None:
+    about = "first search a file of tune_spaces/, and train with the best that is found"
+    parser.add_argument("--tune", metavar="SPACE", help=about)
+    add_search_options(parser)
+    add_recipe_options(parser, base)
+
+
 def main(argv: Sequence[str]) -> None:
-    own = Parser(add_help=False, allow_abbrev=False)
-    own.add_argument("--tune", dest="space")
-    own.set_defaults(resume=True)  # as everything here goes on where it stopped
-    search, rest = parse_options(own, argv)
-    about = "--tune SPACE      first search a file of tune_spaces/, and train with the best that is found"
-    job = parse(rest, f"{__doc__.splitlines()[0]}\n\n{about}\n{HELP}")
+    options = read_options(argv, __doc__, add_options)
+    if not options["tune"] and (options["samples"] or options["search_folds"]):
+        raise UserError("--samples and --search-folds say how to search; add --tune SPACE, or leave them out")
+    # Resumed if need be, as everything here goes on where it stopped.
+    search = search_options(options, options["tune"], resume=True) if options["tune"] else None
+    job = job_of(options)
     if search:
         overlay = json.loads(fetch(tune(job, search)).read_text(encoding="utf-8"))
         job = dataclasses.replace(job, recipe=derive(job.recipe, overlay["fields"]), overlay=overlay)

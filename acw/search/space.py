@@ -100,7 +100,8 @@ def load_space(folder: Path, name: str) -> Space:
         raise UserError(f"search space {name}: {error}") from None
     # Ray leaves out what is no sampler.
     if constant := [field for field in fields if field not in distributions]:
-        raise UserError(f"search space {name}: '{constant[0]}' is fixed; give it on the command line, --{constant[0]}")
+        option = f"--{constant[0].replace('_', '-')}"
+        raise UserError(f"search space {name}: '{constant[0]}' is fixed; give it on the command line, {option}")
     return Space(name, (module.__doc__ or "").strip(), distributions)
 
 

@@ -309,7 +309,7 @@ def overlay(found: Search, facts: Mapping[str, Any]) -> dict[str, Any]:
     best = found.trialled[0]
     if not math.isfinite(best.ig):
         raise UserError(
-            f"{shown(found.folder)}: no configuration has a finite loss; lower --learning_rate or the space's"
+            f"{shown(found.folder)}: no configuration has a finite loss; lower --learning-rate or the space's"
         )
     baseline = next(one for one in found.trialled if one.number == 0)
     origin = {

@@ -131,7 +131,7 @@ def train_system(
         loss = _train_epoch(recipe, state, batches)
         ig = _validate(state.parameters, batches)
         if not (math.isfinite(loss) and math.isfinite(ig)):
-            raise UserError("joint training: the loss is not finite; lower --joint_learning_rate")
+            raise UserError("joint training: the loss is not finite; lower --joint-learning-rate")
         entry = {"epoch": len(state.history), "loss": loss, "ig": ig, "learning_rate": state.rate}
         entry |= {"seconds": round(time.monotonic() - start, 3), "time": round(time.time(), 3)}
         entry |= {"peak_rss": peak_rss(), **(place or {})}

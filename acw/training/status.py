@@ -306,7 +306,7 @@ def _search_text(figures: dict[str, Any]) -> Iterator[str]:
         if known["best"]:
             yield f"{'best so far':16}{written_fields(known['best']['fields'])}"
     if figures["state"] in ("interrupted", "failed"):
-        yield "nothing is running: the same command, with --resume for jobs/tune.py, goes on where it stopped"
+        yield "nothing is running: the same command, with --resume for a search, goes on where it stopped"
     elif figures["ends"] is not None:
         at = datetime.datetime.fromisoformat(figures["ends"]).astimezone().strftime("%H:%M")
         yield f"it will end in at most {figures['minutes_left']:.1f} min, at {at}"

@@ -233,7 +233,7 @@ def _record(
     ig = measured["ig"]
     lost = ~(torch.isfinite(ig) & torch.isfinite(measured["loss"]))
     if lost.any() and len({dataclasses.replace(head, fold=0, seed=0) for head in bank.members}) == 1:
-        raise Diverged("training: the loss is not finite; lower --learning_rate, or check the features' backbone")
+        raise Diverged("training: the loss is not finite; lower --learning-rate, or check the features' backbone")
     columns = measured | {
         "learning_rate": state.learning_rate[active],
         "sigma": state.parameters["log_sigma"][active].exp(),
