@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -641,6 +642,70 @@ def test_colours_of_16_bits_that_use_fewer_are_refused(tmp_path: Path) -> None:
         for function in (decode_image, inspect_image):
             with pytest.raises(UserError, match=r"has 16 bits a channel and uses .* save it with 8 bits"):
                 function(tiff(bits))
+
+
+def test_a_hot_pixel_does_not_decide_on_the_bits(tmp_path: Path) -> None:
+    grey = np.linspace(0, 4095, 120 * 90).reshape(90, 120).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    expected = decode_image(tmp_path / "a.png")
+    grey[40, 50] = 65535
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    expected[40, 50] = 255
+    np.testing.assert_array_equal(decode_image(tmp_path / "a.png"), expected)
+    assert inspect_image(tmp_path / "a.png").depth == 12
+
+
+def test_what_would_be_read_as_another_picture_is_refused(tmp_path: Path) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    image, black = Image.fromarray(rgb), np.zeros_like(rgb)
+    dark = {"dark.png": rgb // 128, "dark.bmp": rgb // 128, "dark16.png": (rgb[:, :, 0] // 128).astype(np.uint16)}
+    for name, pixels in dark.items():
+        Image.fromarray(pixels).save(tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name}: its values are all 0 or 1, nearly black"):
+            decode_image(tmp_path / name)
+    Image.fromarray(rgb[:, :, 0] > 128).save(tmp_path / "drawing.png")
+    assert set(np.unique(decode_image(tmp_path / "drawing.png"))) == {0, 255}
+    for name in ("moves.gif", "moves.webp", "moves.png", "pages.tif"):
+        image.save(tmp_path / name, save_all=True, append_images=[image.rotate(180)])
+        with pytest.raises(UserError, match=f"{name}: holds several pictures"):
+            inspect_image(tmp_path / name)
+        image.save(tmp_path / name)
+        assert inspect_image(tmp_path / name).size == (48, 64)
+    image.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[image.resize((32, 24))])
+    assert decode_image(tmp_path / "phone.jpg").shape == rgb.shape
+    logo = Image.fromarray(np.dstack([black, rgb[:, :, 0]]))
+    for name, mode in (("logo.png", "RGBA"), ("grey.png", "LA")):
+        logo.convert(mode).save(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: is of one colour, and its shapes are in its transparency"):
+            decode_image(tmp_path / name)
+    Image.fromarray(black).save(tmp_path / "black.png")
+    assert not decode_image(tmp_path / "black.png").any()
+    deep = Image.fromarray(rgb[:, :, 0].astype(np.uint16) * 257)
+    deep.save(tmp_path / "negative.tif", tiffinfo={262: 0})
+    for function in (decode_image, inspect_image):
+        with pytest.raises(UserError, match=r"in which white is 0 \(WhiteIsZero\); save it with black as 0"):
+            function(tmp_path / "negative.tif")
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"optimize": True}, {"restart_marker_rows": 1}])
+def test_a_jpeg_whose_rest_is_missing_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Cut short and given an end; or, unless it can resume there, zeroed in between. Grey bars are whole."""
+    noise = gaussian_filter(np.random.default_rng(0).normal(size=(96, 128, 3)), (3, 3, 0))
+    pixels = (128 + 600 * noise).clip(0, 255).astype(np.uint8)
+    path = tmp_path / "a.jpg"
+    for bar in (0, 40):
+        pixels[96 - bar :] = 128
+        Image.fromarray(pixels).save(path, **options)
+        decode_image(path)
+        whole = path.read_bytes()
+        third = len(whole) // 3
+        cut = [whole[:third] + b"\xff\xd9", whole[: -third // 2] + b"\xff\xd9"]
+        if not bar and "restart_marker_rows" not in options:
+            cut.append(whole[:third] + bytes(third) + whole[2 * third :])
+        for content in cut:
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=r"a\.jpg: the image is damaged"):
+                decode_image(path)
 
 
 def test_csv_that_is_missing_or_no_text(tmp_path: Path) -> None:

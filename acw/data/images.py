@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
 from acw.storage.errors import UserError
 from acw.storage.file_kinds import recognised
@@ -27,9 +29,13 @@ MOST_PIXELS = 2**26
 MOST_BYTES = 2**29
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits of a grey value that cameras, scanners and programs use of 16
+HOT_SHARE = 1e-4  # of an image's pixels that may be brighter than its depth says: the hot ones of a sensor
 
 # A file that ends like this was written to its end; any other is decoded once to know.
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+# Between a JPEG's data and its end, libjpeg skips these bytes without a word, unless it still waits for pixels.
+_EXTRA = bytes(range(16, 80))
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,8 @@ def inspect_image(path: Path) -> Inspected:
     """What there is to know of an image file, mostly without decoding it.
 
     The pixels are decoded only if the file does not end as its format ends, or holds 16 bits a channel.
-    Raises UserError as `decode_image` does for what it decodes; for a file that is missing, too large, cut short, or no
-    image of the format that its name says, always.
+    Raises UserError as `decode_image` does for what it decodes; for a file that is missing, too large, cut short, of
+    several pictures, or no image of the format that its name says, always.
     """
     content = _read(path)
     with _open(content, path) as image:
@@ -61,11 +67,11 @@ def inspect_image(path: Path) -> Inspected:
             _decode(image, path)
         if wide:
             depth = _depth(image, path)
-        orientation = _orientation(image)
+        turned = orientation(image)
     digest = hashlib.sha256(content)
     if depth < (16 if wide else 8):
         digest.update(f"{depth} bits".encode())
-    return Inspected(size, digest.hexdigest(), depth, orientation)
+    return Inspected(size, digest.hexdigest(), depth, turned)
 
 
 def decode_image(path: Path) -> np.ndarray:
@@ -73,11 +79,15 @@ def decode_image(path: Path) -> np.ndarray:
 
     Grey, palette and CMYK are converted, transparency is left out. Grey of 16 bits is brought to 8 by the range that it
     uses (`grey_depth`), as cameras and scanners store 10 to 14 bits in 16.
-    Raises UserError as `inspect_image` does, and for a file that is damaged, has pixels of 32 bits, or colours of 16
-    bits that use fewer.
+    Raises UserError as `inspect_image` does, and for a file that is damaged, has pixels of 32 bits, colours of 16 bits
+    that use fewer, grey of 16 bits in which white is 0, no value but 0 and 1, or its shapes in its transparency alone.
     """
-    with _open(_read(path), path) as image:
-        return pixels_of(image, path)
+    content = _read(path)
+    with _open(content, path) as image:
+        pixels = pixels_of(image, path)
+        if image.format == "JPEG" and _ran_out(content, pixels, path):
+            raise UserError(f"{path}: the image is damaged: it ends before its pixels do, the rest is grey; replace it")
+    return pixels
 
 
 def pixels_of(image: Image.Image, path: Path | str) -> np.ndarray:
@@ -86,26 +96,45 @@ def pixels_of(image: Image.Image, path: Path | str) -> np.ndarray:
     _decode(image, path)
     depth = _depth(image, path) if wide else 8
     if image.mode.startswith("I;16"):
-        return np.repeat(to_8_bits(np.asarray(image).astype(np.uint16), depth)[:, :, None], 3, axis=2)
-    if image.mode in ("I", "F"):
+        pixels = np.repeat(to_8_bits(np.asarray(image).astype(np.uint16), depth)[:, :, None], 3, axis=2)
+    elif image.mode in ("I", "F"):
         raise UserError(f"{path}: has pixels of 32 bits; save it with 8 or 16 bits a channel")
+    else:
+        pixels = _rgb(image, path)
+    if pixels.max(initial=0) == 1:
+        raise UserError(f"{path}: its values are all 0 or 1, nearly black; multiply them by 255 and save it anew")
+    return pixels
+
+
+def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:
+    """uint8 (H, W, 3) of an image of 8 bits, without its transparency."""
     # Pillow warns where a palette's transparency would be lost on the direct way.
-    opaque = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
+    clear = image.mode in ("LA", "RGBA") or (image.mode == "P" and "transparency" in image.info)
+    whole = image.convert("RGBA") if clear else image
     try:
-        return np.array(opaque.convert("RGB"))
+        pixels = np.array(whole.convert("RGB"))
     except ValueError as error:
         raise UserError(f"{path}: has colours in {image.mode}; save it as RGB") from error
+    if clear and shape_is_alpha(np.asarray(whole)):
+        raise UserError(f"{path}: is of one colour, and its shapes are in its transparency; save it on its background")
+    return pixels
+
+
+def shape_is_alpha(rgba: np.ndarray) -> bool:
+    """Whether pixels (H, W, 4) differ in their transparency alone, so that without it nothing of a picture is left."""
+    first = rgba.reshape(-1, 4)[:1]
+    return bool(np.all(rgba[..., :3] == first[..., :3]) and np.any(rgba[..., 3] != first[..., 3]))
 
 
 def grey_depth(grey: np.ndarray) -> int:
-    """How many bits the values of a 16-bit image, uint16, use: the fewest of DEPTHS that hold the largest one."""
-    largest = int(grey.max(initial=0))
-    return next(depth for depth in DEPTHS if largest < 2**depth)
+    """How many bits the values of a 16-bit image, uint16, use: the fewest of DEPTHS that hold all but HOT_SHARE."""
+    hot = math.ceil(HOT_SHARE * grey.size)
+    return next(depth for depth in DEPTHS if np.count_nonzero(grey >= 2**depth) <= hot)
 
 
 def to_8_bits(grey: np.ndarray, depth: int) -> np.ndarray:
-    """uint8: the highest 8 of the `depth` bits that the values use."""
-    return (grey >> (depth - 8)).astype(np.uint8)
+    """uint8: the highest 8 of the `depth` bits that the values use; what is brighter is white."""
+    return np.minimum(grey >> (depth - 8), 255).astype(np.uint8)
 
 
 def names_stimulus(path: PurePath, suffixes: Iterable[str] = SUFFIXES) -> bool:
@@ -125,8 +154,11 @@ def _is_wide(image: Image.Image) -> bool:
 
 def _depth(image: Image.Image, path: Path | str) -> int:
     """The bits that the values of a decoded image of 16 bits use. Of colours, Pillow keeps the high bytes alone: fewer
-    than 16 bits would come out (nearly) black, and cannot be brought back. Raises UserError there."""
+    than 16 bits would come out (nearly) black, and cannot be brought back. Raises UserError there, and for grey in
+    which white is 0: of how many bits it is 0, the file does not say."""
     if image.mode.startswith("I;16"):
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0:
+            raise UserError(f"{path}: has 16 bits a pixel in which white is 0 (WhiteIsZero); save it with black as 0")
         return grey_depth(np.asarray(image).astype(np.uint16))
     if (largest := int(np.asarray(image.convert("RGB")).max())) < 2**6:
         used = 8 + largest.bit_length()
@@ -134,7 +166,22 @@ def _depth(image: Image.Image, path: Path | str) -> int:
     return 16
 
 
-def _orientation(image: Image.Image) -> int:
+def _ran_out(content: bytes, pixels: np.ndarray, path: Path) -> bool:
+    """Whether a JPEG's data end before its last pixels, as where it was cut or a part of it overwritten.
+
+    libjpeg makes those pixels mid-grey without an error. Where the last ones are that grey, the file is decoded once
+    more, with bytes before its end that change a picture only if it is not complete there. Not known of progressive
+    ones, whose missing scans make them coarse instead.
+    """
+    end = _ENDINGS["JPEG"]
+    if not content.endswith(end) or np.any(pixels[-8:, -8:] != 128):
+        return False
+    with _open(content.removesuffix(end) + _EXTRA + end, path) as image:
+        return not np.array_equal(pixels_of(image, path), pixels)
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's; 1 is upright."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF of an image that is fine otherwise; only error messages ask for it
@@ -173,6 +220,9 @@ def _open(content: bytes, path: Path) -> Image.Image:
             f"{path}: has {image.width}x{image.height} px, more than the {MOST_PIXELS} that an image may have; "
             "scale it down or remove it"
         )
+    # Phones put a second view or a depth map behind a JPEG, as MPO: the first is the picture.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise UserError(f"{path}: holds several pictures, as animations and documents do; save the one that was shown")
     return image
 
 
