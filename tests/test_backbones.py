@@ -53,7 +53,7 @@ def full_network(backbone: Backbone) -> torch.nn.Module:
 
 
 def test_import_leaves_torch_alone() -> None:
-    code = "import sys, acw.backbones; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    code = "import sys, acw.features.backbone; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -243,6 +243,19 @@ def test_file_that_does_not_fit_is_refused(lite0: FrozenBackbone, tmp_path: Path
     refused(state | {"fc.weight": torch.zeros(3)}, r"1 unknown \(fc.weight\)")
     refused(state | {"bn1.bias": torch.zeros(3)}, r"bn1.bias is \[3\], but \[32\]")
     refused([1, 2], "not a state dict")
+    refused({0: torch.ones(3)}, "not a state dict, names with tensors; save `model.state_dict")
+    refused({"epoch": 3, "model": state}, r"not a state dict.*; save `checkpoint\['model'\]` alone")
+    refused({f"model.{key}": value for key, value in state.items()}, "take 'model.' off its names")
+    stem = state["conv_stem.weight"]
+    spoilt = {
+        "holds int8": stem.to(torch.int8),
+        "holds complex64": stem.to(torch.complex64),
+        "holds NaN or infinite values": stem.clone().fill_(math.nan),
+        "is 0 all over": torch.zeros_like(stem),
+    }
+    for problem, value in spoilt.items():
+        refused(state | {"conv_stem.weight": value}, f"conv_stem.weight {problem}; give the weights as they were")
+    refused(state | {"bn1.running_var": -state["bn1.running_var"]}, "bn1.running_var holds negative variances")
     with pytest.raises(UserError, match="no such file"):
         load_backbone(with_weights("lite0", str(tmp_path / "absent.pth")))
 
@@ -346,7 +359,7 @@ def test_deepgaze_iie_checkpoint_is_used_up(tmp_path: Path) -> None:
     Both packages list a network's tensors in the order of computation, so the numbers under timm's names count up too.
     """
     keys = json.loads(DEEPGAZE_IIE_KEYS.read_text(encoding="utf-8"))
-    numbers = {key: float(number) for number, key in enumerate(keys)}
+    numbers = {key: float(number) for number, key in enumerate(keys, 1)}  # no tensor is 0 all over
     # Expanded tensors are stored as one number each: the real file has 400 MB.
     path = tmp_path / "deepgaze2e.pth"
     torch.save({key: torch.tensor(numbers[key]).expand(shape) for key, shape in keys.items()}, path)

@@ -95,15 +95,33 @@ def _checked(
     missing = [key for key in used if key not in state]
     unknown = [key for key in state if key not in expected]
     if missing or unknown:
+        prefixes = {key.removesuffix(missing[0]) for key in unknown if missing and key.endswith(f".{missing[0]}")}
         raise UserError(
             f"{source}: does not fit {name}: {len(missing)} keys missing ({_first(missing)}), {len(unknown)} unknown "
-            f"({_first(unknown)}); give weights of this architecture"
+            f"({_first(unknown)}); "
+            + (f"take '{prefixes.pop()}' off its names" if prefixes else "give weights of this architecture")
         )
     for key in used:
         if state[key].shape != expected[key]:
             found, wanted = list(state[key].shape), list(expected[key])
             raise UserError(f"{source}: {key} is {found}, but {wanted} in {name}; give weights of this architecture")
+        if problem := _problem(key, state[key]):
+            raise UserError(f"{source}: {key} {problem}; give the weights as they were trained, in floating point")
     return {key: state[key] for key in used}
+
+
+def _problem(key: str, tensor: torch.Tensor) -> str | None:
+    """What no trained tensor is, though it has the right shape."""
+    if not tensor.is_floating_point():
+        return f"holds {str(tensor.dtype).removeprefix('torch.')}"
+    values = tensor.float()
+    if not values.isfinite().all():
+        return "holds NaN or infinite values"
+    if key.endswith("running_var") and bool((values < 0).any()):
+        return "holds negative variances"
+    if values.ndim > 1 and not values.any():  # a norm's or a bias may be
+        return "is 0 all over"
+    return None
 
 
 def _first(items: Sequence[str]) -> str:
@@ -208,15 +226,26 @@ def _read_file(path: Path, location: str) -> dict[str, torch.Tensor]:
         raise _unreadable(path, location, error) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    # The indices of sparse tensors are not checked where they are read, and those of a stranger's may point anywhere.
-    if not isinstance(content, Mapping) or not all(
-        isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided for tensor in content.values()
-    ):
-        raise UserError(f"{location}: is not a state dict, names with tensors; save `model.state_dict()`")
+    if not _is_state_dict(content):
+        inner = [key for key, value in content.items() if _is_state_dict(value)] if isinstance(content, Mapping) else []
+        remedy = f"save `checkpoint[{inner[0]!r}]` alone" if inner else "save `model.state_dict()`"
+        raise UserError(f"{location}: is not a state dict, names with tensors; {remedy}")
     # torch.nn.DataParallel's prefix.
     if all(key.startswith("module.") for key in content):
         return {key.removeprefix("module."): tensor for key, tensor in content.items()}
     return dict(content)
+
+
+def _is_state_dict(content: Any) -> bool:
+    """Whether it is names with tensors, none of them sparse: the indices of a stranger's may point anywhere."""
+    import torch
+
+    return (
+        isinstance(content, Mapping)
+        and len(content) > 0
+        and all(isinstance(key, str) for key in content)
+        and all(isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided for tensor in content.values())
+    )
 
 
 def _unreadable(path: Path, location: str, error: Exception) -> UserError:
