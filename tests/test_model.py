@@ -223,7 +223,8 @@ def test_a_batch_stops_at_what_it_cannot_predict(model: Model, monkeypatch: pyte
     images = [image(64, 64)] * 3
     for categories, error, message in (
         (["Zoo", "Art", "street"], UserError, "unknown category 'street'"),
-        (["Zoo", "Art"], ValueError, "shorter"),
+        (["Zoo", "Art"], ValueError, "the categories end after 2, there are more images"),
+        (["Zoo", "Art", None, None], ValueError, "the images end after 3, there are more categories"),
     ):
         done = []
         with pytest.raises(error, match=message):
@@ -244,6 +245,29 @@ def test_what_is_no_model_says_so(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "model.json").write_text(description.replace('"format": 2', '"format": 99'), encoding="utf-8")
     with pytest.raises(UserError, match="format 99"):
         load(tmp_path)
+    with pytest.raises(UserError, match=r"heads\.safetensors: is a file, not a model's folder; give the folder"):
+        load(folder / "heads.safetensors")
+
+
+def test_a_prediction_is_in_float32_whatever_its_caller_computes_in(folder: Path) -> None:
+    """What is loaded and kept meanwhile too."""
+    pixels = image(75, 101)
+    bias = np.random.default_rng(1).normal(size=(75, 101))
+    expected = [load(folder).predict(pixels, center_bias=given).log_density for given in (None, bias)]
+    finalizer.spline_matrix.cache_clear()
+    for dtype in (torch.float64, torch.bfloat16):
+        other = load(folder)
+        torch.set_default_dtype(dtype)
+        try:
+            actual = [other.predict(pixels, center_bias=given).log_density for given in (None, bias)]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        np.testing.assert_array_equal(actual, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(load(folder).predict(pixels, center_bias=bias).log_density, expected[1])
+        (batched,) = load(folder).predict_batch([pixels])
+        np.testing.assert_array_equal(batched.log_density, expected[0])
+        assert torch.is_autocast_enabled("cpu")
 
 
 PIXELS = image(24, 32)
@@ -284,6 +308,13 @@ def test_a_model_takes_files_and_pil_images(model: Model, tmp_path: Path) -> Non
         np.testing.assert_array_equal(of_batch.log_density, expected)
     with pytest.raises(UserError, match=r"b\.png: the image cannot be read"):
         model.predict(tmp_path / "b.png")
+    with Image.open(tmp_path / "a.png") as closed:
+        pass
+    with pytest.raises(ValueError, match=r"a PIL image whose file was closed before it was read; call its load"):
+        model.predict(closed)
+    Image.fromarray(PIXELS // 128).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png: its values are all 0 or 1"):
+        model.predict(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(
@@ -295,6 +326,7 @@ def test_a_model_takes_files_and_pil_images(model: Model, tmp_path: Path) -> Non
         (PIXELS * np.nan, "no number"),
         (PIXELS // 128, "values that are all 0 or 1; were they 0..1"),
         (PIXELS[:, :, 0] > 128, "turn a mask to grey"),
+        (np.dstack([0 * PIXELS, PIXELS[:, :, 0]]), "of one colour with shapes in its transparency"),
         (PIXELS.astype(int) * 257, "of values .* to 65535; scale it"),
         (PIXELS.transpose(2, 0, 1), "channels come last"),
         (PIXELS[None], "predict_batch takes several"),
@@ -331,7 +363,8 @@ CORNER[:2, :3] = True
     [
         (np.where(CORNER, -np.inf, BIAS), "not -inf as at 6 of its 768 pixels"),
         (np.where(CORNER, np.nan, BIAS), r"not NaN or \+inf as at 6 of its 768 pixels"),
-        (np.full((24, 32), 1 / (24 * 32)), "not a density"),
+        (np.exp(BIAS) / np.exp(BIAS).sum(), "not a density or a map"),
+        (BIAS - BIAS.min(), "not a density or a map, which is nowhere negative; .* or subtract its maximum"),
         (BIAS.T, r"finite floats \(24, 32\) as the image, not float64 \(32, 24\)"),
         (BIAS.astype(int), "not int64"),
         (BIAS.tolist(), "not list"),
@@ -347,6 +380,11 @@ def test_a_centre_bias_may_be_a_tensor(model: Model) -> None:
     assert np.abs(expected - model.predict(PIXELS).log_density).max() > 0.1
     for given in (torch.from_numpy(BIAS), torch.from_numpy(BIAS).float().requires_grad_()):
         np.testing.assert_allclose(model.predict(PIXELS, center_bias=given).log_density, expected, atol=1e-5)
+
+
+def test_a_uniform_centre_bias_may_be_any_constant(model: Model) -> None:
+    flat, other = (model.predict(PIXELS, center_bias=np.full((24, 32), value)).log_density for value in (-3.0, 0.5))
+    np.testing.assert_allclose(other, flat, atol=1e-5)
 
 
 @pytest.mark.parametrize(

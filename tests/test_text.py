@@ -68,7 +68,7 @@ print("Straße")
 
 
 def test_what_is_written_is_read_in_any_locale(tmp_path: Path) -> None:
-    from acw.model.model import FORMAT
+    from acw.model.description import FORMAT
 
     write_json(tmp_path / "overlay.json", {"lr": "Straße"})
     write_json(tmp_path / "model.json", {"format": FORMAT, "categories": ["Straße"], "backbones": []})

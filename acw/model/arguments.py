@@ -6,15 +6,16 @@ taken for grey values make a black picture, of which every model has a density.
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from acw.data.images import decode_image, grey_depth, pixels_of, to_8_bits
+from acw.data.images import decode_image, grey_depth, pixels_of, shape_is_alpha, to_8_bits
 from acw.storage.addresses import local
 from acw.storage.errors import UserError
 from acw.storage.files import fetch
@@ -37,6 +38,8 @@ def as_image(image: Any, name: str = "") -> np.ndarray:
             raise UserError(f"{path}: images are read from files and from s3://; download it first")
         pixels = decode_image(fetch(local(path)))
     elif isinstance(image, Image.Image):
+        if getattr(image, "tile", None) and getattr(image, "fp", None) is None:
+            raise _refused(name, "a PIL image whose file was closed before it was read", "call its load() before")
         pixels = pixels_of(image, name or "image")
     elif isinstance(image, np.ndarray | torch.Tensor):
         pixels = _bytes(_channels(_array(image, name), name), name)
@@ -70,6 +73,8 @@ def _channels(array: np.ndarray, name: str) -> np.ndarray:
     """(H, W, 1) or (H, W, 3) of an array that has the shape of an image."""
     shaped = array[:, :, None] if array.ndim == 2 else array
     if shaped.ndim == 3 and shaped.shape[2] in CHANNELS:
+        if shaped.shape[2] == 4 and shaped.size and shape_is_alpha(shaped):
+            raise _refused(name, "of one colour with shapes in its transparency", "put it on its background first")
         return shaped[:, :, :3]
     if array.ndim == 4:
         remedy = "predict_batch takes several images"
@@ -106,10 +111,21 @@ def _bytes(array: np.ndarray, name: str) -> np.ndarray:
     return array.astype(np.uint8)
 
 
+def paired(images: Iterable[Any], categories: Iterable[str | None]) -> Iterator[tuple[Any, str | None]]:
+    """Images, each with its category; raises ValueError where the ones end before the others."""
+    nothing: Any = object()
+    for number, (image, category) in enumerate(zip_longest(images, categories, fillvalue=nothing)):
+        if image is nothing or category is nothing:
+            ended, others = ("images", "categories") if image is nothing else ("categories", "images")
+            raise ValueError(f"predict_batch: the {ended} end after {number}, there are more {others}; give as many")
+        yield image, category
+
+
 def as_center_bias(center_bias: Any, size: tuple[int, int]) -> np.ndarray:
     """float64 (H, W), up to a constant, of a centre bias given as an array or a tensor for an image of `size` px.
 
-    Raises ValueError for what is no finite natural log-density of that size.
+    Raises ValueError for what is no finite natural log-density of that size; one that is nowhere negative is taken for
+    a density or a map, unless it is constant.
     """
     wanted = f"a centre bias is a natural log-density, finite floats {size} as the image"
     if not isinstance(center_bias, np.ndarray | torch.Tensor):
@@ -127,8 +143,11 @@ def as_center_bias(center_bias: Any, size: tuple[int, int]) -> np.ndarray:
         )
     if bad := int((~np.isfinite(values)).sum()):
         raise ValueError(f"{wanted}, not NaN or +inf as at {bad} of its {values.size} pixels; correct them")
-    if values.min() >= 0 and values.size > 1 and math.isclose(values.sum(), 1, rel_tol=1e-2):
-        raise ValueError(f"{wanted}, not a density, which is nowhere negative and sums to 1; give np.log of it")
+    if values.min() >= 0 and values.min() < values.max():
+        raise ValueError(
+            f"{wanted}, not a density or a map, which is nowhere negative; give np.log of a density that is positive "
+            "everywhere, or subtract its maximum if it is a log-density up to a constant"
+        )
     return values
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -35,17 +34,20 @@ from acw.heads.center_bias import CenterBias
 from acw.heads.ensemble import ensemble, mixture
 from acw.heads.finalizer import Finalizer
 from acw.heads.readout import Parameters
-from acw.model.arguments import as_center_bias, as_device, as_image
+from acw.model.arguments import as_center_bias, as_device, as_image, paired
+from acw.model.description import FORMAT, describe, stored_backbone
 from acw.storage.errors import UserError
 from acw.storage.files import fetch, write_atomic, write_json
 
-FORMAT = 2
 # Pixels of the images that pass the backbones together; bounds memory, does not change a number beyond rounding.
 PIXELS_AT_ONCE = {"cpu": 2**21, "cuda": 2**23}
 # A backbone's input of one pixel counts as so many of the image: as in DeepGaze IIE, which halves width and height.
 PIXELS_PER_INPUT_PIXEL = 4
 # Times PIXELS_AT_ONCE for which a backbone is loaded, where one is in memory at a time.
 PASSES_PER_LOAD = 4
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,17 @@ class Prediction:
     log_density: np.ndarray
     categories: dict[str, float]
     weights: dict[str, float]
+
+
+def _in_float32(method: Callable[Concatenate[Model, P], T]) -> Callable[Concatenate[Model, P], T]:
+    """A model's method that computes in float32 where its caller has set another type, such as by `torch.autocast`."""
+
+    @functools.wraps(method)
+    def wrapped(model: Model, *arguments: P.args, **named: P.kwargs) -> T:
+        with torch.autocast(model.device.type, enabled=False):
+            return method(model, *arguments, **named)
+
+    return wrapped
 
 
 @dataclass
@@ -105,7 +118,7 @@ class Model:
         size = (pixels.shape[0], pixels.shape[1])
         given = as_center_bias(center_bias, size)
         # A step towards 0 first: what float32 keeps of a log-density are its differences.
-        bias = self.finalizer.on_grid(torch.from_numpy((given - given.max()).astype(np.float32))).to(self.device)
+        bias = torch.from_numpy((given - given.max()).astype(np.float32))
         ((log_densities, pooled),) = self._densities([pixels], bias)
         return self._mixed(log_densities, pooled, size, category)
 
@@ -127,7 +140,7 @@ class Model:
         if categories is None:
             pairs: Iterable[tuple[Any, str | None]] = ((image, None) for image in images)
         else:
-            pairs = zip(images, categories, strict=True)
+            pairs = paired(images, categories)
         return self._predicted(pairs)
 
     def _predicted(self, pairs: Iterable[tuple[Any, str | None]]) -> Iterator[Prediction]:
@@ -159,17 +172,19 @@ class Model:
         inputs = [math.prod(backbone.input_size(size)) for backbone in self.backbones]
         return max(math.prod(size), PIXELS_PER_INPUT_PIXEL * max(inputs))
 
+    @_in_float32
     def _densities(
-        self, images: Sequence[np.ndarray], bias_HW: Tensor | None = None
+        self, images: Sequence[np.ndarray], given_HW: Tensor | None = None
     ) -> list[tuple[Tensor, np.ndarray]]:
         """Of each image (C, H, W) the components' densities on its grid, and (D,) pooled features.
 
-        bias_HW: a centre bias on the grid instead of the heads' own, for images of one size.
+        given_HW: a centre bias of the image's size instead of the heads' own, for images of one size.
         """
         by_size = defaultdict(list)
         for index, image in enumerate(images):
             by_size[image.shape[0], image.shape[1]].append(index)
-        biases = {size: self._bias(size) if bias_HW is None else bias_HW for size in by_size}
+        given = None if given_HW is None else self.finalizer.on_grid(given_HW).to(self.device)
+        biases = {size: self._bias(size) if given is None else given for size in by_size}
         passes = []
         for size, members in by_size.items():
             at_once = max(1, PIXELS_AT_ONCE[self.device.type] // self._pixels(size))
@@ -194,6 +209,7 @@ class Model:
         return torch.stack([ensemble(bank, features, bias_HW, self.finalizer, area) for bank in banks], 1)
 
     @torch.no_grad()
+    @_in_float32
     def _mixed(
         self, log_densities_CHW: Tensor, pooled: np.ndarray, size: tuple[int, int], category: str | None
     ) -> Prediction:
@@ -370,32 +386,3 @@ class Model:
             description["systems"],
             device,
         )
-
-
-def stored_backbone(folder: Path, fields: dict[str, Any]) -> Backbone:
-    """One of the backbones that a model.json describes, with its weights in the model's folder."""
-    known = {name: value for name, value in fields.items() if name != "source"}
-    own: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
-    return Backbone(**own | {"weights": str(folder / fields["weights"])})
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """A model's model.json; raises UserError where there is no model that this version reads."""
-    path = fetch(folder / "model.json")
-    if not path.exists():
-        raise UserError(f"{folder}: no model here (model.json is missing); give a finished run's folder or a model URI")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        version = description["format"]
-    except PermissionError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no description of a model; copy the model anew") from error
-    if version != FORMAT:
-        raise UserError(f"{path}: format {version}, this acw reads {FORMAT}; use the acw that wrote it")
-    for backbone in description["backbones"]:
-        file = Path(backbone["weights"])
-        # timm would ask a model hub, or another folder, for a name with a colon.
-        if file.name != backbone["weights"] or file.suffix != ".safetensors" or ":" in backbone["timm_name"]:
-            raise UserError(f"{path}: the weights of {backbone['name']} are not in its folder; copy the model anew")
-    return description
