@@ -394,6 +394,39 @@ def test_maps_are_looked_at_before_the_scoring(dataset: Dataset, tmp_path: Path)
         open_maps(str(folder), "density", dataset).check(dataset)
 
 
+def test_maps_that_say_nothing_are_refused(dataset: Dataset, tmp_path: Path) -> None:
+    """Where most are the same all over; one may be."""
+    rng = np.random.default_rng(0)
+
+    def save(flat: int) -> Path:
+        def one(path: Path, size: tuple[int, int], index: int) -> None:
+            values = np.full((60, 80), 0.1) if index < flat else rng.random(size)
+            np.save(path.with_suffix(".npy"), values)
+
+        return folder_of(dataset, tmp_path / str(flat), one)
+
+    open_maps(str(save(1)), "saliency", dataset).check(dataset)
+    with pytest.raises(UserError, match=r"3 of its 4 maps have one value all over \(as that of Size/000\.png\)"):
+        open_maps(f"dull={save(3)}", "saliency", dataset).check(dataset)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_turned_or_animated_map_is_refused(dataset: Dataset, tmp_path: Path, suffix: str) -> None:
+    one = dataclasses.replace(dataset, stimuli=dataset.stimuli[:1])
+    grey = Image.fromarray(_gradient())
+    path = tmp_path / f"Size/000{suffix}"
+    path.parent.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    grey.save(path, exif=exif)
+    with pytest.raises(UserError, match=rf"Size/000\{suffix}: is turned by EXIF"):
+        open_maps(str(tmp_path), "saliency", one).of(0)
+    if suffix == ".png":
+        grey.save(path, save_all=True, append_images=[grey.rotate(180)])
+        with pytest.raises(UserError, match="holds several pictures"):
+            open_maps(str(tmp_path), "saliency", one).of(0)
+
+
 def _elsewhere(size: tuple[int, int], x: np.ndarray, y: np.ndarray) -> tuple[int, int]:
     """A pixel that nobody looked at."""
     seen = np.zeros(size, bool)

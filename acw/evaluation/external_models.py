@@ -26,15 +26,14 @@ from typing import Any, Literal, Protocol, get_args
 
 import h5py
 import numpy as np
-from PIL import Image
 from scipy.ndimage import zoom
 from scipy.special import logsumexp
 
 from acw.data import Dataset, Stimulus, pysaliency_compat
 from acw.data.dataset import SYNTHETIC
+from acw.evaluation.map_files import check_array, read_grey, read_npy
 from acw.storage.addresses import expanded
 from acw.storage.errors import UserError
-from acw.storage.file_kinds import recognised
 from acw.storage.files import resolve_inside
 from acw.storage.hdf5 import keys_of, open_hdf5
 
@@ -42,13 +41,8 @@ Kind = Literal["density", "saliency"]
 SUFFIXES = (".npy", ".png", ".jpg", ".jpeg")
 # Of logsumexp from 0, and of a sum from 1: as pysaliency's HDF5Model tolerates it.
 TOLERANCE = 1e-2
-# Between the greatest and the least of R, G and B, of 255; and the share of pixels that may be above it. What JPEG's
-# chroma or a slight tint makes of a grey map is far below, every colour map with a hue is far above.
-COLOUR, COLOURED_SHARE = 24, 1e-3
 # Of an aspect ratio, that whoever scales a map may round it by, beside whole pixels.
 ASPECT = 0.02
-# As Pillow refuses larger images: a few bytes of a file can say that an array has terabytes.
-MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**26)
 
 
 class _Source(Protocol):
@@ -86,19 +80,28 @@ class Outside:
     def check(self, dataset: Dataset) -> None:
         """Reads every map, so that what is wrong with one is known before hours of scoring.
 
-        Raises UserError as `of` does, and for a density of 0 where somebody looked, whose score is infinite. A live
-        model is not asked: its predictions take as long as the scoring.
+        Raises UserError as `of` does, for a density of 0 where somebody looked, whose score is infinite, and where most
+        saliency maps are the same all over. A live model is not asked: its predictions take as long as the scoring.
         """
         if isinstance(self.source, _Live):
             return
-        for index in range(len(self.stimuli)):
+        flat = []
+        for index, stimulus in enumerate(self.stimuli):
             values = self.of(index)
+            if self.kind == "saliency":
+                flat += [stimulus.name] * bool(np.ptp(values) <= 1e-9 * np.abs(values).max())  # but for rounding
+                continue
             x, y, _ = dataset.fixations_of(index)
             if not np.isfinite(values[y.astype(int), x.astype(int)]).all():
                 raise UserError(
-                    f"{self.name}: its density for {self.stimuli[index].name} is 0 where somebody looked, which costs "
+                    f"{self.name}: its density for {stimulus.name} is 0 where somebody looked, which costs "
                     "an infinite score; give densities that are positive everywhere, or --kind saliency"
                 )
+        if 2 * len(flat) > len(self.stimuli):
+            raise UserError(
+                f"{self.name}: {len(flat)} of its {len(self.stimuli)} maps have one value all over (as that of "
+                f"{flat[0]}), which says nothing of where people look; write them anew"
+            )
 
 
 def open_maps(spec: str, kind: Kind, dataset: Dataset) -> Outside:
@@ -199,8 +202,8 @@ class _Maps:
     def read(self, index: int) -> tuple[str, np.ndarray]:
         path = self.paths[index]
         if path.suffix == ".npy":
-            return str(path), _npy(path)
-        grey = _grey(path)
+            return str(path), read_npy(path)
+        grey = read_grey(path)
         if self.kind == "saliency":
             return str(path), grey
         if not grey.any():
@@ -220,7 +223,7 @@ class _Predictions:
         with open_hdf5(self.path) as file:
             if not isinstance(stored := file.get(self.keys[index]), h5py.Dataset):
                 raise UserError(f"{where}: is gone since the file was opened; restore it")
-            _check_array(stored, where)
+            check_array(stored, where)
             return where, stored[()].astype(np.float64)
 
 
@@ -237,7 +240,7 @@ class _Live:
         where = f"{self.name} on {self.stimuli[index].name}"
         predict = self.model.log_density if self.kind == "density" else self.model.saliency_map
         values = np.asarray(predict(self.stimuli[index].pixels()))
-        _check_array(values, where)
+        check_array(values, where)
         return where, values.astype(np.float64)
 
 
@@ -260,55 +263,6 @@ def _maps_of(stimulus: Stimulus, folder: Path) -> list[Path]:
     return [path for path in candidates if path.is_file()]
 
 
-def _npy(path: Path) -> np.ndarray:
-    try:
-        # Mapped, so that a file's header alone allocates nothing, and one cut short is noticed.
-        stored = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        found = recognised(path, "NPY")
-        reason = f"it {found}" if found else f"({error}); write it anew"
-        raise UserError(f"{path}: no NPY file that can be read whole: {reason}") from error
-    if not isinstance(stored, np.ndarray):
-        raise UserError(f"{path}: holds several arrays, as NPZ does; save one array with numpy.save")
-    _check_array(stored, str(path))
-    return np.array(stored, dtype=np.float64)
-
-
-def _grey(path: Path) -> np.ndarray:
-    """float64 (H, W), grey values as they are stored, of 8 or 16 bits.
-
-    Raises UserError for what cannot be read, for colours, and where some pixels are more transparent than others.
-    """
-    colours: np.ndarray | None
-    alpha: np.ndarray
-    try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            image.load()
-            if image.mode.startswith("I"):
-                grey = np.asarray(image).astype(np.float64)
-                colours, alpha = None, grey != image.info.get("transparency")  # at most one value is transparent
-            else:
-                # Pillow warns where a palette's transparency would be lost on the direct way.
-                whole = image.convert("RGBA")
-                grey = np.asarray(whole.convert("L")).astype(np.float64)
-                colours, alpha = np.asarray(whole)[..., :3], np.asarray(whole)[..., 3]
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: no PNG or JPEG that can be read whole ({error}); write it anew") from error
-    if alpha.min() < alpha.max():
-        raise UserError(
-            f"{path}: some of its pixels are more transparent than others, so what it shows depends on what is behind; "
-            "save the saliency map itself, in grey without an alpha channel"
-        )
-    if colours is not None:
-        coloured = np.count_nonzero(np.ptp(colours, axis=2) > COLOUR) / grey.size
-        if coloured > COLOURED_SHARE:
-            raise UserError(
-                f"{path}: is coloured ({coloured:.1%} of its pixels), as by a colour map or drawn over its image, and "
-                "the brightness of a colour is not its saliency; save the saliency map itself, in grey or as NPY"
-            )
-    return grey
-
-
 def _matching(stimuli: Sequence[Stimulus], keys: Sequence[str], path: Path) -> tuple[str, ...]:
     """The stimuli's keys: their paths from some folder on, the longest that is there, as pysaliency's
     `get_keys_from_filenames` finds them; but no folder is left out that tells stimuli apart."""
@@ -326,15 +280,6 @@ def _matching(stimuli: Sequence[Stimulus], keys: Sequence[str], path: Path) -> t
 
 
 # --- What maps have to be ----------------------------------------------------------------------------------------
-
-
-def _check_array(stored: np.ndarray | h5py.Dataset, where: str) -> None:
-    """Raises UserError for what is no array of numbers (H, W), before it is read."""
-    if stored.ndim != 2 or stored.dtype.kind not in "buif" or not 0 < stored.size <= MOST_PIXELS:
-        raise UserError(
-            f"{where}: holds {stored.dtype} of shape {stored.shape}; store real numbers (height, width), "
-            f"of at most {MOST_PIXELS} px"
-        )
 
 
 def _is_normalised(values: np.ndarray) -> bool:
