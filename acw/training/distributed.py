@@ -24,7 +24,7 @@ from acw.storage.files import fetch
 from acw.training.bank import Bank, plan_banks, system_path, unfinished
 from acw.training.batches import TrainingSet
 from acw.training.joint import JointSet, SystemState, train_system, unfinished_systems
-from acw.training.monitor import LOOK_SECONDS, ProgressMonitor
+from acw.training.monitor import LOOK_SECONDS, ProgressMonitor, Report
 from acw.training.progress import Progress, Unit, bank_units, epoch_fields, read, system_units
 from acw.training.trainer import train_epochs
 from acw.training.worker_group import StartReporter, complete, new_coordinator
@@ -46,11 +46,18 @@ class Work:
     coordinator: Any
 
 
-def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureStore], folder: Path) -> Cost:
+def train(
+    recipe: Recipe,
+    training_set: TrainingSet,
+    stores: dict[str, FeatureStore],
+    folder: Path,
+    report: Report = lambda _: None,
+) -> Cost:
     """Trains all heads of a recipe that have epochs left; leaves their checkpoints in the run's folder.
 
-    Returns the cost, in which an image counts once for every head that trained or was validated on it.
-    Raises UserError for what a user can mend, which workers that are lost again and again are too.
+    report: is told of epochs as they come. Returns the cost, in which an image counts once for every head that trained
+    or was validated on it. Raises UserError for what a user can mend, which workers that are lost again and again are
+    too.
     """
     banks = plan_banks(recipe)
     waiting = unfinished(recipe, folder)
@@ -77,17 +84,24 @@ def train(recipe: Recipe, training_set: TrainingSet, stores: dict[str, FeatureSt
     def epochs() -> int:
         return sum(read(unit).epochs for unit in units)
 
-    with ProgressMonitor("training", units, folder, workers):
+    with ProgressMonitor("training", units, folder, workers, report):
         complete(run_worker, {"work": work}, left, epochs, coordinator, allocation, folder)
     after, peak = _work(units)
     return Cost(time.monotonic() - start, after - before, max(peak, peak_rss()), UNIT)
 
 
-def train_jointly(recipe: Recipe, data: JointSet, heads: Sequence[dict[str, Parameters]], folder: Path) -> Cost:
+def train_jointly(
+    recipe: Recipe,
+    data: JointSet,
+    heads: Sequence[dict[str, Parameters]],
+    folder: Path,
+    report: Report = lambda _: None,
+) -> Cost:
     """Fine-tunes the folds' systems that have epochs left; leaves their checkpoints in the run's folder.
 
-    heads: per fold and backbone, where the systems start from. Returns the cost, in which an image counts once for
-    every head that trained or was validated on it. Raises UserError for what a user can mend.
+    heads: per fold and backbone, where the systems start from. report: is told of epochs as they come. Returns the
+    cost, in which an image counts once for every head that trained or was validated on it. Raises UserError for what a
+    user can mend.
     """
     import ray
 
@@ -117,7 +131,7 @@ def train_jointly(recipe: Recipe, data: JointSet, heads: Sequence[dict[str, Para
 
     start, shared, trained, peak = time.monotonic(), ray.put(data), 0, peak_rss()
     out = [one.remote(shared, heads[fold], fold) for fold in waiting]
-    with ProgressMonitor("joint training", systems, folder, min(allocation.workers, len(waiting))):
+    with ProgressMonitor("joint training", systems, folder, min(allocation.workers, len(waiting)), report):
         while out:
             ready, out = ray.wait(out, timeout=LOOK_SECONDS)
             starts.report()

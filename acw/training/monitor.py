@@ -6,8 +6,9 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from acw.cluster import event_log
 from acw.storage.errors import UserError
@@ -15,13 +16,18 @@ from acw.training.progress import Progress, Unit, epoch_fields, in_hand, number,
 
 LOOK_SECONDS = 5.0
 
+# Takes the epochs so far of units, by their names; returns at once and raises nothing.
+Report = Callable[[Mapping[str, Sequence[Mapping[str, Any]]]], None]
+
 
 class ProgressMonitor:
     """Follows the units of a training while workers are at it: a line on stdout whenever one has finished an epoch, all
-    epochs and stopped heads in the run's log, and Ray's metrics."""
+    epochs and stopped heads in the run's log, and Ray's metrics. report: who else is told of epochs."""
 
-    def __init__(self, what: str, units: Sequence[Unit], folder: Path, workers: int) -> None:
-        self.what, self.folder, self.workers = what, folder, workers
+    def __init__(
+        self, what: str, units: Sequence[Unit], folder: Path, workers: int, report: Report = lambda _: None
+    ) -> None:
+        self.what, self.folder, self.workers, self.report = what, folder, workers, report
         self.all_progress = [Progress(unit) for unit in units]
         # What an earlier driver did not live to log is logged now.
         past = [entry for entry in event_log.events(folder) if entry.get("training") == what]
@@ -59,6 +65,7 @@ class ProgressMonitor:
             tags = {"run": self.folder.name, "bank": progress.unit.name, "backbone": progress.unit.backbone}
             figures = (float(progress.done), progress.images_per_second, progress.ig)
             event_log.measure(tags, dict(zip(event_log.METRICS, figures, strict=True)))
+        self.report({progress.unit.name: progress.history for progress in self.all_progress})
         line = self.line(time.time())
         if line != self._shown:
             print(line, flush=True)
