@@ -209,6 +209,8 @@ def _open(content: bytes, path: Path) -> Image.Image:
         raise UserError(f"{path}: images end in {', '.join(sorted(SUFFIXES))}; convert or remove it")
     try:
         image = Image.open(io.BytesIO(content), formats=[expected])
+        # Phones put a second view or a depth map behind a JPEG, as MPO: the first is the picture.
+        several = image.format != "MPO" and getattr(image, "is_animated", False)
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: {error}; scale it down or remove it") from None
     except Exception as error:  # decoders of damaged headers raise whatever they stumble over
@@ -220,8 +222,7 @@ def _open(content: bytes, path: Path) -> Image.Image:
             f"{path}: has {image.width}x{image.height} px, more than the {MOST_PIXELS} that an image may have; "
             "scale it down or remove it"
         )
-    # Phones put a second view or a depth map behind a JPEG, as MPO: the first is the picture.
-    if image.format != "MPO" and getattr(image, "is_animated", False):
+    if several:
         raise UserError(f"{path}: holds several pictures, as animations and documents do; save the one that was shown")
     return image
 
