@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from acw.storage.addresses import mirrored
+from acw.storage.addresses import in_cache
 from acw.storage.errors import UserError
 from acw.storage.files import fetch, write_atomic
 
@@ -79,12 +79,12 @@ class RunLog(logging.Handler):
         whole = before if not before or before.endswith("\n") else f"{before}\n"
         if whole != before or not before:
             write_atomic(self.path, whole)
-        self._text, self._uploaded = (whole, len(whole)) if mirrored(self.path) else ("", 0)
+        self._text, self._uploaded = (whole, len(whole)) if in_cache(self.path) else ("", 0)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.last = time.monotonic()
         line = self.format(record) + "\n"
-        if mirrored(self.path):
+        if in_cache(self.path):
             self._text += line
         else:
             with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:

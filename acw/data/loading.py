@@ -18,7 +18,7 @@ from acw.data.readers import READERS, fitting_reader
 from acw.data.recording import Recording, printable, refuse
 from acw.data.remote import bring
 from acw.data.statement import STATEMENT, read_statement
-from acw.storage.addresses import local, mirrored, shown
+from acw.storage.addresses import in_cache, local, shown
 from acw.storage.errors import UserError
 
 
@@ -53,7 +53,7 @@ def load_dataset(
     folder = local(spec).expanduser().resolve()
     if reader is not None and reader not in READERS:
         raise UserError(f"reader {reader}: unknown; choose one of {', '.join(READERS)}")
-    if mirrored(folder):
+    if in_cache(folder):
         reader = bring(folder, reader, fixations is not None)
     elif not folder.is_dir():
         raise UserError(f"dataset {spec}: there is no such folder; correct the path")

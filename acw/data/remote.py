@@ -15,7 +15,7 @@ def reads(reader: str, name: str) -> bool:
 
 
 def bring(folder: Path, reader: str | None, fixations: bool) -> str:
-    """Makes a folder of the mirror hold what the reader needs of a data set in S3, as it is there now; the reader.
+    """Makes a folder of the cache hold what the reader needs of a data set in S3, as it is there now; the reader.
 
     Raises UserError if there is nothing, if it does not fit on this node, or cannot be had.
     """

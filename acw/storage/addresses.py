@@ -8,7 +8,7 @@ from pathlib import Path
 from acw.storage.errors import UserError
 
 # The folder, in whatever cache, below which paths are `bucket/key`.
-MIRROR = "acw-s3-mirror"
+CACHE_FOLDER = "acw-s3-mirror"
 
 
 def local(location: str | Path) -> Path:
@@ -20,7 +20,7 @@ def local(location: str | Path) -> Path:
     if not text.startswith("s3://"):
         return Path(location)
     bucket, key = parts(text)
-    return _mirror() / bucket / key
+    return _cache_folder() / bucket / key
 
 
 def expanded(location: str | Path) -> Path:
@@ -31,10 +31,10 @@ def expanded(location: str | Path) -> Path:
         raise UserError(f"{location}: there is no such home directory; write the path in full") from None
 
 
-def _mirror() -> Path:
+def _cache_folder() -> Path:
     folder = os.environ.get("ACW_CACHE") or "~/.cache"
     try:
-        return expanded(folder).resolve() / MIRROR
+        return expanded(folder).resolve() / CACHE_FOLDER
     except UserError:
         raise UserError(
             f"{folder}: there is no home directory for copies of what is in S3; set ACW_CACHE to a folder for them"
@@ -44,14 +44,14 @@ def _mirror() -> Path:
 def shown(text: str | Path) -> str:
     """A path, or a text with paths in it, with s3:// addresses for what is in S3."""
     try:
-        return str(text).replace(f"{_mirror()}/", "s3://")
+        return str(text).replace(f"{_cache_folder()}/", "s3://")
     except UserError:  # without a place for copies there are none
         return str(text)
 
 
-def mirrored(path: Path) -> bool:
+def in_cache(path: Path) -> bool:
     """Whether a path is that of something in S3."""
-    return MIRROR in path.parts
+    return CACHE_FOLDER in path.parts
 
 
 def parts(uri: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from acw.storage.addresses import mirrored
+from acw.storage.addresses import in_cache
 from acw.storage.errors import UserError
 
 FULL_BYTES = 2**16  # as few as this are left of a full disk
@@ -46,7 +46,7 @@ def fetch(path: Path, *, immutable: bool = False) -> Path:
 
     immutable: an untouched copy is taken as it is. Raises Damaged if the object is, UserError if it cannot be had.
     """
-    if mirrored(path):
+    if in_cache(path):
         from acw.storage import cache
 
         cache.fetch(path, immutable)
@@ -55,7 +55,7 @@ def fetch(path: Path, *, immutable: bool = False) -> Path:
 
 def version(path: Path) -> str:
     """What is another whenever a file is: its size and time of change, or the object's ETag. Empty without a file."""
-    if mirrored(path):
+    if in_cache(path):
         from acw.storage import cache
 
         return cache.etag(path) or ""
@@ -73,7 +73,7 @@ def present(path: Path) -> bool:
 
 def listing(folder: Path) -> list[Path]:
     """All files below a folder, in order; of those in S3, which need not be here, without fetching them."""
-    if mirrored(folder):
+    if in_cache(folder):
         from acw.storage import cache
 
         return sorted(path for path, _ in cache.listing(folder))
@@ -82,7 +82,7 @@ def listing(folder: Path) -> list[Path]:
 
 def remove(path: Path) -> None:
     """Deletes a file, there or not."""
-    if mirrored(path):
+    if in_cache(path):
         from acw.storage import cache
 
         cache.remove(path)
@@ -93,7 +93,7 @@ def remove(path: Path) -> None:
 def ray_storage(folder: Path) -> dict[str, Any]:
     """What ray.train.RunConfig takes so that Ray keeps its own files in `ray` below a folder, wherever that is."""
     path = folder / "ray"
-    if not mirrored(path):
+    if not in_cache(path):
         return {"storage_path": str(path)}
     from acw.storage import cache, s3
 
@@ -103,7 +103,7 @@ def ray_storage(folder: Path) -> dict[str, Any]:
 
 def ray_trouble(folder: Path, error: BaseException) -> tuple[UserError, bool] | None:
     """What befell Ray's own files below a folder, if an error of Ray's tells of it, and whether that may pass."""
-    if not mirrored(folder):
+    if not in_cache(folder):
         return None
     from acw.storage import cache, s3_errors
 
@@ -133,7 +133,7 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], None]) -> N
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        if mirrored(path):
+        if in_cache(path):
             from acw.storage import cache
 
             cache.put(temporary, path)
@@ -144,10 +144,10 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], None]) -> N
         if not (isinstance(error, OSError) or os.strerror(errno.ENOSPC) in str(error) or _full(path.parent)):
             raise
         known = error if isinstance(error, OSError) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if mirrored(path):
+        if in_cache(path):
             from acw.storage import cache
 
-            raise UserError(cache.no_room(path, known)) from error
+            raise UserError(cache.write_failure(path, known)) from error
         remedy = "shorten its name" if known.errno == errno.ENAMETOOLONG else "free the disk or choose another --root"
         raise UserError(f"{path}: cannot be written ({known.strerror or known}); {remedy}") from error
     finally:

@@ -40,7 +40,7 @@ def _outlasting(request: Callable[[], Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class Found:
+class ObjectInfo:
     """An object as it is in its bucket.
 
     etag: another for other bytes. modified: when, in seconds since 1970. sha256: as noted at its upload, or empty.
@@ -80,7 +80,7 @@ def ray_filesystem(uri: str) -> S3FileSystem:
         return settings.filesystem()
 
 
-def head(uri: str) -> Found | None:
+def head(uri: str) -> ObjectInfo | None:
     """The object as it is now; None where there is none."""
     bucket, key = parts(uri)
     if not key:
@@ -96,10 +96,10 @@ def head(uri: str) -> Found | None:
                 client().list_objects_v2(Bucket=bucket, MaxKeys=1)
             raise
     modified = answer["LastModified"].timestamp()
-    return Found(key, answer["ETag"], answer["ContentLength"], modified, answer["Metadata"].get(CHECKSUM, ""))
+    return ObjectInfo(key, answer["ETag"], answer["ContentLength"], modified, answer["Metadata"].get(CHECKSUM, ""))
 
 
-def listing(uri: str) -> Iterator[Found]:
+def listing(uri: str) -> Iterator[ObjectInfo]:
     """All objects below a prefix, without their checksums, in order of their keys."""
     bucket, prefix = parts(uri)
     with explained(uri):
@@ -109,10 +109,10 @@ def listing(uri: str) -> Iterator[Found]:
             for entry in page.get("Contents", []):
                 # A key that ends so is how some programs show an empty folder.
                 if not entry["Key"].endswith("/"):
-                    yield Found(entry["Key"], entry["ETag"], entry["Size"], entry["LastModified"].timestamp())
+                    yield ObjectInfo(entry["Key"], entry["ETag"], entry["Size"], entry["LastModified"].timestamp())
 
 
-def upload(path: Path, uri: str) -> Found | None:
+def upload(path: Path, uri: str) -> ObjectInfo | None:
     """Uploads a file with its checksum, in parts if it is large, and asks how it is there.
 
     Returns None if another's upload has replaced it already. Raises UserError where that cannot be done.
@@ -127,8 +127,8 @@ def upload(path: Path, uri: str) -> Found | None:
 
     with explained(uri):
         _outlasting(send)
-    found = head(uri)
-    return found if found and (found.sha256, found.size) == (checksum, size) else None
+    info = head(uri)
+    return info if info and (info.sha256, info.size) == (checksum, size) else None
 
 
 def replace(path: Path, uri: str, etag: str | None) -> str | None:
@@ -150,17 +150,17 @@ def replace(path: Path, uri: str, etag: str | None) -> str | None:
             raise
 
 
-def download(uri: str, found: Found, path: Path) -> bool:
+def download(uri: str, info: ObjectInfo, path: Path) -> bool:
     """Downloads an object to a file, in parts if it is large; whether its size and checksum are those of the upload."""
     bucket, key = parts(uri)
 
     def receive() -> None:
         with path.open("wb") as file:
-            client().download_fileobj(bucket, key, file, Config=_transfer_config(found.size))
+            client().download_fileobj(bucket, key, file, Config=_transfer_config(info.size))
 
     with explained(uri):
         _outlasting(receive)
-    return path.stat().st_size == found.size and found.sha256 in ("", sha256_file(path))
+    return path.stat().st_size == info.size and info.sha256 in ("", sha256_file(path))
 
 
 def delete(uri: str) -> None:

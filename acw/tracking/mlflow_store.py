@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from acw.storage import s3_errors, secrets
-from acw.storage.addresses import local, mirrored, shown
+from acw.storage.addresses import in_cache, local, shown
 from acw.storage.errors import UserError
 from acw.storage.files import give_home
 from acw.storage.s3_settings import Settings
@@ -121,7 +121,7 @@ def _address(database: Path) -> str:
 
 
 def in_s3(uri: str) -> bool:
-    return uri.startswith("sqlite:") and mirrored(database_of(uri))
+    return uri.startswith("sqlite:") and in_cache(database_of(uri))
 
 
 def connect(uri: str) -> tuple[MlflowClient, str]:

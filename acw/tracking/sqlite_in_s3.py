@@ -16,7 +16,7 @@ from acw.storage.errors import UserError
 from acw.storage.files import fetch
 
 ATTEMPTS = 5
-# Database in the mirror -> this process's copy, and the ETag of the object that it was copied from, if there was one.
+# Database in the cache -> this process's copy, and the ETag of the object that it was copied from, if there was one.
 _taken: dict[Path, tuple[Path, str | None]] = {}
 
 
