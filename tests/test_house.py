@@ -26,7 +26,7 @@ from acw.evaluation.summary import per_image_csv, summarise, table
 from acw.features.backbone import Backbone
 from acw.features.zoo import BACKBONES
 from acw.pipeline.job import parse
-from acw.report import markup, page
+from acw.report import page, tables
 from acw.storage.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -114,8 +114,8 @@ def test_a_metric_is_a_row(monkeypatch: pytest.MonkeyPatch, scoring: Scoring) ->
     assert any(row["metric"] == "Q" for row in summary["comparisons"])
     rows = {name: {"IG": one["overall"]["IG"]["mean"]} for name, one in summary["models"].items()}
     assert rows
-    assert "Q" in page._scores(summary)
-    assert markup._better("Q") == -1
+    shown = page.scores(page.Run(Path(), summary, None, {}))["table"]
+    assert tables.Head("Q", numeric=True, descending=False) in shown.heads
 
 
 def test_a_reader_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -10,7 +9,7 @@ import pytest
 from job_runs import NAME
 from seaweed import BUCKET, SeaweedFS
 
-from acw.report import page
+from acw.report import comparison
 from acw.storage.addresses import local, shown
 from acw.storage.errors import UserError
 from acw.storage.files import fetch, is_model_uri, listing, plain_name, ray_storage, write_atomic
@@ -76,9 +75,9 @@ def test_an_object_in_s3_may_be_called_anything(
 
 def test_a_report_links_to_runs_below_any_folder(tmp_path: Path) -> None:
     runs = tmp_path / "runs?"
-    link = re.search('href="([^"]*)"', page._runs(tmp_path, {"a": runs / "#1 100%25"}))
-    assert link
-    assert unquote(urlsplit(link[1]).path) == "runs?/#1 100%25/report.html"
+    of = comparison.Comparison({}, tmp_path, {"a": runs / "#1 100%25"})
+    [(_, link, _)] = comparison.runs(of)["links"]
+    assert unquote(urlsplit(link).path) == "runs?/#1 100%25/report.html"
 
 
 def test_a_name_may_be_as_long_as_disks_allow(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from acw.report.figures import Example, examples_figure, mass_levels, weights_figure
+from acw.report.figures import save, svg, weights_heat_map
+from acw.report.pictures import Example, examples_figure, mass_levels
 
 
 def test_mass_levels_enclose_their_share() -> None:
@@ -24,10 +25,11 @@ def test_odd_inputs_are_drawn(tmp_path: Path) -> None:
     pixels = np.zeros((30, 900, 3), np.uint8)
     flat = np.full((30, 900), -np.log(27000), np.float32)
     none = np.empty(0)
-    examples_figure([Example("$a", pixels, none, none, {"flat$_": flat})], tmp_path / "examples.png")
+    save(examples_figure([Example("$a", pixels, none, none, {"flat$_": flat})]), tmp_path / "examples.png")
     table = tmp_path / "weights.csv"
     table.write_text("category,backbone,weight,low,high\n$\\x$,lite0,0,0,0\n", encoding="utf-8")
-    weights_figure(table, tmp_path / "weights.png")
+    save(weights_heat_map(table), tmp_path / "weights.png")
+    assert "$\\x$" in svg(weights_heat_map(table), "weights")
     for name in ("examples.png", "weights.png"):
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 50

@@ -159,11 +159,11 @@ def _held_out_scores(
 
 def _report(job: Job, predictions: Predictions, curves: dict[str, list[np.ndarray]]) -> None:
     """report.html, and the first held-out image of some categories as a picture."""
-    from acw.report import figures, page
+    from acw.report import figures, page, pictures
 
     dataset, held_out = job.dataset, [job.dataset.stimuli[index] for index in job.split.held_out]
     first = [next(one.name for one in held_out if one.category == c) for c in dataset.categories[:EXAMPLES]]
-    figures.examples_figure([predictions(name) for name in first], job.folder / "examples.png")
+    figures.save(pictures.examples_figure([predictions(name) for name in first]), job.folder / "examples.png")
     page.write(job.folder, predictions, curves)
 
 

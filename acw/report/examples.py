@@ -15,7 +15,7 @@ from acw.features.store import FeatureStore
 from acw.fusion.category_weights import mix
 from acw.heads.finalizer import upsample
 from acw.model.model import Model
-from acw.report.figures import CENTRE_BIAS, GOLD_STANDARD, OURS, UNIFORM, Example
+from acw.report.pictures import CENTRE_BIAS, GOLD_STANDARD, OURS, UNIFORM, Example
 
 
 @dataclass(frozen=True, eq=False)

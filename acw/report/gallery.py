@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from acw.report import markup
-from acw.report.figures import CENTRE_BIAS, GOLD_STANDARD, OURS, Example
-from acw.report.markup import Interval, Row, figure, minus
-from acw.report.pictures import Pictures, colour_bar
+from acw.report.numbers import number
+from acw.report.pictures import CENTRE_BIAS, GOLD_STANDARD, OURS, Example, Picture, Pictures, colour_bar
+from acw.report.tables import Interval, Row, table
 
 HEADLINE = "category_weights"  # the model, of all in per_image.csv
 WORST = 10
@@ -19,6 +18,14 @@ BYTES = 12_000_000
 MAPS = ("density", "log-density")
 Weights = Mapping[str, Mapping[str, Interval]]  # category -> backbone -> weight
 Gains = Mapping[str, Mapping[str, float]]  # image -> model -> IG
+
+
+class Shown(NamedTuple):
+    """Pictures of one thing, by the choice of the switch `map` where there are two, with a name and a value."""
+
+    pictures: Mapping[str, Picture]
+    name: str
+    value: str = ""
 
 
 def typical(category: Mapping[str, str], gains: Gains) -> dict[str, str]:
@@ -35,92 +42,62 @@ def worst(gains: Gains) -> list[str]:
     return sorted(gains, key=lambda i: gains[i][HEADLINE] - gains[i].get("gold_standard", 0.0))[:WORST]
 
 
-def examples(images: Mapping[str, str], weights: Weights, example: Callable[[str], Example]) -> str:
-    """The section with the example of each category (category -> image)."""
-    parts: dict[str, str] = {}
+def examples(images: Mapping[str, str], weights: Weights, example: Callable[[str], Example]) -> dict[str, Any]:
+    """The example of each category (category -> image), as far as their size allows."""
+    parts: dict[str, dict[str, Any]] = {}
     size = 0
     for category, image in images.items():
         part = _example(category, image, weights, Pictures(example(image)))
-        size += len(part)
+        size += sum(picture.bytes for one in part["every"] for picture in one.pictures.values())
         if size > BYTES:
             break
         parts[category] = part
-    missing = len(images) - len(parts)
-    return (
-        "<p>The held-out image of each category whose IG is its median. Lines enclose 25, 50 and 75 % of the mass; the "
-        "colours of one image are on one scale; IG on this image is in bits per fixation."
-        + (f" Pictures of {missing} categories are left out, to keep this file small." if missing else "")
-        + f'</p><div class="controls">{markup.switch("Category", "category", list(parts))}'
-        + f"{markup.switch('Show', 'map', MAPS)}</div>"
-        + markup.switched("category", parts)
-    )
+    bars = {name: colour_bar(name) for name in ("inferno", "viridis", "RdBu_r")}
+    return {"categories": parts, "missing": len(images) - len(parts), "maps": MAPS, "bars": bars}
 
 
-def _example(category: str, image: str, weights: Weights, pictures: Pictures) -> str:
+def _example(category: str, image: str, weights: Weights, pictures: Pictures) -> dict[str, Any]:
     example = pictures.example
-    figures = [_figure(pictures.fixations(), f"{len(example.x)} fixations", image)]
-    for name, log_density in example.log_densities.items():
-        if name != GOLD_STANDARD:
-            figures.append(_maps(pictures, name, log_density))
+    maps = [Shown({"": pictures.fixations()}, f"{len(example.x)} fixations", image)]
+    maps += [_maps(pictures, name, one) for name, one in example.log_densities.items() if name != GOLD_STANDARD]
     low, high = pictures.range
-    legend = {
-        "density": f"<span>0{colour_bar('inferno')}{2**high:.0f} times uniform, as square roots</span>",
-        "log-density": f"<span>{minus(f'{low:.1f}')}{colour_bar('viridis')}{high:.1f} bits over uniform</span>",
-    }
-    shown = f'<div class="maps">{"".join(figures)}</div><div class="legend">{markup.switched("map", legend)}</div>'
+    compared: list[Shown] = []
+    part = {"category": category, "maps": maps, "low": low, "high": high, "compared": compared, "every": maps}
     if example.wrong is None:
-        return shown
-    return shown + _right_and_wrong(category, weights, pictures, *example.wrong)
-
-
-def _right_and_wrong(category: str, weights: Weights, pictures: Pictures, other: str, log_density: np.ndarray) -> str:
-    right = pictures.example.log_densities[OURS]
+        return part
+    other, log_density = example.wrong
+    right = example.log_densities[OURS]
     picture, scale = pictures.ratio(right, log_density)
-    bar = (
-        f"<span>{minus(f'{-scale:g}')}{colour_bar('RdBu_r')}{scale:g} bits: more under the right category is red</span>"
-    )
+    compared += [_maps(pictures, f"as {category}, right", right), _maps(pictures, f"as {other}, wrong", log_density)]
+    compared.append(Shown({"": picture}, "log ratio of the two"))
     rows: list[Row] = [
         {"weights": backbone, "right": weight.mean, "wrong": weights[other][backbone].mean}
         for backbone, weight in weights[category].items()
     ]
-    return (
-        "<h3>The same image under the right category's weights, and under the most unlike ones</h3>"
-        f'<div class="maps">{_maps(pictures, f"as {category}, right", right)}'
-        f"{_maps(pictures, f'as {other}, wrong', log_density)}{_figure(picture, 'log ratio of the two', '')}"
-        f'{markup.table(["weights", "right", "wrong"], {"": rows})}</div><div class="legend">{bar}</div>'
-    )
+    columns = ("weights", "right", "wrong")
+    return part | {"scale": scale, "weights": table({"": rows}, columns), "every": maps + compared}
 
 
-def failures(images: list[str], gains: Gains, example: Callable[[str], Example]) -> str:
-    """The section with the worst images, each with the model's density and, where there is one, the gold standard's."""
+def failures(images: Sequence[str], gains: Gains, example: Callable[[str], Example]) -> dict[str, Any]:
+    """The worst images, each with the model's density and, where there is one, the gold standard's."""
     known = all("gold_standard" in gains[image] for image in images)
-    what = "is furthest below the gold standard, which knows other people's fixations" if known else "has its lowest IG"
     items = []
     for image in images:
         pictures = Pictures(example(image))
         densities = pictures.example.log_densities
-        shown = [name for name in (OURS, GOLD_STANDARD, CENTRE_BIAS) if name in densities][:2]
+        names = [name for name in (OURS, GOLD_STANDARD, CENTRE_BIAS) if name in densities][:2]
         gain = gains[image][HEADLINE]
-        text = f"IG {figure(gain)}"
+        text = f"IG {number(gain)}"
         if known:
             gold = gains[image]["gold_standard"]
-            text = f"{figure(gain - gold)} bits: IG {figure(gain)} of {figure(gold)}"
-        figures = [_figure(pictures.fixations(), "fixations", "")]
-        figures += [_figure(pictures.density(densities[name]), name, "") for name in shown]
-        items.append(
-            f"<article><h3><span>{escape(image)}</span><span>{text}</span></h3>"
-            f'<div class="maps">{"".join(figures)}</div></article>'
-        )
-    return (
-        f'<p>The {len(images)} held-out images on which {HEADLINE} {what}.</p><div class="worst">{"".join(items)}</div>'
-    )
+            text = f"{number(gain - gold)} bits: IG {number(gain)} of {number(gold)}"
+        maps = [Shown({"": pictures.fixations()}, "fixations")]
+        maps += [Shown({"": pictures.density(densities[name])}, name) for name in names]
+        items.append({"image": image, "text": text, "maps": maps})
+    return {"known": known, "items": items, "model": HEADLINE}
 
 
-def _maps(pictures: Pictures, name: str, log_density: np.ndarray) -> str:
-    """A density and its logarithm, of which the switch `map` shows one."""
-    both = {"density": pictures.density(log_density), "log-density": pictures.log_density(log_density)}
-    return _figure(markup.switched("map", both), name, f"IG {figure(pictures.information_gain(log_density))}")
-
-
-def _figure(picture: str, name: str, value: str) -> str:
-    return f"<figure>{picture}<figcaption><b>{escape(name)}</b><span>{escape(value)}</span></figcaption></figure>"
+def _maps(pictures: Pictures, name: str, log_density: np.ndarray) -> Shown:
+    both = (pictures.density(log_density), pictures.log_density(log_density))
+    gain = f"IG {number(pictures.information_gain(log_density))}"
+    return Shown(dict(zip(MAPS, both, strict=True)), name, gain)

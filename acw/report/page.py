@@ -1,6 +1,7 @@
-"""report.html: what a run found, in one file that needs nothing else; and the same for a comparison of runs.
+"""report.html: what a run found, in one file that needs nothing else.
 
-Tables come from the files in the run's folder, pictures from the caller, one example at a time.
+Each section is a function of the run, which gives its data, and the block of its name in templates/run.html. Tables
+come from the files in the run's folder, pictures from the caller, one example at a time.
 """
 
 from __future__ import annotations
@@ -8,26 +9,28 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
 from acw.cluster.costs import noted
-from acw.evaluation.bootstrap import interval
+from acw.evaluation import bootstrap
 from acw.evaluation.metrics import in_order
 from acw.evaluation.summary import KEYS
-from acw.report import charts, gallery, markup
-from acw.report.figures import Example, extended
+from acw.report import figures, gallery
+from acw.report.document import Sections, render
+from acw.report.figures import Marks
 from acw.report.gallery import HEADLINE, Weights
-from acw.report.markup import Cell, Interval, Row, figure
-from acw.storage.addresses import local
-from acw.storage.files import fetch, write_atomic
+from acw.report.numbers import interval, number
+from acw.report.pictures import Example
+from acw.report.tables import Interval, Row, Table, Value, table
+from acw.report.weights import progressions
+from acw.storage.files import write_atomic
 
 FILE = "report.html"
 NOTES = {
@@ -45,329 +48,194 @@ NOTES = {
     "oracle_weights": "the best weights for each image, chosen by its fixations",
     "optimum": "the density that the fixations were drawn from",
 }
-Scores = dict[str, dict[str, dict[str, float]]]  # of the images: image -> model -> metric -> score
+KINDS = {"models": "Models", "references": "References, which no model could be"}
 
 
-def write(run: Path, example: Callable[[str], Example], curves: Mapping[str, Sequence[np.ndarray]]) -> Path:
-    """Writes the run's report.html, below 20 MB, and returns its path.
+@dataclass(frozen=True)
+class Run:
+    """What the sections are made of.
+
+    evaluation: the content of evaluation.json. example, curves: see `write`.
+    """
+
+    folder: Path
+    evaluation: dict[str, Any]
+    example: Callable[[str], Example]
+    curves: Mapping[str, Sequence[np.ndarray]]
+
+    @cached_property
+    def category(self) -> dict[str, str]:
+        """Of each scored image."""
+        return {row["image"]: row["category"] for row in self._per_image}
+
+    @cached_property
+    def scores(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Image -> model -> metric -> score; a metric that a model does not have is left out."""
+        scores: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+        for row in self._per_image:
+            scores[row["image"]][row["model"]] = {m: float(row[m]) for m in in_order(row.keys() - set(KEYS)) if row[m]}
+        return dict(scores)
+
+    @cached_property
+    def gains(self) -> dict[str, dict[str, float]]:
+        """Image -> model -> IG, of models that have one."""
+        return {i: {m: values["IG"] for m, values in by.items() if "IG" in values} for i, by in self.scores.items()}
+
+    @cached_property
+    def weights(self) -> Weights:
+        rows: dict[str, dict[str, Interval]] = defaultdict(dict)
+        for row in _rows(self.folder / "category_weights.csv"):
+            rows[row["category"]][row["backbone"]] = Interval(*(float(row[k]) for k in ("weight", "low", "high")))
+        return rows
+
+    @cached_property
+    def _per_image(self) -> list[dict[str, str]]:
+        return _rows(self.folder / "per_image.csv")
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write(folder: Path, example: Callable[[str], Example], curves: Mapping[str, Sequence[np.ndarray]]) -> Path:
+    """Writes the report.html of the run in the folder, below 20 MB, and returns its path.
 
     example: gives the pictures of the held-out image of that name in per_image.csv. It is called for an image a
-    category and for the worst ones, one after the other. Its `log_densities` are to hold `report.OURS` and
-    `report.CENTRE_BIAS`, and may hold `report.GOLD_STANDARD`.
-    curves: title -> validation IG per epoch of some heads, as `report.head_curves` and `report.joint_curves` give them.
+    category and for the worst ones, one after the other. Its `log_densities` are to hold `pictures.OURS` and
+    `pictures.CENTRE_BIAS`, and may hold `pictures.GOLD_STANDARD`.
+    curves: title -> validation IG per epoch of some heads, as `figures.head_curves` and `joint_curves` give them.
     """
-    evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    category, scores = _per_image(run)
-    weights = _category_weights(run)
-    sections = {
-        "Scores": _scores(evaluation),
-        "Categories": _categories(evaluation, category, scores),
-        "Weights": _weights(run, evaluation, weights),
-    }
-    gains = {image: {m: values["IG"] for m, values in by.items() if "IG" in values} for image, by in scores.items()}
-    sections["Examples"] = gallery.examples(gallery.typical(category, gains), weights, example)
-    sections["Where it fails"] = gallery.failures(gallery.worst(gains), gains, example)
-    if curves:
-        sections["Training"] = _training(curves)
-    sections["Recipe and cost"] = _recipe(run, evaluation)
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     recipe, dataset = evaluation["provenance"]["recipe"], evaluation["dataset"]
-    page = markup.document(f"Recipe {recipe['name']} on data set {dataset['name']}", _lead(run, evaluation), sections)
-    write_atomic(run / FILE, page)
-    return run / FILE
-
-
-def write_comparison(folder: Path) -> Path:
-    """Writes report.html beside a reproduction.json (jobs/reproduce.py) and returns its path: tables and weights."""
-    found = json.loads(fetch(folder / "reproduction.json").read_text(encoding="utf-8"))
-    runs = {name: local(run) for name, run in found["runs"].items()}
-    sections = {
-        "Table 1": "<p>Validation images, as published; loss in nats per fixation.</p>" + _measured(found["table1"]),
-        "Table 2": "<p>Held-out images. IG and LL in bits per fixation.</p>" + _measured(found["table2"]),
-        "Differences": "<p>On the same held-out images, in bold where the 95 % interval excludes 0; LL's are IG's.</p>"
-        + _comparisons(found["comparisons"]),
-        "Weights": _progressions({name: run for name, run in runs.items() if _learned(run)}),
-        "Runs": _runs(folder, runs),
-    }
-    dataset = found["dataset"]
-    lead = (
-        f"<p class=soft>{len(runs)} systems on one split of {dataset['images']} images in {len(dataset['categories'])} "
-        f"categories; each links to its own report at the end. Given to all: <code>{escape(' '.join(found['fields']))}"
-        "</code></p>"
-    )
-    write_atomic(folder / FILE, markup.document(f"The paper's systems on {dataset['name']}", lead, sections))
+    run = Run(folder, evaluation, example, curves)
+    title = f"Recipe {recipe['name']} on data set {dataset['name']}"
+    values = {"dataset": dataset, "run": folder.name, "evaluation": evaluation, **lead(run)}
+    page = render("run.html", title, SECTIONS, run, **values)
+    write_atomic(folder / FILE, page)
     return folder / FILE
 
 
-def _per_image(run: Path) -> tuple[dict[str, str], Scores]:
-    """Of the scored images: their categories, and their scores; a metric that a model does not have is left out."""
-    category: dict[str, str] = {}
-    scores: Scores = defaultdict(dict)
-    with (run / "per_image.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            category[row["image"]] = row["category"]
-            scores[row["image"]][row["model"]] = {m: float(row[m]) for m in in_order(row.keys() - set(KEYS)) if row[m]}
-    return category, dict(scores)
+def lead(run: Run) -> dict[str, Any]:
+    """What a reader wants to know first: cards, and notes on what was done to the data or makes a score doubtful."""
+    evaluation = run.evaluation
+    overall = evaluation["models"][HEADLINE]["overall"]
 
+    def ends(of: Mapping[str, Any], signed: bool = False) -> str:
+        low, high = of["ci95"]
+        return interval(low, high, signed)
 
-def _lead(run: Path, evaluation: dict[str, Any]) -> str:
-    """What a reader wants to know first."""
-    dataset, record = evaluation["dataset"], evaluation["provenance"]
-    gains = evaluation["models"][HEADLINE]["overall"]["IG"]
-    low, high = gains["ci95"]
-    cards = [
-        (figure(gains["mean"]), f"bits per fixation of information gain over the centre bias [{_range(low, high)}]")
-    ]
-    explained = evaluation.get("explained", {}).get(HEADLINE, {}).get("gold_standard")
-    if explained:
-        cards.append((figure(explained["mean"], True), "of what other people's fixations tell (gold standard)"))
+    gain = overall["IG"]
+    cards = [(number(gain["mean"]), f"bits per fixation of information gain over the centre bias {ends(gain)}")]
+    if explained := evaluation.get("explained", {}).get(HEADLINE, {}).get("gold_standard"):
+        cards.append((number(explained["mean"], True), "of what other people's fixations tell (gold standard)"))
     for other, text in (("uniform", "over an even mixture"), ("global_weights", "over one set of weights for all")):
         for pair in evaluation["comparisons"]:
             if (pair["a"], pair["b"], pair["metric"]) == (HEADLINE, other, "IG"):
-                low, high = pair["ci95"]
-                cards.append((figure(pair["mean"], signed=True), f"bits {text} [{_range(low, high, True)}]"))
-    overall = evaluation["models"][HEADLINE]["overall"]
-    cards += [(figure(overall[m]["mean"]), f"{m} [{_range(*overall[m]['ci95'])}]") for m in ("AUC", "NSS")]
-    shown = "".join(f'<div class="card"><b>{value}</b><small>{escape(text)}</small></div>' for value, text in cards)
-    scored = dataset["images_scored"]
-    return (
-        f'<p class="soft">{scored} {escape(dataset["scored"])} of {dataset["images"]}, '
-        f"{len(dataset['categories'])} categories. Brackets are 95 % intervals over images, here and below. "
-        f'Run <span class="hash">{escape(run.name)}</span>, commit '
-        f'<span class="hash">{escape(record["commit"])}</span>.</p>{_notes(evaluation)}<div class="cards">{shown}</div>'
-    )
-
-
-def _notes(evaluation: dict[str, Any]) -> str:
-    """What was done to the data, is odd in them, or makes a score doubtful: before any number that depends on it."""
+                cards.append((number(pair["mean"], signed=True), f"bits {text} {ends(pair, True)}"))
+    cards += [(number(overall[m]["mean"]), f"{m} {ends(overall[m])}") for m in ("AUC", "NSS")]
     notes = [("Note", note) for note in evaluation["dataset"]["notes"]]
     notes += [("Warning", f"{name}: {doubt}") for name, doubt in evaluation.get("doubts", {}).items()]
-    return "".join(f"<p><b>{kind}:</b> {escape(text)}.</p>" for kind, text in notes)
+    return {"cards": cards, "notes": notes}
 
 
-def _range(low: float, high: float, signed: bool = False) -> str:
-    return f"{figure(low, signed=signed)},\N{NO-BREAK SPACE}{figure(high, signed=signed)}"
-
-
-def _metrics(entries: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The metrics that any of the entries has, in their usual order."""
-    return in_order({metric for entry in entries for metric in entry})
-
-
-def _scores(evaluation: dict[str, Any]) -> str:
-    groups: dict[str, list[Row]] = {}
+def scores(run: Run) -> dict[str, Any]:
+    """All models, their metrics and paired differences."""
+    evaluation = run.evaluation
     shares: dict[str, Any] = evaluation.get("explained", {})
-    explained = "explained"
-    metrics = _metrics(entry["overall"] for kind in ("models", "references") for entry in evaluation[kind].values())
-    for kind, heading in (("models", "Models"), ("references", "References, which no model could be")):
-        rows: list[Row] = []
-        for name, entry in evaluation[kind].items():
-            row: dict[str, Cell] = {"": name} | {m: _interval(value) for m, value in entry["overall"].items()}
-            if share := shares.get(name, {}).get("gold_standard"):
-                row[explained] = _interval(share)
-            rows.append(row)
-        groups[heading] = sorted(rows, key=lambda row: -_mean(row.get("IG")))
-    columns = ["", *metrics, *([explained] if shares else [])]
-    return (
-        "<p>IG: bits per fixation over the centre bias; LL: over a uniform density"
-        + ("; explained: the share of the gold standard's IG" if shares else "")
-        + ". Means over images; the best model is in bold. A click on a column's name sorts.</p>"
-        + markup.table(columns, groups, notes=NOTES, marked={HEADLINE}, percent={explained})
-        + "<h3>Paired differences</h3>"
-        + "<p>On the same images, in bold where the 95 % interval excludes 0; LL's are IG's.</p>"
-        + _comparisons(evaluation["comparisons"])
-    )
-
-
-def _interval(value: dict[str, Any]) -> Interval:
-    return Interval(value["mean"], *value["ci95"])
-
-
-def _mean(cell: Cell) -> float:
-    return cell.mean if isinstance(cell, Interval) else -math.inf
-
-
-def _comparisons(comparisons: Sequence[dict[str, Any]]) -> str:
-    rows: dict[tuple[str, str], dict[str, Cell]] = {}
-    for pair in comparisons:
-        # No break after the minus sign: a long pair takes two lines, not three.
-        row = rows.setdefault((pair["a"], pair["b"]), {"": f"{pair['a']} \N{MINUS SIGN}\N{NO-BREAK SPACE}{pair['b']}"})
-        row[pair["metric"]] = _interval(pair)
-    # Both are over the same density, so a difference in LL is the one in IG.
-    metrics = [metric for metric in _metrics({pair["metric"]: None} for pair in comparisons) if metric != "LL"]
-    return markup.table(["", *metrics], {"": list(rows.values())}, differences=True)
-
-
-def _categories(evaluation: dict[str, Any], category: Mapping[str, str], scores: Scores) -> str:
-    tables: dict[str, str] = {}
-    names = sorted(set(category.values()))
-    ours: dict[str, tuple[float, float]] = {}
-    for name in names:
-        rows: dict[str, list[Row]] = {"Models": [], "References, which no model could be": []}
-        images = [image for image, its in category.items() if its == name]
-        for model in scores[images[0]]:
-            values = np.array([list(scores[image][model].values()) for image in images])
-            ends = zip(*interval(values, np.zeros(len(images))), strict=True)
-            row: dict[str, Cell] = {"": model}
-            row |= {m: Interval(*map(float, end)) for m, end in zip(scores[images[0]][model], ends, strict=True)}
-            rows["Models" if model in evaluation["models"] else "References, which no model could be"].append(row)
-            gain = row.get("IG")
-            if model == HEADLINE and isinstance(gain, Interval):
-                ours[name] = gain.low, gain.high
-        for group in rows.values():
-            group.sort(key=lambda row: -_mean(row.get("IG")))
-        metrics = _metrics(row for group in rows.values() for row in group)
-        metrics.remove("")
-        count = f"<p class=note>{len(images)} images</p>"
-        tables[name] = count + markup.table(["", *metrics], rows, notes=NOTES, marked={HEADLINE})
-    choice = markup.switch("Category", "category", names)
-    return (
-        "<p>IG in bits per fixation, with the 95 % interval of the category weights; 0 is the centre bias.</p>"
-        + f'<div class="scroll">{_dots(evaluation, names, ours)}</div>'
-        + f'<h3>All scores of one category</h3><div class="controls">{choice}</div>'
-        + markup.switched("category", tables)
-        + _sources(evaluation)
-    )
-
-
-def _sources(evaluation: dict[str, Any]) -> str:
-    """IG by where images come from, which may be what categories differ by; nothing where that is unknown."""
     groups: dict[str, list[Row]] = {}
-    sources: dict[str, None] = {}
-    for kind, heading in (("models", "Models"), ("references", "References, which no model could be")):
+    for kind, heading in KINDS.items():
         groups[heading] = []
         for name, entry in evaluation[kind].items():
-            gains: dict[str, Cell] = {source: one.get("IG") for source, one in entry.get("by_source", {}).items()}
-            groups[heading].append({"": name} | gains)
-            sources |= dict.fromkeys(gains)
-    if len(sources) < 2:
-        return ""
-    return (
-        "<h3>IG by source</h3><p>Categories of one source may differ from others by their source alone.</p>"
-        + markup.table(["", *sources], groups, notes=NOTES, marked={HEADLINE})
-    )
+            row: dict[str, Value] = {"": name} | {m: _interval(value) for m, value in entry["overall"].items()}
+            if share := shares.get(name, {}).get("gold_standard"):
+                row["explained"] = _interval(share)
+            groups[heading].append(row)
+        groups[heading].sort(key=_by_gain)
+    columns = ["", *metrics(entry["overall"] for kind in KINDS for entry in evaluation[kind].values())]
+    columns += ["explained"] if shares else []
+    shown = table(groups, columns, notes=NOTES, marked={HEADLINE}, percent={"explained"})
+    return {"table": shown, "explained": bool(shares), "differences": differences(evaluation["comparisons"])}
 
 
-def _dots(evaluation: dict[str, Any], names: Sequence[str], ours: Mapping[str, tuple[float, float]]) -> str:
+def categories(run: Run) -> dict[str, Any]:
+    """IG by category as a chart, all scores of each as a table, and IG by source where that is known."""
+    tables: dict[str, tuple[int, Table]] = {}
+    ours: dict[str, tuple[float, float]] = {}
+    for name in sorted(set(run.category.values())):
+        groups: dict[str, list[Row]] = {heading: [] for heading in KINDS.values()}
+        images = [image for image, its in run.category.items() if its == name]
+        for model, of_first in run.scores[images[0]].items():
+            values = np.array([list(run.scores[image][model].values()) for image in images])
+            ends = zip(*bootstrap.interval(values, np.zeros(len(images))), strict=True)
+            found: dict[str, Value] = {m: Interval(*map(float, end)) for m, end in zip(of_first, ends, strict=True)}
+            groups[KINDS["models" if model in run.evaluation["models"] else "references"]].append({"": model, **found})
+            if model == HEADLINE and isinstance(gain := found["IG"], Interval):
+                ours[name] = gain.low, gain.high
+        for group in groups.values():
+            group.sort(key=_by_gain)
+        columns = ["", *(m for m in metrics(row for group in groups.values() for row in group) if m)]
+        tables[name] = len(images), table(groups, columns, notes=NOTES, marked={HEADLINE})
+    chart = figures.svg(_by_category(run.evaluation, ours), "IG of each category, bits per fixation")
+    return {"chart": chart, "tables": tables, "sources": _by_source(run.evaluation)}
+
+
+def _by_category(evaluation: dict[str, Any], ours: Mapping[str, tuple[float, float]]) -> figures.Figure:
     def gains(kind: str, model: str) -> dict[str, float]:
         return {c: scores["IG"] for c, scores in evaluation[kind][model]["by_category"].items()}
 
     backbones = [name for name in evaluation["models"] if name.startswith("backbone:")]
-    colour = charts.colours(backbones)
-    marks = [charts.Marks(name.partition(":")[2], "tick", colour[name], gains("models", name)) for name in backbones]
-    marks.append(charts.Marks("uniform", "ring", charts.INK, gains("models", "uniform")))
+    colour = figures.colours(backbones)
+    marks = [Marks(name.partition(":")[2], "|", colour[name], gains("models", name)) for name in backbones]
+    marks.append(Marks("uniform", "o", figures.INK, gains("models", "uniform"), hollow=True))
     if "gold_standard" in evaluation["references"]:
-        marks.append(charts.Marks("gold standard", "diamond", "#9a6700", gains("references", "gold_standard")))
-    marks.append(charts.Marks(HEADLINE.replace("_", " "), "dot", charts.INK, gains("models", HEADLINE), ours))
-    order = sorted(names, key=lambda name: -marks[-1].values[name])
-    return charts.dots(order, marks, label="IG, bits per fixation", width=1080)
+        marks.append(Marks("gold standard", "D", "#9a6700", gains("references", "gold_standard")))
+    marks.append(Marks(HEADLINE.replace("_", " "), "o", figures.INK, gains("models", HEADLINE), ours))
+    order = sorted(ours, key=lambda name: -marks[-1].values[name])
+    return figures.dots(order, marks, label="IG, bits per fixation", width=1080)
 
 
-def _weights(run: Path, evaluation: dict[str, Any], weights: Weights) -> str:
-    found = evaluation.get("weights", {})
-    prior = ""
-    if found.get("crossvalidation_nats"):
-        strength = found["prior_strength"]
-        prior = (
-            "Cross-validation chose an infinite prior: every category has the weights for all images."
-            if strength == "inf"
-            else f"A prior as strong as {strength:g} images, chosen by cross-validation, draws them to the weights for "
-            "all images."
-        )
-    return (
-        f"<p>Shares of the backbones in each category's mixture, ± half their 95 % interval. {prior}</p>"
-        f'<div class="side"><div>{markup.heat_map(weights, "category")}</div>'
-        f"<div>{_progressions({'': run})}</div></div>"
-    )
+def _by_source(evaluation: dict[str, Any]) -> Table | None:
+    """IG by where images come from, which may be what categories differ by; None where that is unknown."""
+    groups: dict[str, list[Row]] = {}
+    sources: dict[str, None] = {}
+    for kind, heading in KINDS.items():
+        groups[heading] = []
+        for name, entry in evaluation[kind].items():
+            gains: dict[str, Value] = {source: one.get("IG") for source, one in entry.get("by_source", {}).items()}
+            groups[heading].append({"": name} | gains)
+            sources |= dict.fromkeys(gains)
+    return table(groups, ["", *sources], notes=NOTES, marked={HEADLINE}) if len(sources) > 1 else None
 
 
-def _category_weights(run: Path) -> Weights:
-    rows: dict[str, dict[str, Interval]] = defaultdict(dict)
-    with (run / "category_weights.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            rows[row["category"]][row["backbone"]] = Interval(*(float(row[k]) for k in ("weight", "low", "high")))
-    return rows
+def weights(run: Run) -> dict[str, Any]:
+    """The backbones' shares in each category's mixture, and how they were learned."""
+    found = run.evaluation.get("weights", {})
+    strength = found["prior_strength"] if found.get("crossvalidation_nats") else None
+    highest = max(weight.mean for row in run.weights.values() for weight in row.values()) or 1.0
+    return {"strength": strength, "rows": run.weights, "highest": highest, "learned": progressions({"": run.folder})}
 
 
-def _history(run: Path) -> dict[str, dict[str, list[float]]]:
-    """Category -> backbone -> weight at each step."""
-    result: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    with fetch(run / "category_weights_history.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            result[row["category"]][row["backbone"]].append(float(row["weight"]))
-    return result
+def examples(run: Run) -> dict[str, Any]:
+    """The image of each category whose IG is its median."""
+    return gallery.examples(gallery.typical(run.category, run.gains), run.weights, run.example)
 
 
-def _learned(run: Path) -> bool:
-    """Whether any weight is another than at the start."""
-    every = [weights for by_backbone in _history(run).values() for weights in by_backbone.values()]
-    return any(weights[-1] != weights[0] for weights in every)
+def failures(run: Run) -> dict[str, Any]:
+    """The images on which the model is worst."""
+    return gallery.failures(gallery.worst(run.gains), run.gains, run.example)
 
 
-def _progressions(runs: Mapping[str, Path]) -> str:
-    """How each run's weights came about, side by side, a category at a time and all on the same scale."""
-    if not runs:
-        return "<p>No run here learned its weights.</p>"
-    histories = {name: _history(run) for name, run in runs.items()}
-    units = {
-        name: "epoch"
-        if json.loads(fetch(run / "recipe.json").read_text(encoding="utf-8"))["recipe"].get("joint")
-        else "step of EM"
-        for name, run in runs.items()
-    }
-    values = [v for h in histories.values() for one in h.values() for weights in one.values() for v in weights]
-    limits = (max(min(values) - 0.02, 0.0), max(max(values) + 0.02, min(values) + 0.1))
-    colour = charts.colours(list(dict.fromkeys(b for h in histories.values() for one in h.values() for b in one)))
-    categories = sorted({category for history in histories.values() for category in history})
-    parts = {}
-    for category in categories:
-        drawn = [
-            charts.lines(
-                history[category],
-                title=f"{name}: {category}" if name else category,
-                x_label=units[name],
-                first=0,
-                limits=limits,
-                colour=colour,
-            )
-            for name, history in histories.items()
-            if category in history
-        ]
-        parts[category] = f'<div class="charts">{"".join(drawn)}</div>'
-    return (
-        f'<h3>How they were learned</h3><div class="controls">{markup.switch("Category", "category", categories)}</div>'
-        + markup.switched("category", parts)
-    )
+def training(run: Run) -> dict[str, Any] | None:
+    """Validation IG after each epoch."""
+    if not run.curves:
+        return None
+    return {"chart": figures.svg(figures.training_curves(run.curves), "Validation IG after each epoch")}
 
 
-def _training(curves: Mapping[str, Sequence[np.ndarray]]) -> str:
-    longest = max(len(curve) for heads in curves.values() for curve in heads)
-    values = np.concatenate([curve[np.isfinite(curve)] for heads in curves.values() for curve in heads])
-    # The first epochs may be far below zero; they run out of the frame rather than flatten the rest.
-    low, high = float(np.percentile(values, 5)), float(values.max())
-    margin = 0.06 * max(high - low, 1e-3)
-    colour = charts.colours(list(curves))
-    drawn = [
-        charts.lines(
-            {"mean": np.mean([extended(curve, longest) for curve in heads], 0).tolist()},
-            title=name,
-            x_label="epoch",
-            first=1,
-            limits=(low - margin, high + margin),
-            colour={"mean": colour[name]},
-            faint=[curve.tolist() for curve in heads],
-            size=(268, 205),
-        )
-        for name, heads in curves.items()
-    ]
-    return (
-        "<p>IG on the validation images of each fold, bits per fixation. Thin lines are heads, or systems trained "
-        "jointly; the thick one is their mean, in which one that has stopped keeps its last value.</p>"
-        f'<div class="charts">{"".join(drawn)}</div>'
-    )
-
-
-def _recipe(run: Path, evaluation: dict[str, Any]) -> str:
-    record, dataset, costs = evaluation["provenance"], evaluation["dataset"], noted(run)
+def recipe(run: Run) -> dict[str, Any]:
+    """Time and memory, where the run comes from, its data set and every field of its recipe."""
+    record, dataset, costs = run.evaluation["provenance"], run.evaluation["dataset"], noted(run.folder)
     steps: list[Row] = [
         {
             "step": step,
@@ -379,42 +247,59 @@ def _recipe(run: Path, evaluation: dict[str, Any]) -> str:
         }
         for step, cost in costs.items()
     ]
-    total = sum(cost["seconds"] for cost in costs.values()) / 60
-    price = record["recipe"].get("price_per_hour")
-    money = f", {total / 60 * price:.2f} at {price:g} an hour" if price else ""
-    # All that fits in a line; the rest has a table of its own.
-    origin = {name: value for name, value in record.items() if isinstance(value, str | int | float)}
-    about = {name: value for name, value in dataset.items() if isinstance(value, str | int | float)}
-    about["images by category"] = ", ".join(f"{name} {count}" for name, count in dataset["categories"].items())
+    return {
+        "minutes": sum(cost["seconds"] for cost in costs.values()) / 60,
+        "price": record["recipe"].get("price_per_hour"),
+        "steps": table({"": steps}) if steps else None,
+        "dataset": in_a_line(dataset)
+        | {"images by category": ", ".join(f"{name} {count}" for name, count in dataset["categories"].items())},
+        **origin(record),
+    }
+
+
+SECTIONS: Sections[Run] = {
+    "Scores": scores,
+    "Categories": categories,
+    "Weights": weights,
+    "Examples": examples,
+    "Where it fails": failures,
+    "Training": training,
+    "Recipe and cost": recipe,
+}
+
+
+def origin(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's or a search's provenance, as the templates show it."""
     fields = {name: ", ".join(v) if isinstance(v, list) else v for name, v in record["recipe"].items()}
-    time = markup.table(list(steps[0]), {"": steps}) if steps else "<p>Not noted.</p>"
-    return (
-        f"<h3>Time and memory, {total:.1f} minutes in all{money}</h3>{time}"
-        f'<div class="side"><div><h3>Origin</h3>{markup.facts(origin)}</div>'
-        f"<div><h3>Data set</h3>{markup.facts(about)}</div></div>"
-        f"<details><summary>Recipe, all {len(fields)} fields</summary>{markup.facts(fields)}</details>"
-        f"<details><summary>Versions</summary>{markup.facts(record['versions'])}</details>"
-    )
+    return {"origin": in_a_line(record), "fields": fields, "versions": record["versions"]}
 
 
-def _measured(rows: Sequence[dict[str, Any]]) -> str:
-    """A table of the reproduction; `X low` and `X high` are the interval of X; what was measured here is compared."""
-    columns = [name for name in rows[0] if name != "measured" and not name.endswith((" low", " high"))]
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        cells: dict[str, Cell] = {name: row[name] for name in columns}
-        for name in columns:
-            if row.get(f"{name} low") is not None:
-                cells[name] = Interval(row[name], row[f"{name} low"], row[f"{name} high"])
-        groups[row["measured"]].append(cells)
-    return markup.table(columns, groups)
+def in_a_line(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What fits in one."""
+    return {name: value for name, value in values.items() if isinstance(value, str | int | float)}
 
 
-def _runs(folder: Path, runs: Mapping[str, Path]) -> str:
-    links = []
-    for name, run in runs.items():
-        report = quote(os.path.relpath(run / FILE, folder))
-        links.append(
-            f'<li><a href="{escape(report)}">{escape(name)}</a> <span class="hash">{escape(str(run))}</span></li>'
-        )
-    return f"<ul>{''.join(links)}</ul>"
+def metrics(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The metrics that any of the entries has, in their usual order."""
+    return in_order({metric for entry in entries for metric in entry})
+
+
+def differences(comparisons: Sequence[dict[str, Any]]) -> Table:
+    """A row for each two systems that were compared, a column a metric."""
+    rows: dict[tuple[str, str], dict[str, Value]] = {}
+    for pair in comparisons:
+        # No break after the minus sign: a long pair takes two lines, not three.
+        row = rows.setdefault((pair["a"], pair["b"]), {"": f"{pair['a']} \N{MINUS SIGN}\N{NO-BREAK SPACE}{pair['b']}"})
+        row[pair["metric"]] = _interval(pair)
+    # Both are over the same density, so a difference in LL is the one in IG.
+    columns = ["", *(metric for metric in metrics({pair["metric"]: None} for pair in comparisons) if metric != "LL")]
+    return table({"": list(rows.values())}, columns, differences=True)
+
+
+def _interval(value: Mapping[str, Any]) -> Interval:
+    return Interval(value["mean"], *value["ci95"])
+
+
+def _by_gain(row: Row) -> float:
+    gain = row.get("IG")
+    return -gain.mean if isinstance(gain, Interval) else math.inf

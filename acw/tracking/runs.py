@@ -173,9 +173,10 @@ def _finish(
 
 
 def _log_files(client: MlflowClient, parent: str, run: Path, banks: Mapping[Bank, BankState]) -> None:
-    figures.weights_figure(run / "category_weights.csv", run / "weights.png")
+    figures.save(figures.weights_heat_map(run / "category_weights.csv"), run / "weights.png")
     if banks:
-        figures.curves_figure({bank: state.history for bank, state in banks.items()}, run / "curves.png")
+        curves = figures.head_curves({bank: state.history for bank, state in banks.items()})
+        figures.save(figures.training_curves(curves), run / "curves.png")
     for file in (*(run / name for name in FILES), *run.glob(FILE), *sorted(run.glob("*.png"))):
         client.log_artifact(parent, str(file))
 
