@@ -9,7 +9,7 @@ import pytest
 from three_nodes import wait_for
 
 from acw.cluster import joining
-from acw.cluster.allocation import GPUS_TO_START, Allocation, Demand, allocate, room, wait_for_room
+from acw.cluster.allocation import GPUS_TO_START, Allocation, Demand, allocate, capacity, wait_for_capacity
 from acw.cluster.errors import user_error
 from acw.storage.errors import UserError
 
@@ -69,7 +69,7 @@ def test_a_cluster_smaller_than_the_request_works_with_what_it_has(
     nodes((0, 0), (4, 1), (4, 1))
     asked = allocate(60, 8, "gpu")
     assert asked == Allocation(8, 1, 1)
-    assert room(asked) == 2
+    assert capacity(asked) == 2
     assert "asked for 8 workers, the cluster has room for 2" in capsys.readouterr().out
 
 
@@ -77,7 +77,7 @@ def test_demanded_gpus_are_started_on_a_cluster_and_refused_on_a_laptop(
     nodes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[Allocation] = []
-    monkeypatch.setattr(joining, "wait_for_room", waited.append)
+    monkeypatch.setattr(joining, "wait_for_capacity", waited.append)
     nodes((0, 0))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert allocate(60, 0, "gpu") == Allocation(GPUS_TO_START, 1, 1)
@@ -96,9 +96,9 @@ def test_room_that_never_comes_is_told_in_one_line(
 ) -> None:
     monkeypatch.setattr(joining, "PATIENCE_SECONDS", 1.5)
     with pytest.raises(UserError, match=r"no node with 3 CPU came within .* give --accelerator cpu"):
-        wait_for_room(Allocation(1, 3, 0))
+        wait_for_capacity(Allocation(1, 3, 0))
     assert "waiting for the cluster to start a node with 3 CPU (0 min)" in capsys.readouterr().out
-    assert wait_for_room(Allocation(8, 1, 0)) == 2
+    assert wait_for_capacity(Allocation(8, 1, 0)) == 2
 
 
 def test_what_befell_the_cluster_is_told_in_one_line(ray_local: None) -> None:

@@ -1,1 +1,1 @@
-"""The Ray cluster: joining it, room on it, work on it, what happens there and what it costs."""
+"""The Ray cluster: joining it, its capacity, work on it, what happens there and what it costs."""

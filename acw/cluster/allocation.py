@@ -47,13 +47,13 @@ def allocate(tasks: int, workers: int, accelerator: str, gpus_per_worker: float 
 
     gpus_per_worker: 1, or a whole fraction of one, so that several workers share a GPU. Cores are shared out evenly
     within each node. Where there is room for fewer than are asked for, says so; more than there is room for are given
-    only on a cluster, which may grow: it works with those that it has until then (`room`).
+    only on a cluster, which may grow: it works with those that it has until then (`capacity`).
     Where GPUs are demanded and none is there yet, GPUS_TO_START are, and the first is waited for; raises UserError if
     none comes within PATIENCE_SECONDS.
     """
     if wants_gpus(accelerator):
         one = Allocation(1, 1, gpus_per_worker)
-        here = room(one)
+        here = capacity(one)
         count = min(tasks, workers or here or GPUS_TO_START * round(1 / gpus_per_worker))
     else:
         cores = [int(node.get("CPU", 0)) for node in _nodes()]
@@ -70,11 +70,11 @@ def allocate(tasks: int, workers: int, accelerator: str, gpus_per_worker: float 
         print(f"asked for {workers or count} workers, the cluster has room for {here}: they do the work", flush=True)
     result = Allocation(count if on_cluster() else min(count, here), one.cpus, one.gpus)
     if not here:
-        wait_for_room(result)
+        wait_for_capacity(result)
     return result
 
 
-def room(allocation: Allocation) -> int:
+def capacity(allocation: Allocation) -> int:
     """How many workers of an allocation's size the cluster's nodes hold at present, were nothing else on them."""
 
     def of(node: Mapping[str, float]) -> int:
@@ -85,15 +85,15 @@ def room(allocation: Allocation) -> int:
     return sum(map(of, _nodes()))
 
 
-def wait_for_room(allocation: Allocation) -> int:
-    """Asks the cluster for the workers of an allocation; the room for them as soon as there is any.
+def wait_for_capacity(allocation: Allocation) -> int:
+    """Asks the cluster for the workers of an allocation; the capacity for them as soon as there is any.
 
     Raises UserError if there is none within PATIENCE_SECONDS.
     """
     demand, start = Demand(allocation), time.monotonic()
     what = f"{allocation.cpus} CPU" + (f" and {allocation.gpus:g} GPU" if allocation.gpus else "")
     shown = 0.0
-    while not (found := room(allocation)):
+    while not (found := capacity(allocation)):
         demand.renew(allocation.workers)
         waited = time.monotonic() - start
         if waited > PATIENCE_SECONDS:
@@ -111,17 +111,17 @@ def wait_for_room(allocation: Allocation) -> int:
 
 
 class Demand:
-    """Tasks that do nothing but ask for the place of a worker: for as long as they wait, the autoscaler knows of them,
-    and when one has run, there was room."""
+    """Tasks that do nothing but ask for the resources of a worker: for as long as they wait, the autoscaler knows of
+    them, and when one has run, the cluster had the capacity."""
 
     def __init__(self, allocation: Allocation) -> None:
         import ray
 
         @ray.remote(num_cpus=allocation.cpus, num_gpus=allocation.gpus, max_retries=0)
-        def place() -> None:
+        def one_worker() -> None:
             pass
 
-        self._place = place
+        self._task = one_worker
         self._waiting: list[Any] = []
 
     def renew(self, missing: int) -> bool:
@@ -132,7 +132,7 @@ class Demand:
         if self._waiting:
             _, self._waiting = ray.wait(self._waiting, num_returns=before, timeout=0)
         found = len(self._waiting) < before
-        self._waiting += [self._place.remote() for _ in range(missing - len(self._waiting))]
+        self._waiting += [self._task.remote() for _ in range(missing - len(self._waiting))]
         return found
 
     def end(self) -> None:
@@ -143,7 +143,7 @@ class Demand:
         self._waiting = []
 
 
-def place_of(allocation: Allocation, device: Any) -> dict[str, Any]:
+def location_of(allocation: Allocation, device: Any) -> dict[str, Any]:
     """Where this worker works: its node (address and the beginning of Ray's id), GPU ids as Ray gave them, device."""
     import ray
 

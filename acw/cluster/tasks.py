@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def begin(function: Callable[..., T], *arguments: Any) -> Callable[[], T]:
+def submit(function: Callable[..., T], *arguments: Any) -> Callable[[], T]:
     """Has one core of the cluster call a function, a module's own, with these arguments, while this process goes on.
 
     Arguments may be what `ray.put` gave. What is returned waits for the result, or raises what the function raised.

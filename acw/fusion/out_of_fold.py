@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from acw.cluster.tasks import begin
+from acw.cluster.tasks import submit
 from acw.data import Dataset, Split
 from acw.features.store import FeatureStore
 from acw.fusion import classifier
@@ -58,7 +58,7 @@ def out_of_fold(
         bank = heads[fold % len(heads)][recipe.backbones[number]]
         groups = group_by_shape([stores[number]], training.sizes, split.validation(fold), finalizer)
         arguments = groups, stores[number], bank, training.finalizer_bias[fold], finalizer
-        said[fold, number] = begin(_log_densities, shared, *arguments)
+        said[fold, number] = submit(_log_densities, shared, *arguments)
     found = {task: result() for task, result in said.items()}
     fold_of = {int(index): fold for fold in range(recipe.folds) for index in split.validation(fold)}
     images = np.array(sorted(fold_of))

@@ -61,7 +61,7 @@ def _evaluate(
     """Leaves model, weights, scores and report in the run's folder; the content of evaluation.json."""
     import ray
 
-    from acw.cluster.tasks import begin
+    from acw.cluster.tasks import submit
     from acw.evaluation.summary import per_image_csv, summarise
     from acw.features.backbone import load_backbone
     from acw.fusion import out_of_fold
@@ -73,7 +73,7 @@ def _evaluate(
     heads = assembly.heads_by_fold(recipe, banks, systems)
     # Each takes one core for long, beside what follows; asked for where it is needed.
     shared = ray.put(dataset)
-    classifier = begin(out_of_fold.fit_classifier, shared, split, stores)
+    classifier = submit(out_of_fold.fit_classifier, shared, split, stores)
     center_bias = training_set.kde_of(dataset, split.development)
     people = _gold_standard(job, shared, center_bias)
     networks = [load_backbone(backbone) for backbone in recipe.backbone_values]
@@ -125,11 +125,11 @@ def _weights(job: Job, predictions: OutOfFold, systems: Sequence[SystemState]) -
 
 def _gold_standard(job: Job, dataset: Any, center_bias: CenterBias) -> Callable[[], GoldStandard | None]:
     """Begins to fit how well people predict people; dataset: the job's, as the cluster has it."""
-    from acw.cluster.tasks import begin
+    from acw.cluster.tasks import submit
     from acw.evaluation import gold_standard
 
     if gold_standard.has_subjects(job.dataset, range(len(job.dataset.stimuli))):
-        return begin(gold_standard.fit, dataset, job.split.development, center_bias)
+        return submit(gold_standard.fit, dataset, job.split.development, center_bias)
     print("no gold_standard: it needs two named subjects for every image", flush=True)
     return lambda: None
 

@@ -73,11 +73,11 @@ def train_population(
     stores: Mapping[str, FeatureStore],
     folder: Path,
     device: torch.device,
-    place: Mapping[str, Any] | None = None,
+    location: Mapping[str, Any] | None = None,
 ) -> Iterator[list[Outcome]]:
     """Trains a population from its checkpoints in the folder, or from the start; yields outcomes after each epoch.
 
-    stores: by backbone, as for the recipe with the population's common fields. place: as in `train_epochs`.
+    stores: by backbone, as for the recipe with the population's common fields. location: as in `train_epochs`.
     """
     recipe = derive(recipe, population.common)
     assert all(set(own) <= set(HYPERPARAMETERS) for own in population.own)
@@ -89,7 +89,7 @@ def train_population(
         for rung in [*(rung for rung in RUNGS if rung < recipe.max_epochs), recipe.max_epochs]:
             stage = dataclasses.replace(recipe, max_epochs=rung)
             running = {
-                bank: train_epochs(stage, bank, development, stores[bank.backbone], folder, device, place)
+                bank: train_epochs(stage, bank, development, stores[bank.backbone], folder, device, location)
                 for bank in banks
             }
             for epoch in range(1, rung + 1):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from acw.cluster import event_log
-from acw.cluster.allocation import Allocation, allocate, place_of
+from acw.cluster.allocation import Allocation, allocate, location_of
 from acw.cluster.process import compute_with
 from acw.data import Dataset, Split
 from acw.features.backbone import Backbone
@@ -115,9 +115,9 @@ def _trial(config: dict[str, Any], work: Work, allocation: Allocation) -> None:
     ]
     compute_with(allocation.cpus)
     device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-    place = place_of(allocation, device)
+    location = location_of(allocation, device)
     event_log.to_stderr(work.folder.name)
-    event_log.event("population begun", population=population.number, **place)
+    event_log.event("population begun", population=population.number, **location)
     try:
         for outcomes in train_population(
             work.recipe,
@@ -127,9 +127,9 @@ def _trial(config: dict[str, Any], work: Work, allocation: Allocation) -> None:
             work.stores[tuple(recipe.backbone_values)],
             work.folder / "populations" / f"{population.number:03d}",
             device,
-            place,
+            location,
         ):
-            tune.report(_report(outcomes) | {"place": [place]})  # Tune takes dictionaries apart
+            tune.report(_report(outcomes) | {"location": [location]})  # Tune takes dictionaries apart
     except UserError as error:
         # Raised, it would be tried again with the same end, as if a node had been lost.
         tune.report({"ig": ASTRAY, "epoch": 0, "failure": str(error)})
@@ -165,7 +165,7 @@ def _proposals(found: Search, reporter: ProgressReporter, ended: Callable[[], No
             self.failure = self.failure or result.get("failure", "")
             if "outcomes" in result:
                 alive = sum(one["state"] == "training" for one in result["outcomes"])
-                reporter.epoch(self._population[trial_id], result["epoch"], alive, result["ig"], *result["place"])
+                reporter.epoch(self._population[trial_id], result["epoch"], alive, result["ig"], *result["location"])
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             if error or not result or "outcomes" not in result:
@@ -229,20 +229,20 @@ class ProgressReporter:
         self._epochs: dict[int, int] = {}
         self._first: dict[int, int] = {}
         self._alive: dict[int, int] = {}
-        self._places: dict[int, Mapping[str, Any]] = {}
+        self._locations: dict[int, Mapping[str, Any]] = {}
         print(
             f"searching {found.space.name}: {found.samples} configurations, up to {found.size} in a bank, "
             f"on {allocation}",
             flush=True,
         )
 
-    def epoch(self, population: Population, epoch: int, alive: int, ig: float, place: Mapping[str, Any]) -> None:
-        """A population has trained so far, of which so many go on, with that best IG in bits, at that place."""
+    def epoch(self, population: Population, epoch: int, alive: int, ig: float, location: Mapping[str, Any]) -> None:
+        """A population has trained so far, of which so many go on, with that best IG in bits, at that location."""
         number = population.number
-        if self._places.get(number) != place:
-            self._places[number] = place
-            event_log.event("population begun", population=number, configurations=len(population.own), **place)
-            print(f"search: population {number} on node {place['node']}, device {place['device']}", flush=True)
+        if self._locations.get(number) != location:
+            self._locations[number] = location
+            event_log.event("population begun", population=number, configurations=len(population.own), **location)
+            print(f"search: population {number} on node {location['node']}, device {location['device']}", flush=True)
         self._first.setdefault(number, epoch - 1)
         self._epochs[number], self._alive[number] = epoch, alive
         tags = {"run": self.found.folder.name, "bank": f"population {number}", "backbone": ""}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from acw.cluster import event_log
-from acw.cluster.allocation import Allocation, allocate, place_of, room
+from acw.cluster.allocation import Allocation, allocate, capacity, location_of
 from acw.cluster.costs import Cost, peak_rss
 from acw.cluster.process import compute_with
 from acw.features.store import FeatureStore
@@ -68,7 +68,7 @@ def train(
     start, before = time.monotonic(), _work(units)[0]
     # Cores are shared out as for all banks: a rerun then has the threads, and so the heads, of an uninterrupted run.
     allocation = allocate(len(banks), recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
-    workers = min(allocation.workers, room(allocation), len(waiting))
+    workers = min(allocation.workers, capacity(allocation), len(waiting))
     group = dataclasses.replace(allocation, workers=workers)
     print(
         f"training {sum(len(bank.members) for bank in waiting)} heads in {len(waiting)} banks on {group}",
@@ -119,12 +119,12 @@ def train_jointly(
     def one(data: JointSet, heads: dict[str, Parameters], fold: int) -> tuple[int, int, int]:
         compute_with(allocation.cpus)
         device = torch.device("cuda" if torch.cuda.is_available() and allocation.gpus else "cpu")
-        place = place_of(allocation, device)
+        location = location_of(allocation, device)
         unit, epochs = systems[fold], 0
         event_log.to_stderr(folder.name)
-        event_log.event("bank started", bank=unit.name, **place)
-        ray.get(coordinator.started.remote(unit.name, place))
-        for state in train_system(recipe, fold, data, heads, folder, device, place):
+        event_log.event("bank started", bank=unit.name, **location)
+        ray.get(coordinator.started.remote(unit.name, location))
+        for state in train_system(recipe, fold, data, heads, folder, device, location):
             epochs += 1
             event_log.event("epoch", **epoch_fields(unit, state.history[-1]))
         return fold, epochs, peak_rss()
@@ -163,27 +163,27 @@ def run_worker(config: dict) -> None:
     rank = ray.train.get_context().get_world_rank()
     # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
-    place = place_of(work.allocation, device)
+    location = location_of(work.allocation, device)
     event_log.to_stderr(work.folder.name)
     compute_with(work.allocation.cpus)
     banks = {bank.name: bank for bank in plan_banks(work.recipe)}
     try:
         name = ray.get(work.coordinator.next_unit.remote(rank))
         while name:
-            name = _train_while_scheduled(work, banks[name], device, place, rank)
+            name = _train_while_scheduled(work, banks[name], device, location, rank)
     except UserError as error:
         # Raised, it would be tried again with the same end, as if a node had been lost.
         ray.get(work.coordinator.report_error.remote(str(error)))
 
 
-def _train_while_scheduled(work: Work, bank: Bank, device: torch.device, place: dict[str, Any], rank: int) -> str:
+def _train_while_scheduled(work: Work, bank: Bank, device: torch.device, location: dict[str, Any], rank: int) -> str:
     """Trains a bank until it is done, or it is given another one; the name of that, or "" for none."""
     import ray
 
     (unit,), store = bank_units(work.recipe, [bank], work.folder), work.stores[bank.backbone]
-    event_log.event("bank started", bank=bank.name, heads=unit.heads, **place)
-    ray.get(work.coordinator.started.remote(bank.name, place | {"worker": rank}))
-    for state in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device, place):
+    event_log.event("bank started", bank=bank.name, heads=unit.heads, **location)
+    ray.get(work.coordinator.started.remote(bank.name, location | {"worker": rank}))
+    for state in train_epochs(work.recipe, bank, work.training_set, store, work.folder, device, location):
         event_log.event("epoch", **epoch_fields(unit, state.history[-1]))
         progress = Progress(unit, state.history, state.learning_rate.tolist(), state.bad_epochs.tolist())
         name = ray.get(work.coordinator.next_unit.remote(rank, *_left(progress, store)))

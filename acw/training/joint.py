@@ -113,11 +113,11 @@ def train_system(
     heads: dict[str, Parameters],
     folder: Path,
     device: torch.device,
-    place: Mapping[str, Any] | None = None,
+    location: Mapping[str, Any] | None = None,
 ) -> Iterator[SystemState]:
     """Trains a fold's system from its checkpoint in the run's folder, or from `heads` (by backbone) to the end.
 
-    Yields after each epoch, whose checkpoint is then on disk. place: as for `training.train_epochs`.
+    Yields after each epoch, whose checkpoint is then on disk. location: as for `training.train_epochs`.
     Raises UserError where the loss is not finite.
     """
     path = system_path(folder, fold)
@@ -134,7 +134,7 @@ def train_system(
             raise UserError("joint training: the loss is not finite; lower --joint-learning-rate")
         entry = {"epoch": len(state.history), "loss": loss, "ig": ig, "learning_rate": state.rate}
         entry |= {"seconds": round(time.monotonic() - start, 3), "time": round(time.time(), 3)}
-        entry |= {"peak_rss": peak_rss(), **(place or {})}
+        entry |= {"peak_rss": peak_rss(), **(location or {})}
         state.history.append(entry | {"weights": state.parameters[LOGITS].double().softmax(1).tolist()})
         better = ig > state.best_ig + PLATEAU_THRESHOLD
         if better:

@@ -47,12 +47,12 @@ def train_epochs(
     store: FeatureStore,
     folder: Path,
     device: torch.device,
-    place: Mapping[str, Any] | None = None,
+    location: Mapping[str, Any] | None = None,
 ) -> Iterator[BankState]:
     """Trains a bank from its checkpoint in the run's folder, or from the start, to the end; yields after each epoch.
 
-    Each epoch's checkpoint is on disk before it is yielded, so at most one epoch is ever done twice. place: where that
-    is, for the notes on each epoch, as `cluster.place_of` gives it.
+    Each epoch's checkpoint is on disk before it is yielded, so at most one epoch is ever done twice. location: where
+    that is, for the notes on each epoch, as `allocation.location_of` gives it.
     """
     path = checkpoint_path(folder, bank)
     state = BankState.load(path) if fetch(path).exists() else BankState.new(recipe, bank, sum(store.channels))
@@ -72,7 +72,7 @@ def train_epochs(
             "time": round(time.time(), 3),
             "head_images_per_second": round((images + validated) / seconds, 1),
             "peak_rss": peak_rss(),
-            **(place or {}),
+            **(location or {}),
         }
         _record(recipe, bank, state, active, {"loss": loss, "ig": ig, "stride": strides, "loss_error": errors}, notes)
         state.save(path)

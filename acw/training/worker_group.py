@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from acw.cluster import event_log
-from acw.cluster.allocation import Allocation, Demand, room, wait_for_room
+from acw.cluster.allocation import Allocation, Demand, capacity, wait_for_capacity
 from acw.storage.errors import UserError
 from acw.storage.files import ray_storage, ray_trouble
 from acw.training.scheduler import Scheduler
@@ -36,9 +36,9 @@ class Coordinator:
         self._regroup = False
         self._scheduler = Scheduler({})
 
-    def started(self, unit: str, place: dict[str, Any]) -> None:
-        """A worker says which unit it starts, and where it is (`cluster.place_of`)."""
-        self._starts.append((unit, place))
+    def started(self, unit: str, location: dict[str, Any]) -> None:
+        """A worker says which unit it starts, and where it is (`allocation.location_of`)."""
+        self._starts.append((unit, location))
 
     def report_error(self, error: str) -> None:
         """A worker says what only the user can mend."""
@@ -74,10 +74,10 @@ class StartReporter:
 
         new = ray.get(self.coordinator.starts.remote(self._seen))
         self._seen += len(new)
-        for unit, place in new:
-            gpus = f", GPU {','.join(place['gpus'])}" if place["gpus"] else ""
-            event_log.event("bank started", training=self.what, bank=unit, **place)
-            print(f"{self.what}: {unit} on node {place['node']}{gpus}, device {place['device']}", flush=True)
+        for unit, location in new:
+            gpus = f", GPU {','.join(location['gpus'])}" if location["gpus"] else ""
+            event_log.event("bank started", training=self.what, bank=unit, **location)
+            print(f"{self.what}: {unit} on node {location['node']}{gpus}, device {location['device']}", flush=True)
 
 
 def new_coordinator() -> Any:
@@ -116,7 +116,7 @@ def complete(
     failures, divisor, starts = 0, 1, StartReporter(coordinator, "training")
     while units := left():
         before = epochs()
-        here = room(allocation) or wait_for_room(allocation)
+        here = capacity(allocation) or wait_for_capacity(allocation)
         workers = max(1, min(here, allocation.workers, len(units)) // divisor)
         ray.get(coordinator.schedule.remote(units))
         event_log.event("worker group started", training="training", workers=workers)
@@ -133,7 +133,7 @@ def complete(
                 raise _given_up(error) from error
             unplaced = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
             # Where no node has been lost, others work on this cluster too.
-            divisor = 2 * divisor if unplaced and room(allocation) >= workers else 1
+            divisor = 2 * divisor if unplaced and capacity(allocation) >= workers else 1
             what = str(refused or (f"no room for {workers} workers" if unplaced else "a worker was lost"))
             print(f"training: {what}; goes on from the checkpoints", flush=True)
         if told := ray.get(coordinator.error.remote()):
@@ -214,7 +214,7 @@ class _GroupMonitor:
                     missing = min(self.allocation.workers, len(self.left())) - self.workers
                 except UserError:
                     continue  # the checkpoints cannot be had just now; whoever needs them says so
-                if missing > 0 and demand.renew(missing) and (here := room(self.allocation)) > self.workers:
+                if missing > 0 and demand.renew(missing) and (here := capacity(self.allocation)) > self.workers:
                     print(f"training: room for {here} workers instead of {self.workers}: regroups", flush=True)
                     self.coordinator.regroup.remote()
                     asked = True
