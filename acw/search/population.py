@@ -23,11 +23,11 @@ from acw.training.bank import HYPERPARAMETERS, Bank, BankState, Head, above, che
 from acw.training.batches import TrainingSet
 from acw.training.trainer import Diverged, train_epochs
 
-# After these epochs only one in KEPT of a population's configurations goes on.
+# After these epochs only one in REDUCTION_FACTOR of a population's configurations goes on.
 RUNGS = (3, 9, 27)
-KEPT = 3
+REDUCTION_FACTOR = 3
 # The learning rate of a head whose configuration does not go on; that of one whose loss is not finite is 0.
-CUT = -1.0
+PRUNED = -1.0
 
 State = Literal["training", "finished", "stopped", "diverged"]
 
@@ -146,7 +146,7 @@ def outcomes(
 def _state_of(recipe: Recipe, rates: Sequence[float], epochs: int) -> State:
     if 0.0 in rates:
         return "diverged"
-    if CUT in rates:
+    if PRUNED in rates:
         return "stopped"
     training = any(above(rate, recipe.min_learning_rate) for rate in rates) and epochs < recipe.max_epochs
     return "training" if training else "finished"
@@ -182,12 +182,12 @@ def _halve(
     alive = [n for n, one in enumerate(found) if one.epochs == rung and one.state in ("training", "stopped")]
     alive = [number for number in alive if population.first + number > 0]
     alive.sort(key=lambda number: -(found[number].ig or -math.inf))
-    stop = [n * folds + k for n in alive[math.ceil(len(alive) / KEPT) :] for k in range(folds)]
+    stop = [n * folds + k for n in alive[math.ceil(len(alive) / REDUCTION_FACTOR) :] for k in range(folds)]
     for bank, state in states.items():
         if state is not None and stop:
             # One whose rate has fallen too low has ended by itself.
             training = above(state.learning_rate, recipe.min_learning_rate)
-            state.learning_rate[[head for head in stop if training[head]]] = CUT
+            state.learning_rate[[head for head in stop if training[head]]] = PRUNED
             state.save(checkpoint_path(folder, bank))
 
 

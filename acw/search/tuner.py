@@ -22,7 +22,7 @@ from acw.data import Dataset, Split
 from acw.features.backbone import Backbone
 from acw.features.store import FeatureStore
 from acw.recipes import Recipe, derive
-from acw.search.population import KEPT, RUNGS, Outcome, Population, train_population
+from acw.search.population import REDUCTION_FACTOR, RUNGS, Outcome, Population, train_population
 from acw.search.space import Search, Trialled
 from acw.storage.addresses import shown
 from acw.storage.errors import UserError
@@ -36,8 +36,8 @@ MAX_FAILURES = 10
 PROGRESS_SECONDS = 5.0
 # In the table after each population.
 SHOWN = 8
-# The IG of a population of which none has any, bits: worse than all.
-ASTRAY = -100.0
+# What Tune is told of a population whose configurations have no IG, bits: worse than all.
+FAILED = -100.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _trial(config: dict[str, Any], work: Work, allocation: Allocation) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
     location = location_of(allocation, device)
     event_log.to_stderr(work.folder.name)
-    event_log.event("population begun", population=population.number, **location)
+    event_log.event("population started", population=population.number, **location)
     try:
         for outcomes in train_population(
             work.recipe,
@@ -132,12 +132,12 @@ def _trial(config: dict[str, Any], work: Work, allocation: Allocation) -> None:
             tune.report(_report(outcomes) | {"location": [location]})  # Tune takes dictionaries apart
     except UserError as error:
         # Raised, it would be tried again with the same end, as if a node had been lost.
-        tune.report({"ig": ASTRAY, "epoch": 0, "failure": str(error)})
+        tune.report({"ig": FAILED, "epoch": 0, "failure": str(error)})
 
 
 def _report(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {
-        "ig": max((one.ig for one in outcomes if one.ig is not None), default=ASTRAY),
+        "ig": max((one.ig for one in outcomes if one.ig is not None), default=FAILED),
         "epoch": max(one.epochs for one in outcomes),
         "outcomes": [dataclasses.asdict(one) for one in outcomes],
     }
@@ -200,7 +200,9 @@ def _scheduler(recipe: Recipe, found: Search) -> Any:
             return TrialScheduler.CONTINUE if own else action
 
     grace = min(RUNGS[0], recipe.max_epochs)
-    scheduler = Halving("epoch", "ig", "max", max_t=recipe.max_epochs, grace_period=grace, reduction_factor=KEPT)
+    scheduler = Halving(
+        "epoch", "ig", "max", max_t=recipe.max_epochs, grace_period=grace, reduction_factor=REDUCTION_FACTOR
+    )
     controller: Any = None  # which ASHA does not ask for anything
     for number, outcomes in found.finished.items():
         population = dataclasses.asdict(found.proposed[number])
@@ -241,7 +243,7 @@ class ProgressReporter:
         number = population.number
         if self._locations.get(number) != location:
             self._locations[number] = location
-            event_log.event("population begun", population=number, configurations=len(population.own), **location)
+            event_log.event("population started", population=number, configurations=len(population.own), **location)
             print(f"search: population {number} on node {location['node']}, device {location['device']}", flush=True)
         self._first.setdefault(number, epoch - 1)
         self._epochs[number], self._alive[number] = epoch, alive
