@@ -21,43 +21,44 @@ LICENCES = {
 }
 
 
+# MLflow's page breaks lines where the text does.
 TEMPLATE = """\
 # acw: where people look in a picture
 
-For an RGB picture, a probability density over its pixels of where people look. Frozen ImageNet backbones
-({backbones}), {heads} readout heads on each, and their densities mixed with weights
+For an RGB picture, a probability density over its pixels of where people look. Frozen ImageNet backbones \
+({backbones}), {heads} readout heads on each, and their densities mixed with weights \
 for the picture's category, which is inferred where it is not given. Recipe `{recipe}`, commit {commit}.
 
 ## Data and split
 
 {name} (fingerprint {fingerprint}): {images} pictures in {categories} categories, {fixations} fixations of {subjects}.
 {notes}
-Trained on {trained} pictures in {folds} folds; the {scored} others were held out, and nothing was chosen by them (split
-{split}).
+Trained on {trained} pictures in {folds} folds; the {scored} others were held out, and nothing was chosen by them \
+(split {split}).
 
 ## Scores
 
-On the held-out pictures: the mean over pictures and its 95 % interval (bootstrap over pictures). IG is in bits per
+On the held-out pictures: the mean over pictures and its 95 % interval (bootstrap over pictures). IG is in bits per \
 fixation over the centre bias, LL over a uniform density.
 
 {scores}
 
 ## Intended use
 
-Research on where people look, and estimates of where groups of people look first in pictures of the kind that it was
+Research on where people look, and estimates of where groups of people look first in pictures of the kind that it was \
 trained on: layouts, crops, comparisons of designs, a baseline for other models.
 
 ## Limits
 
-- It predicts the looks of many people together. It says nothing about any one person, and is no means of diagnosing,
-  identifying or watching anybody.
-- It knows the people, the task and the screen of its data set. Who searches, reads or is asked a question looks
-  elsewhere.
+- It predicts the looks of many people together. It says nothing about any one person, and is no means of diagnosing, \
+identifying or watching anybody.
+- It knows the people, the task and the screen of its data set. Who searches, reads or is asked a question looks \
+elsewhere.
 - On pictures of other kinds it is worse: `acw evaluate` scores it on yours.
 
 ## Licences
 
-Data: {licence}. Code: MIT. The backbones were trained on ImageNet, whose pictures are for research that is not
+Data: {licence}. Code: MIT. The backbones were trained on ImageNet, whose pictures are for research that is not \
 commercial. Their weights:
 
 {weights}
