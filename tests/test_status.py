@@ -253,8 +253,8 @@ def test_a_driver_elsewhere_lives_by_its_signs(tmp_path: Path) -> None:
         )
         (tmp_path / event_log.FILE).write_text(lines, encoding="utf-8")
         now = time.time()
-        assert status(tmp_path, now + event_log.BEAT_SECONDS)["state"] == "running"
-        assert status(tmp_path, now + 10 * event_log.BEAT_SECONDS)["state"] == "interrupted"
+        assert status(tmp_path, now + event_log.HEARTBEAT_SECONDS)["state"] == "running"
+        assert status(tmp_path, now + 10 * event_log.HEARTBEAT_SECONDS)["state"] == "interrupted"
 
     training(job(tmp_path))
 

@@ -27,8 +27,8 @@ from acw.storage.errors import UserError
 from acw.storage.files import fetch, write_atomic
 
 FILE = "log.jsonl"
-# So often a driver that has nothing else to say says that it lives.
-BEAT_SECONDS = 30.0
+# How often a driver that has nothing else to log writes a heartbeat.
+HEARTBEAT_SECONDS = 30.0
 LOGGER = logging.getLogger("acw")
 METRICS = {
     "acw_heads_done": "Heads of the bank that train no more",
@@ -64,7 +64,7 @@ class JsonLines(logging.Formatter):
 
 
 class RunLog(logging.Handler):
-    """Appends to a run's log: line by line on a disk, every BEAT_SECONDS in S3, where it is uploaded as a whole.
+    """Appends to a run's log: line by line on a disk, every HEARTBEAT_SECONDS in S3, where it is uploaded as a whole.
 
     Raises UserError where it cannot be written from the start; once a run is under way, that is no reason to end it.
     """
@@ -116,7 +116,7 @@ def seconds(event: Mapping[str, Any]) -> float:
 @contextlib.contextmanager
 def kept(folder: Path, name: str, **facts: Any) -> Iterator[None]:
     """Keeps a folder's log: begin and end of a stage of that name, what `event` is told, Python's warnings, and a sign
-    of life every BEAT_SECONDS. facts: what its begin says of it, JSON's values."""
+    of life every HEARTBEAT_SECONDS. facts: what its begin says of it, JSON's values."""
     handler = RunLog(folder)
     _only(handler)
     show = warnings.showwarning
@@ -128,17 +128,17 @@ def kept(folder: Path, name: str, **facts: Any) -> Iterator[None]:
     warnings.showwarning = shown  # type: ignore[assignment]
     ended, start = threading.Event(), time.monotonic()
 
-    def beat() -> None:
-        while not ended.wait(BEAT_SECONDS):
-            if time.monotonic() - handler.last > BEAT_SECONDS:
+    def heartbeat() -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
+            if time.monotonic() - handler.last > HEARTBEAT_SECONDS:
                 event("alive", stage=name)
             handler.upload()
 
-    heart = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=heartbeat, daemon=True)
     try:
-        event("stage started", stage=name, born=born(os.getpid()), **facts)
+        event("stage started", stage=name, start_time=start_time(os.getpid()), **facts)
         handler.upload()
-        heart.start()
+        thread.start()
         yield
         event("stage finished", stage=name, seconds=round(time.monotonic() - start, 1))
     except Exception as error:
@@ -151,8 +151,8 @@ def kept(folder: Path, name: str, **facts: Any) -> Iterator[None]:
         ended.set()
         warnings.showwarning = show
         LOGGER.removeHandler(handler)
-        if heart.ident:
-            heart.join()
+        if thread.ident:
+            thread.join()
         handler.upload()
 
 
@@ -181,7 +181,7 @@ def _only(handler: logging.Handler) -> None:
     LOGGER.propagate = False
 
 
-def born(pid: int) -> int | None:
+def start_time(pid: int) -> int | None:
     """When a process of this machine was started, in the kernel's ticks; None where it has ended or cannot be asked.
 
     With it, a process that has got another's id is not taken for it.

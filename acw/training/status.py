@@ -38,8 +38,8 @@ from acw.training.progress import (
     written_fields,
 )
 
-# A driver that cannot be asked is believed to live for so many of its signs of life.
-MISSED_BEATS = 4
+# A driver that cannot be asked is believed to live for so many missed heartbeats.
+MISSED_HEARTBEATS = 4
 # Checkpoints may be in S3, where an answer takes its time.
 READERS = 16
 SEARCH_FIGURES = ("done", "total", "best", "training", "max_epochs", "minutes_left")
@@ -138,22 +138,24 @@ def _recipe(folder: Path, events: Sequence[dict[str, Any]]) -> Recipe:
 
 
 def _driver(events: list[dict[str, Any]], now: float) -> Driver | None:
-    places = [place for place, event in enumerate(events) if event["event"] == "stage started"]
-    if not places:
+    starts = [position for position, event in enumerate(events) if event["event"] == "stage started"]
+    if not starts:
         return None
-    begin, own = events[places[-1]], events[places[-1] :]
-    last = own[-1]
+    own = events[starts[-1] :]
+    first, last = own[0], own[-1]
+    # Earlier versions wrote `born`.
+    started = first.get("start_time", first.get("born"))
     seen = event_log.seconds(last)
     finished, failed = last["event"] == "stage finished", last["event"] == "stage failed"
     if failed or last["event"] == "stage interrupted":
         alive = False
-    elif begin["node"] == socket.gethostname() and begin["born"] is not None:
-        alive = event_log.born(begin["pid"]) == begin["born"]
+    elif first["node"] == socket.gethostname() and started is not None:
+        alive = event_log.start_time(first["pid"]) == started
     else:
-        alive = not finished and now - seen < MISSED_BEATS * event_log.BEAT_SECONDS
+        alive = not finished and now - seen < MISSED_HEARTBEATS * event_log.HEARTBEAT_SECONDS
     error = last.get("error", "") if failed else ""
     return Driver(
-        begin["stage"], event_log.seconds(begin), seen, begin["node"], begin["pid"], alive, finished, error, own
+        first["stage"], event_log.seconds(first), seen, first["node"], first["pid"], alive, finished, error, own
     )
 
 
