@@ -11,8 +11,8 @@ from acw import cli
 from acw.features.batch_size import Pace
 from acw.features.extraction import write_shards
 from acw.features.store import SHARD_IMAGES, shard_path
-from acw.pipeline import plan
-from acw.pipeline.job import parse
+from acw.pipeline import plan, plan_command
+from acw.pipeline.job import job_of, read_options
 from acw.storage.errors import UserError
 
 
@@ -23,7 +23,7 @@ def options(folder: Path, *more: str) -> list[str]:
 
 def test_a_plan_counts_what_a_run_would_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "SECONDS_A_BACKBONE", 0.3)
-    job = parse(options(tmp_path), "", writes=False)
+    job = job_of(read_options(options(tmp_path), "", plan_command.add_options), writes=False)
     made = plan.make(job)
     assert not (tmp_path / "root").exists()
     assert (made.images, made.held_out, made.sizes) == (20, len(job.split.held_out), 2)
