@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from three_nodes import wait_for
 
-from acw.cluster import joining
+from acw.cluster import allocation
 from acw.cluster.allocation import GPUS_TO_START, Allocation, Demand, allocate, capacity, wait_for_capacity
 from acw.cluster.errors import user_error
 from acw.storage.errors import UserError
@@ -77,7 +77,7 @@ def test_demanded_gpus_are_started_on_a_cluster_and_refused_on_a_laptop(
     nodes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[Allocation] = []
-    monkeypatch.setattr(joining, "wait_for_capacity", waited.append)
+    monkeypatch.setattr(allocation, "wait_for_capacity", waited.append)
     nodes((0, 0))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert allocate(60, 0, "gpu") == Allocation(GPUS_TO_START, 1, 1)
@@ -94,7 +94,7 @@ def test_demanded_gpus_are_started_on_a_cluster_and_refused_on_a_laptop(
 def test_room_that_never_comes_is_told_in_one_line(
     ray_local: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(joining, "PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr(allocation, "PATIENCE_SECONDS", 1.5)
     with pytest.raises(UserError, match=r"no node with 3 CPU came within .* give --accelerator cpu"):
         wait_for_capacity(Allocation(1, 3, 0))
     assert "waiting for the cluster to start a node with 3 CPU (0 min)" in capsys.readouterr().out

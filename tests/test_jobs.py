@@ -446,7 +446,7 @@ TYPED = {
     "root in Windows's": (["demo", "--root", "%TEMP%/runs"], "--root %TEMP%/runs: %TEMP% is not written out"),
     "dataset in capitals": (["demo", "--dataset", "S3://b/x"], "--dataset S3://b/x: write s3://BUCKET/PREFIX, in"),
     "degree too small": (["demo", "--pixels-per-degree", "0.03"], "--pixels-per-degree: 0.03 px a degree .*such as 40"),
-    "degree too large": (["demo", "--pixels-per-degree", "1e7"], r"--pixels-per-degree: 1e\+07 px a degree .*such as 40"),
+    "degree too large": (["demo", "--pixels-per-degree", "1e7"], r"--pixels-per-degree: 1e\+07 px a degree .*as 40"),
     "no overlay": (["demo", "--overlay", "/no/such.json"], "/no/such.json: cannot be read"),
     "unknown overlay field": (["demo", "--overlay", "OVERLAY"], "no field 'sigmaa'"),
     "overlay that is no JSON": (["demo", "--overlay", "FILE"], "FILE: no JSON"),

@@ -379,7 +379,7 @@ def test_a_folder_of_no_run_ends_with_one_line(tmp_path: Path) -> None:
 
 
 def test_a_look_needs_no_torch() -> None:
-    program = "import sys, acw.status, acw.command; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    program = "import sys, acw.training.status, acw.cli; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
