@@ -98,6 +98,5 @@ def failures(images: Sequence[str], gains: Gains, example: Callable[[str], Examp
 
 
 def _maps(pictures: Pictures, name: str, log_density: np.ndarray) -> Shown:
-    both = (pictures.density(log_density), pictures.log_density(log_density))
     gain = f"IG {number(pictures.information_gain(log_density))}"
-    return Shown(dict(zip(MAPS, both, strict=True)), name, gain)
+    return Shown(dict(zip(MAPS, pictures.both(log_density), strict=True)), name, gain)

@@ -119,17 +119,21 @@ class Pictures:
     def density(self, log_density: np.ndarray) -> Picture:
         """The density on the dimmed image, with lines that enclose 25, 50 and 75 % of its mass."""
         shrunk = self._shrunk(log_density)
-        colour = blended(self._thumbnail, shrunk / math.exp(self._highest))
-        return Picture(*self.size, jpeg(colour), lines=_contours(shrunk))
+        return Picture(*self.size, self._coloured(shrunk), lines=_contours(shrunk))
 
-    def log_density(self, log_density: np.ndarray) -> Picture:
-        """The log-density in the colours of `range`, with the same lines."""
+    def both(self, log_density: np.ndarray) -> tuple[Picture, Picture]:
+        """The density, and the log-density in the colours of `range`, with the same lines."""
         import matplotlib
 
         shrunk = self._shrunk(log_density)
         low, high = self.range
         share = (_log(shrunk) / math.log(2) - low) / max(high - low, 1e-9)
-        return Picture(*self.size, jpeg(matplotlib.colormaps["viridis"](share)), lines=_contours(shrunk))
+        images = self._coloured(shrunk), jpeg(matplotlib.colormaps["viridis"](share))
+        lines = _contours(shrunk)
+        return Picture(*self.size, images[0], lines=lines), Picture(*self.size, images[1], lines=lines)
+
+    def _coloured(self, shrunk: np.ndarray) -> str:
+        return jpeg(blended(self._thumbnail, shrunk / math.exp(self._highest)))
 
     def ratio(self, a: np.ndarray, b: np.ndarray) -> tuple[Picture, float]:
         """log2(a / b), red where a is higher, blue where b is, white where they agree; and the bits of full colour."""
