@@ -58,11 +58,13 @@ READS = """
 import sys, warnings
 warnings.filterwarnings("error", category=EncodingWarning, module=r"acw\\.")
 from pathlib import Path
-from acw import cli, model, page
+from acw.model import description
+from acw.pipeline import job
+from acw.report import page
 folder = Path(sys.argv[1])
-assert cli._read_overlay(str(folder / "overlay.json"))["fields"] == {"lr": "Straße"}
-assert model.describe(folder)["categories"] == ["Straße"]
-assert list(page._category_weights(folder)) == ["Straße"]
+assert job._read_overlay(str(folder / "overlay.json"))["fields"] == {"lr": "Straße"}
+assert description.describe(folder)["categories"] == ["Straße"]
+assert list(page.Run(folder, {}, None, {}).weights) == ["Straße"]
 print("Straße")
 """
 
