@@ -52,8 +52,8 @@ def allocate(tasks: int, workers: int, accelerator: str, gpus_per_worker: float 
     none comes within PATIENCE_SECONDS.
     """
     if wants_gpus(accelerator):
-        one = Allocation(1, 1, gpus_per_worker)
-        here = capacity(one)
+        worker = Allocation(1, 1, gpus_per_worker)
+        here = capacity(worker)
         count = min(tasks, workers or here or GPUS_TO_START * round(1 / gpus_per_worker))
     else:
         cores = [int(node.get("CPU", 0)) for node in _nodes()]
@@ -65,10 +65,10 @@ def allocate(tasks: int, workers: int, accelerator: str, gpus_per_worker: float 
         count = min(tasks, workers or here)
         fitting = min(count, here)
         cpus = max(c for c in range(1, max(cores) + 1) if c == 1 or sum(n // c for n in cores) >= fitting)
-        one = Allocation(1, cpus, 0)
+        worker = Allocation(1, cpus, 0)
     if count > here > 0:
         print(f"asked for {workers or count} workers, the cluster has room for {here}: they do the work", flush=True)
-    result = Allocation(count if on_cluster() else min(count, here), one.cpus, one.gpus)
+    result = Allocation(count if on_cluster() else min(count, here), worker.cpus, worker.gpus)
     if not here:
         wait_for_capacity(result)
     return result
@@ -93,7 +93,7 @@ def wait_for_capacity(allocation: Allocation) -> int:
     demand, start = Demand(allocation), time.monotonic()
     what = f"{allocation.cpus} CPU" + (f" and {allocation.gpus:g} GPU" if allocation.gpus else "")
     shown = 0.0
-    while not (found := capacity(allocation)):
+    while not (here := capacity(allocation)):
         demand.renew(allocation.workers)
         waited = time.monotonic() - start
         if waited > PATIENCE_SECONDS:
@@ -107,7 +107,7 @@ def wait_for_capacity(allocation: Allocation) -> int:
             shown += WAITING_SECONDS
         time.sleep(1.0)
     demand.end()
-    return found
+    return here
 
 
 class Demand:
@@ -131,15 +131,15 @@ class Demand:
         before = len(self._waiting)
         if self._waiting:
             _, self._waiting = ray.wait(self._waiting, num_returns=before, timeout=0)
-        found = len(self._waiting) < before
+        ran = len(self._waiting) < before
         self._waiting += [self._task.remote() for _ in range(missing - len(self._waiting))]
-        return found
+        return ran
 
     def end(self) -> None:
         import ray
 
-        for one in self._waiting:
-            ray.cancel(one)
+        for task in self._waiting:
+            ray.cancel(task)
         self._waiting = []
 
 

@@ -115,8 +115,8 @@ def seconds(event: Mapping[str, Any]) -> float:
 
 @contextlib.contextmanager
 def kept(folder: Path, name: str, **facts: Any) -> Iterator[None]:
-    """Keeps a folder's log: begin and end of a stage of that name, what `event` is told, Python's warnings, and a sign
-    of life every HEARTBEAT_SECONDS. facts: what its begin says of it, JSON's values."""
+    """Keeps a folder's log: start and end of a stage of that name, what `event` is told, Python's warnings, and a
+    heartbeat every HEARTBEAT_SECONDS. facts: what its start says of it, JSON's values."""
     handler = RunLog(folder)
     _only(handler)
     show = warnings.showwarning
