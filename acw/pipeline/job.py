@@ -146,7 +146,7 @@ def _with_heads(recipe: Recipe) -> Recipe:
         return recipe
     folder = local_path(recipe.heads, "--heads")
     folder = folder / "model" if present(folder / "model" / "model.json") else folder
-    from acw.model.model import describe, stored_backbone
+    from acw.model.description import describe, stored_backbone
 
     model = describe(folder)
     if not present(_heads_of(folder)):
