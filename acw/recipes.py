@@ -98,7 +98,7 @@ class Recipe:
     folds: int = field(5, "cross-validation folds of the other images", Range(2, 100))
     seeds: int = field(3, "initialisations per backbone and fold", COUNT, "heads")
     center_bias: str = field(
-        "kde", "centre bias in the finalizer: KDE, or the paper's fixed Gaussian", ("kde", "gaussian")
+        "kde", "centre bias in the finalizer: KDE, or ACW's fixed Gaussian", ("kde", "gaussian")
     )
     center_bias_bandwidth: float = field(
         0.0,
@@ -228,7 +228,7 @@ def demo() -> Recipe:
 
 @recipe
 def cat2000() -> Recipe:
-    """The paper's four backbones at DeepGaze IIE's resolution, on GPUs.
+    """The four backbones of both papers at DeepGaze IIE's resolution, on GPUs.
 
     acw run cat2000 --dataset CAT2000 --weights shapenet_c=deepgaze2e:deepgaze2e.pth
 
@@ -239,7 +239,7 @@ def cat2000() -> Recipe:
 
 @recipe
 def deepgaze_iie() -> Recipe:
-    """DeepGaze IIE's rule: its readout and finalizer, input and density at half size, all backbones mixed evenly.
+    """DeepGaze IIE's rule (Linardos et al.): its readout and finalizer, all at half size, mixed evenly.
 
     acw run deepgaze_iie --dataset FOLDER [--backbones lite]
 
@@ -253,7 +253,7 @@ def deepgaze_iie() -> Recipe:
 
 @recipe
 def acw_v1() -> Recipe:
-    """The paper's first iteration: a coarse input, one head a backbone and fold, a fixed centre bias, joint training.
+    """Galván's ACW, first iteration: a coarse input, one head a backbone and fold, a fixed centre bias, joint training.
 
     acw run acw_v1 --dataset FOLDER [--backbones lite]
 
@@ -276,7 +276,7 @@ def acw_v1() -> Recipe:
 
 @recipe
 def acw_v2() -> Recipe:
-    """The paper's second iteration: `acw_v1` with a weight per category and backbone, learned at ten times the rate.
+    """Galván's ACW, second iteration: `acw_v1` with a weight per category and backbone, learned at ten times the rate.
 
     acw run acw_v2 --dataset FOLDER [--backbones lite]
 
@@ -287,7 +287,7 @@ def acw_v2() -> Recipe:
 
 @recipe
 def acw_v3() -> Recipe:
-    """The paper's third iteration: `acw_v2` with progressive bicubic upsampling, smoothing, three heads instead of one.
+    """Galván's ACW, third iteration: `acw_v2` with progressive bicubic upsampling, smoothing, three seeds.
 
     acw run acw_v3 --dataset FOLDER [--backbones lite]
 

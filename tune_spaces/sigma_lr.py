@@ -1,4 +1,4 @@
-"""The paper's first questions: how wide to smooth, whether to learn the width, and how fast to learn.
+"""The first questions of Galván's ACW: how wide to smooth, whether to learn the width, and how fast to learn.
 
 acw search gaze --dataset FOLDER --space sigma_lr --samples 32
 
