@@ -97,9 +97,7 @@ class Recipe:
     holdout: float = field(0.2, "of each category's images held out for the final scores", SHARE, "share")
     folds: int = field(5, "cross-validation folds of the other images", Range(2, 100))
     seeds: int = field(3, "initialisations per backbone and fold", COUNT, "heads")
-    center_bias: str = field(
-        "kde", "centre bias in the finalizer: KDE, or ACW's fixed Gaussian", ("kde", "gaussian")
-    )
+    center_bias: str = field("kde", "centre bias in the finalizer: KDE, or ACW's fixed Gaussian", ("kde", "gaussian"))
     center_bias_bandwidth: float = field(
         0.0,
         "of the finalizer's KDE; 0: chosen by cross-validation, as IG's always is",
