@@ -154,7 +154,12 @@ def test_a_bank_that_a_worker_has_begun_with_and_never_finishes_an_epoch(tmp_pat
     assert seen == ["running", "waiting", "waiting", "stalled", "waiting", "waiting"]
 
 
-def test_a_bank_that_waits_for_its_turn_is_not_stalled(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("group_started", "bank_started"),
+    [("worker group started", "bank started"), ("crew gathered", "bank begun")],
+    ids=["now", "in earlier logs"],
+)
+def test_a_bank_that_waits_for_its_turn_is_not_stalled(tmp_path: Path, group_started: str, bank_started: str) -> None:
     """Nor is one of an earlier group that none has begun with again."""
     seen = []
 
@@ -162,11 +167,11 @@ def test_a_bank_that_waits_for_its_turn_is_not_stalled(tmp_path: Path) -> None:
     def training(job: Any) -> None:
         halfway(tmp_path)
         for bank, worker in ((BANKS[1], 0), (BANKS[2], 1), (BANKS[3], 0)):
-            event_log.event("bank started", bank=bank.name, worker=worker, **PLACE)
+            event_log.event(bank_started, bank=bank.name, worker=worker, **PLACE)
         seen.append([unit["state"] for unit in stage_of(status(tmp_path, time.time()), "heads")["units"]])
         seen.append([unit["state"] for unit in stage_of(status(tmp_path, time.time() + 310), "heads")["units"]])
-        event_log.event("worker group started", training="training", workers=1)
-        event_log.event("bank started", bank=BANKS[2].name, worker=0, **PLACE)
+        event_log.event(group_started, training="training", workers=1)
+        event_log.event(bank_started, bank=BANKS[2].name, worker=0, **PLACE)
         seen.append([unit["state"] for unit in stage_of(status(tmp_path, time.time()), "heads")["units"]])
 
     training(job(tmp_path))
@@ -213,9 +218,10 @@ def test_an_interrupted_run(tmp_path: Path) -> None:
     program = """
 import os, sys, types
 from pathlib import Path
-from acw import log, recipes
+from acw import recipes
+from acw.pipeline.job import stage
 job = types.SimpleNamespace(folder=Path(sys.argv[1]), recipe=recipes.demo(), dataset=types.SimpleNamespace(stimuli=[]))
-log.stage("training")(lambda job: os.kill(os.getpid(), 9))(job)
+stage("training")(lambda job: os.kill(os.getpid(), 9))(job)
 """
     (tmp_path / "recipe.json").write_text(json.dumps({"recipe": dataclasses.asdict(RECIPE)}), encoding="utf-8")
     killed = subprocess.run([sys.executable, "-c", program, tmp_path], env=os.environ)
