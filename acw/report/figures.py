@@ -113,6 +113,8 @@ def svg(figure: Figure, label: str, titles: Mapping[str, str] | None = None) -> 
     text = buffer.getvalue().partition("<svg ")[2]
     # The page's style sheet has this, for charts alone.
     text = re.sub(r"<style.*?</style>|<!--.*?-->|\s+(?=<)", "", text, flags=re.DOTALL)
+    # Every figure has the same names of groups, which nothing refers to.
+    text = re.sub(r'<g id="[\w.]+_\d+"', "<g", text)
     text = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", " ".join(path[0].split("\n"))), text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, variable)
