@@ -53,8 +53,7 @@ def test_golden_outputs_of_the_authors_code(imported: Model, image: str) -> None
 
     assert prediction.log_density.dtype == np.float32
     np.testing.assert_allclose(prediction.log_density, expected[f"{image}/log_density"], rtol=0, atol=1e-4)
-    grid_bias = imported.finalizer.on_grid(torch.from_numpy(bias).float())
-    ((of_backbones, _),) = imported._densities([pixels], grid_bias)
+    ((of_backbones, _),) = imported._densities([pixels], torch.from_numpy(bias).float())
     full = imported.finalizer.upsample(of_backbones, (pixels.shape[0], pixels.shape[1])).numpy()
     for k in range(4):
         np.testing.assert_allclose(full[k, ::4, ::4], expected[f"{image}/backbone{k}"], rtol=0, atol=1e-4)
