@@ -24,7 +24,7 @@ from acw.features.store import FeatureStore
 from acw.pipeline import search
 from acw.pipeline.job import parse
 from acw.provenance import provenance
-from acw.recipes import Recipe, named_recipe
+from acw.recipes import Recipe, derive, named_recipe
 from acw.report import search_page
 from acw.search import population, space, tuner
 from acw.search.population import Outcome, Population, train_population
@@ -234,7 +234,7 @@ def test_every_space_can_be_searched_and_says_how(tmp_path: Path, name: str) -> 
     recipe = named_recipe("gaze")
     while found.missing:
         for fields in found.propose().fields:
-            space.derive(recipe, fields)
+            derive(recipe, fields)
     assert json.dumps(space.identity)
     with pytest.raises(UserError, match=r"no search space 'no_such'; spaces are .*sigma_lr"):
         _space("no_such")
