@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import re
@@ -149,10 +150,24 @@ def _of_our_own() -> str:
     """Prepares the environment for a Ray that only this process and its workers reach; where it keeps its files."""
     # Ray listens on all interfaces unless this is set before its import; a cluster's own nodes must keep doing so.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        # Ray would keep one in the home directory, which there need not be.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ and not _home_can_be_written():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", _token())
     return str(_temporary_folder())
+
+
+def _home_can_be_written() -> bool:
+    """Whether Ray can keep its token there, as it does unless it is given one."""
+    try:
+        return os.access(Path.home(), os.W_OK)
+    except RuntimeError:  # no HOME, and a user without a name
+        return False
+
+
+@functools.cache
+def _token() -> str:
+    """One for all of a process's life: Ray reads it once."""
+    return secrets.token_hex(32)
 
 
 def _temporary_folder() -> Path:
