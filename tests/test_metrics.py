@@ -17,7 +17,9 @@ from torch import Tensor
 
 from acw.data import pysaliency_compat
 from acw.evaluation import metrics
-from acw.evaluation.metrics import Components, Ranking, ShuffledFixations, Target, gaussian_blur, score, score_mixtures
+from acw.evaluation.blur import gaussian_blur
+from acw.evaluation.metrics import Components, ShuffledFixations, Target, score, score_mixtures
+from acw.evaluation.ranks import Ranking
 from acw.storage.errors import UserError
 
 GAZE = Path(__file__).parents[2] / "shared" / "gaze"

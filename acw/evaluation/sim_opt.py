@@ -20,7 +20,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from acw.data import Dataset
-from acw.evaluation.metrics import gaussian_blur
+from acw.evaluation.blur import gaussian_blur
 
 BLUR = 5.0  # px of the grid
 CAT2000_FIXATIONS, CAT2000_SIZE, CAT2000_CATEGORIES = 448, (1080, 1920), 20

@@ -14,7 +14,8 @@ import torch
 
 from acw.cluster.process import compute_with
 from acw.data import Dataset, Split
-from acw.evaluation.metrics import FLAT, Ranking
+from acw.evaluation.metrics import FLAT
+from acw.evaluation.ranks import Ranking
 from acw.features.store import FeatureStore
 from acw.fusion.category_weights import mix
 from acw.model.model import Model
