@@ -353,7 +353,7 @@ def test_data_and_weights_in_the_checkout_are_not_sent_with_a_job(tmp_path: Path
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
-    for name in ("acw/report/page.css", "tune_spaces/sigma_lr.py"):
+    for name in ("acw/report/page.css", "acw/report/templates/run.html", "tune_spaces/sigma_lr.py"):
         assert (tmp_path / "job" / name).exists()
 
 
