@@ -103,8 +103,8 @@ def test_what_is_no_ray_and_a_dead_head_are_told(monkeypatch: pytest.MonkeyPatch
 
 OWN = """
 import os, pathlib
-from acw import cluster
-cluster.connect()
+from acw.cluster.joining import connect
+connect()
 import ray
 assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42
 session = ray._private.worker._global_node.get_session_dir_path().encode()

@@ -26,7 +26,7 @@ from acw.evaluation.gold_standard import BANDWIDTHS, GoldStandard, has_subjects
 from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Target, score
 from acw.evaluation.sauc import MeanPrediction
 from acw.evaluation.scoring import REFERENCES, Scores, Scoring, score_images
-from acw.evaluation.summary import per_image_csv, summarise
+from acw.evaluation.summary import per_image_csv, summarise, table
 from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads import finalizer
@@ -344,7 +344,7 @@ def test_a_saliency_map_has_no_likelihood(dataset: Dataset) -> None:
     assert set(summary["models"]["map"]["overall"]) == set(METRICS) - {"IG", "LL"}
     compared = {one["metric"] for one in summary["comparisons"] if one["b"] == "map"}
     assert compared == set(METRICS) - {"IG", "LL"}
-    (line,) = (line for line in summary.table(summary).splitlines() if line.startswith("map"))
+    (line,) = (line for line in table(summary).splitlines() if line.startswith("map"))
     assert line.split()[1:3] == ["-", "-"]
     rows = list(csv.DictReader(io.StringIO(per_image_csv(dataset, scores))))
     assert {row["IG"] for row in rows if row["model"] == "map"} == {""}
@@ -353,7 +353,7 @@ def test_a_saliency_map_has_no_likelihood(dataset: Dataset) -> None:
 def test_the_table_ends_each_part_with_its_best(dataset: Dataset) -> None:
     scores = made_up_scores(["center_bias", "uniform", "category_weights", "gold_standard"])
     summary = summarise(dataset, scores, seed=0)
-    lines = summary.table(summary | {"doubts": {}}).splitlines()[1:]
+    lines = table(summary | {"doubts": {}}).splitlines()[1:]
     printed = [line.split()[0] for line in lines if not line.startswith("-")]
     ranked = sorted(printed[:3], key=lambda name: summary["models"][name]["overall"]["IG"]["mean"])
     assert printed == [*ranked, "gold_standard"]
