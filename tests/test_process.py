@@ -12,8 +12,8 @@ import pytest
 MEMORY = """
 import json, resource, time, torch
 from pathlib import Path
-from acw import process
-from acw.process import compute_with, give_back_when_idle
+from acw.cluster import process
+from acw.cluster.process import compute_with, give_back_when_idle
 
 process.IDLE_SECONDS = 0.2
 
@@ -63,7 +63,7 @@ ARENAS = """
 import ctypes, ray, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from acw.cluster import connect, disconnect
+from acw.cluster.joining import connect, disconnect
 
 connect()
 
@@ -94,13 +94,13 @@ def test_all_threads_of_a_worker_allocate_from_one_arena() -> None:
 LARGE_PAGES = """
 import ray, re, torch
 from pathlib import Path
-from acw.cluster import connect, disconnect
+from acw.cluster.joining import connect, disconnect
 
 connect()
 
 @ray.remote(num_cpus=0)
 def large():
-    from acw.process import compute_with
+    from acw.cluster.process import compute_with
     compute_with(1)
     tensor = torch.ones(50_000_000)
     return sum(map(int, re.findall(r"AnonHugePages: +([0-9]+) kB", Path("/proc/self/smaps").read_text())))
