@@ -7,7 +7,7 @@
 
 Both ways train the same number of heads for the same epochs, on features that are extracted before. Ray's start is
 timed by a sweep of one configuration and left out of both. In so few epochs no head stops early (`RUNGS` in
-acw/population.py).
+acw/search/population.py).
 """
 
 from __future__ import annotations
