@@ -19,7 +19,7 @@ from acw.features import batch_size, extraction, store
 from acw.features.backbone import Backbone
 from acw.features.batch_size import Begun, Pace, Variant
 from acw.features.extraction import write_shards
-from acw.features.store import SHARD_IMAGES, FeatureStore, intact, open_store, shard_path, untouched, verify
+from acw.features.store import SHARD_IMAGES, FeatureStore, intact, open_shard, open_store, shard_path, untouched, verify
 from acw.storage.errors import UserError
 
 BACKBONE = Backbone("stub", "stub", ("fine", "coarse", "odd"), "random", long_side=64, stride=10.0)
@@ -195,7 +195,7 @@ def test_a_damaged_shard_is_found_and_computed_again(extract: Extraction, damage
         content = bytearray(shard_path(extract.folder, 0).read_bytes())
     if damage != "gone":
         path.write_bytes(content)
-    store.open_shard.cache_clear()
+    open_shard.cache_clear()
     if damage == "flipped bits":
         damaged = [store.load([index]) for index in images]  # this process has the damaged file open from now on
         assert any(not one.taps[0].equal(other.taps[0]) for one, other in zip(damaged, expected, strict=True))

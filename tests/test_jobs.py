@@ -171,7 +171,7 @@ def test_a_finished_run_predicts_a_density(done: Run) -> None:
     shares = rows(done.job.folder / "category_weights.csv")
     stored = {row["backbone"]: float(row["weight"]) for row in shares if row["category"] == "Faces"}
     assert prediction.weights == pytest.approx(stored, abs=1e-6)
-    with pytest.raises(acw.storage.UserError, match="unknown category 'Colours'"):
+    with pytest.raises(UserError, match="unknown category 'Colours'"):
         model.predict(image, "Colours")
 
 

@@ -77,17 +77,18 @@ class Finalizer:
             return log_density[rows][:, columns]
         return F.interpolate(log_density[None, None], self.grid(size), mode="bilinear", antialias=True)[0, 0]
 
-    def matrix(self, source: int, grid: Grid, axis: int, device: torch.device | str = "cpu") -> Tensor:
-        """(grid[axis], source) float32: the upsampling of a readout of `source` cells along one axis."""
+    def matrix(self, source: int, grid: Grid, axis: int, like: Tensor) -> Tensor:
+        """(grid[axis], source): the upsampling of a readout of `source` cells along one axis, of the dtype and on the
+        device of another tensor."""
         if self.upsampling != "bicubic":
-            return resizing(source, grid[axis], self.upsampling, device)
-        result = torch.eye(source, dtype=torch.float32, device=device)
+            return resizing(source, grid[axis], self.upsampling, like.device, like.dtype)
+        result = torch.eye(source, dtype=like.dtype, device=like.device)
         for step in self.steps:
             scale = STEPS_IMAGE[1] / STEPS_IMAGE[axis] * grid[axis] / max(grid)
             cells = max(1, math.floor(step[axis] * scale + 0.5))
             if cells < grid[axis]:
-                result = resizing(len(result), cells, "bicubic", device) @ result
-        return resizing(len(result), grid[axis], "bicubic", device) @ result
+                result = resizing(len(result), cells, "bicubic", like.device, like.dtype) @ result
+        return resizing(len(result), grid[axis], "bicubic", like.device, like.dtype) @ result
 
     def sampling(self, source: int, target: int, device: torch.device | str = "cpu") -> Tensor:
         """(target, source) float32: along one axis, log-density at `target` cells' centres from `source` cells."""
@@ -161,7 +162,7 @@ def smoothing(
 
     def along(axis: int) -> Tensor:
         padded = torch.arange(-radius, grid[axis] + radius, device=sigma_K.device).clamp(0, grid[axis] - 1)
-        upsampling = finalizer.matrix(priority_KBhw.shape[2 + axis], grid, axis, sigma_K.device)
+        upsampling = finalizer.matrix(priority_KBhw.shape[2 + axis], grid, axis, kernel_KR)
         return torch.einsum("kr,tsr->kts", kernel_KR, upsampling[padded].unfold(0, 2 * radius + 1, 1))
 
     return along(0), along(1)
@@ -207,12 +208,18 @@ def spline_matrix(source: int, target: int, device: torch.device | str = "cpu") 
 @torch.inference_mode(False)
 def step_matrix(source: int, target: int, mode: str, device: torch.device | str = "cpu") -> Tensor:
     """(target, source) float32: `resizing`, kept."""
-    return resizing(source, target, mode, device).float()
+    return resizing(source, target, mode, device)
 
 
-def resizing(source: int, target: int, mode: str, device: torch.device | str = "cpu") -> Tensor:
+def resizing(
+    source: int,
+    target: int,
+    mode: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,  # whatever the caller's default is
+) -> Tensor:
     """(target, source): PyTorch's `interpolate(mode=mode)` of images, corners not aligned, along one axis."""
-    identity = torch.eye(source, dtype=torch.float32, device=device)
+    identity = torch.eye(source, dtype=dtype, device=device)
     if mode == "nearest":
         return identity[nearest_index(source, target, device)]
     # Bicubic knows images only; along the axis that keeps its length it changes nothing.
