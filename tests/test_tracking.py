@@ -131,6 +131,11 @@ def first(store: str, model: Model, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def in_store(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow goes by what it was last set to, by whichever test, before it looks at the environment."""
+    import mlflow
+
+    mlflow.set_tracking_uri(store)
+    mlflow.set_registry_uri(None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
 
 
