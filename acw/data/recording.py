@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -95,7 +96,8 @@ class Folder:
     def _by_form(self) -> dict[str, str]:
         """NFC form -> name, of the names that are the only ones of their form."""
         forms = [_nfc(name) for name in self.stimuli]
-        return {form: name for form, name in zip(forms, self.stimuli, strict=True) if forms.count(form) == 1}
+        counts = Counter(forms)
+        return {form: name for form, name in zip(forms, self.stimuli, strict=True) if counts[form] == 1}
 
     def _hint(self, name: str) -> str:
         slashed = name.replace("\\", "/")
