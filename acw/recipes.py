@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from acw.features.backbone import TAPS, Backbone
+from acw.features.view import JOIN, View, parts_of
 from acw.features.zoo import BACKBONE_SETS, BACKBONES
 from acw.storage.checksums import fingerprint
 from acw.storage.errors import UserError
@@ -72,7 +73,10 @@ class Recipe:
 
     name: str
     backbones: tuple[str, ...] = field(
-        (), f"frozen backbones to mix, or a set of them: {' or '.join(BACKBONE_SETS)}", BACKBONES
+        (),
+        f"views to mix: frozen backbones, several joined by '{JOIN}' to be read by one head, or a set of them: "
+        f"{' or '.join(BACKBONE_SETS)}",
+        BACKBONES,
     )
     long_side: int = field(
         0,
@@ -166,13 +170,22 @@ class Recipe:
         return fingerprint({name: value for name, value in dataclasses.asdict(self).items() if name not in how})
 
     @property
-    def backbone_values(self) -> list[Backbone]:
-        """The recipe's backbones, with its own weights sources where it names any."""
+    def views(self) -> list[View]:
+        """The recipe's views, with its own weights sources where it names any."""
         sources = dict(entry.split("=", 1) for entry in self.weights)
-        backbones = [BACKBONES[name].reading(self.taps) for name in self.backbones]
-        if self.long_side:
-            backbones = [backbone.of_long_side(self.long_side) for backbone in backbones]
-        return [dataclasses.replace(one, weights=sources.get(one.name, one.weights)) for one in backbones]
+
+        def part(name: str) -> Backbone:
+            backbone = BACKBONES[name].reading(self.taps)
+            if self.long_side:
+                backbone = backbone.of_long_side(self.long_side)
+            return dataclasses.replace(backbone, weights=sources.get(name, backbone.weights))
+
+        return [View(tuple(map(part, name.split(JOIN)))) for name in self.backbones]
+
+    @property
+    def backbone_values(self) -> list[Backbone]:
+        """The networks of all views, each once."""
+        return parts_of(self.views)
 
     @property
     def finalizer(self) -> Finalizer:
@@ -354,18 +367,22 @@ def _check(recipe: Recipe) -> None:
     for f in dataclasses.fields(Recipe)[1:]:
         value, allowed = getattr(recipe, f.name), f.metadata["allowed"]
         if isinstance(value, tuple) and allowed:
-            require(bool(value) and set(value) <= set(allowed), f.name, f"one or more of {', '.join(allowed)}")
+            known = {part for item in value for part in item.split(JOIN)} <= set(allowed)
+            require(bool(value) and known, f.name, f"one or more of {', '.join(allowed)}, alone or joined by '{JOIN}'")
         elif allowed:
             require(value in allowed, f.name, str(allowed) if isinstance(allowed, Range) else " or ".join(allowed))
 
-    require(len(set(recipe.backbones)) == len(recipe.backbones), "backbones", "without repetitions")
+    parts = [part for view in recipe.backbones for part in set(view.split(JOIN))]
+    sorted_views = {tuple(sorted(view.split(JOIN))) for view in recipe.backbones}
+    once = len(sorted_views) == len(recipe.backbones) and len(parts) == sum(map(len, sorted_views))
+    require(once, "backbones", "without repetitions")
     named = {entry.partition("=")[0] for entry in recipe.weights if entry.partition("=")[2]}
     require(
-        len(named) == len(recipe.weights) and named <= set(recipe.backbones),
+        len(named) == len(recipe.weights) and named <= set(parts),
         "weights",
         "BACKBONE=SOURCE with the recipe's backbones, each once",
     )
-    lacking = [name for name in recipe.backbones if recipe.taps == "earlier" and not BACKBONES[name].earlier]
+    lacking = [name for name in parts if recipe.taps == "earlier" and not BACKBONES[name].earlier]
     require(not lacking, "taps", f"own or deepest, as {', '.join(lacking)} names no earlier layer")
     require(
         not recipe.center_bias_bandwidth or recipe.center_bias == "kde",

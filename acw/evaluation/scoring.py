@@ -32,7 +32,7 @@ from acw.evaluation.metrics import (
 )
 from acw.evaluation.sauc import MeanPrediction, reduced, shuffled_auc, shuffled_aucs
 from acw.evaluation.sim_opt import best_map
-from acw.features.store import FeatureStore
+from acw.features.joined import Store, parts_of
 from acw.fusion.category_weights import Likelihoods, oracle
 from acw.heads.finalizer import normalise, upsample
 from acw.model.model import Model
@@ -66,15 +66,15 @@ class Densities(Protocol):
 
 @dataclass(frozen=True)
 class StoredDensities:
-    """From features that were extracted before; stores in the order of the model's backbones."""
+    """From features that were extracted before; stores in the order of the model's views."""
 
     model: Model
-    stores: list[FeatureStore]
+    stores: list[Store]
     sizes: list[tuple[int, int]]
 
     def of(self, index: int) -> tuple[Tensor, np.ndarray]:
         features = [store.load([index], self.model.device) for store in self.stores]
-        pooled = [store.pooled([index])[0].double().numpy() for store in self.stores]
+        pooled = [part.pooled([index])[0].double().numpy() for part in parts_of(self.stores)]
         return self.model.stored_log_densities(features, self.sizes[index]).cpu(), np.concatenate(pooled)
 
 

@@ -16,7 +16,7 @@ from acw.cluster.process import compute_with
 from acw.data import Dataset, Split
 from acw.evaluation.metrics import FLAT
 from acw.evaluation.ranks import Ranking
-from acw.features.store import FeatureStore
+from acw.features.joined import Store
 from acw.fusion.category_weights import mix
 from acw.model.model import Model
 
@@ -25,7 +25,7 @@ PROGRESS_SECONDS = 10.0
 
 
 def validation_scores(
-    dataset: Dataset, split: Split, models: Sequence[Model], stores: Sequence[FeatureStore]
+    dataset: Dataset, split: Split, models: Sequence[Model], stores: Sequence[Store]
 ) -> dict[int, dict[str, float]]:
     """Index -> `loss` (nats per fixation), IG over the fold's KDE, LL, AUC, NSS of each development image.
 
@@ -55,7 +55,7 @@ def validation_scores(
     return dict(sorted(found.items()))
 
 
-def _scores(dataset: Dataset, index: int, model: Model, stores: Sequence[FeatureStore]) -> dict[str, float]:
+def _scores(dataset: Dataset, index: int, model: Model, stores: Sequence[Store]) -> dict[str, float]:
     stimulus = dataset.stimuli[index]
     x, y, _ = dataset.fixations_of(index)
     fixated = y.astype(int), x.astype(int)

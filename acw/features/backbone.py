@@ -1,4 +1,4 @@
-"""Frozen ImageNet backbones: which layers DeepGaze IIE and the small variants read, at which input, with which weights.
+"""Frozen networks: which layers DeepGaze IIE and the small variants read, at which input, with which weights.
 
 A `Backbone` is a value and costs nothing; torch and timm are imported only where one is loaded.
 """
@@ -6,7 +6,6 @@ A `Backbone` is a value and costs nothing; torch and timm are imported only wher
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import math
 import re
@@ -14,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from acw.features.weights import is_counter, load_weights
+from acw.features.network import fold, pad_same, tap_outputs, truncate
+from acw.features.onnx_network import GRAPH, OnnxNetwork
+from acw.features.weights import is_counter, load_graph, load_weights
 
 if TYPE_CHECKING:
     import torch
@@ -28,15 +29,19 @@ TAPS = ("own", "earlier", "deepest")
 
 @dataclass(frozen=True)
 class Backbone:
-    """One view of the images: a timm model, the layers that are read from it (taps), its input and its weights.
+    """A frozen network: a timm model, the layers that are read from it (taps), its input and its weights.
 
-    `timm_name` carries timm's tag only if the hub has these very weights. `taps` are module paths, in the order in
-    which their outputs are concatenated; a tap is the module's own output, before any norm or activation after it.
-    `weights` is a source for `weights.load_weights`, or empty where there is no default. `mean` and `std` are of RGB
-    scaled to 0..1. Exactly one of `downscale` (image px per input px) and `long_side` (of the input, px) is set.
-    `earlier` is a tap of an earlier stage, which a recipe may ask for too; empty where there is none to be had.
+    `timm_name` carries timm's tag only if the hub has these very weights; it is empty for a network that comes as an
+    ONNX graph. `taps` are module paths, or names in that graph, in the order in which their outputs are concatenated; a
+    tap is the module's own output, before any norm or activation after it; of a vision transformer, its patches' tokens
+    as a grid. `weights` is a source for `weights.load_weights`, or empty where there is no default. `mean` and `std`
+    are of RGB scaled to 0..1. Exactly one of `downscale` (image px per input px) and `long_side` (of the input, px) is
+    set. `earlier` is a tap of an earlier stage, which a recipe may ask for too; empty where there is none to be had.
     `stride` is input px per readout cell. `static_padding` is the image side (px) for which strided "same" convolutions
-    are padded, whatever the input; None pads for the input at hand.
+    are padded, whatever the input; None pads for the input at hand. `multiple`: the input's sides are multiples of so
+    many px, as of a transformer's patch. `pooled`: taps finer than the readout's grid are brought to it as they are
+    computed, by their mean and their maximum over a cell, side by side. `bgr`: the network wants the channels reversed.
+    `licence`: of the weights.
     """
 
     name: str
@@ -50,6 +55,10 @@ class Backbone:
     long_side: int | None = None
     stride: float = 16.0
     static_padding: int | None = None
+    multiple: int = 1
+    pooled: bool = False
+    bgr: bool = False
+    licence: str = "trained on ImageNet, whose pictures are for research that is not commercial"
 
     def __post_init__(self) -> None:
         assert (self.downscale is None) != (self.long_side is None), self.name
@@ -59,7 +68,9 @@ class Backbone:
         if self.downscale is not None:
             return _scaled(image_size, 1 / self.downscale, math.floor)
         assert self.long_side is not None
-        return _scaled(image_size, self.long_side / max(image_size), round)
+        scale = self.long_side / max(image_size) / self.multiple
+        height, width = _scaled(image_size, scale, round)
+        return height * self.multiple, width * self.multiple
 
     def readout_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Height and width in cells of the readout's grid for an image of (height, width) px.
@@ -89,6 +100,8 @@ class Backbone:
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """All that changes the features except the weights, whose hash is `FrozenBackbone.weights_sha256`; for JSON."""
+        # What was added later, where it is used, so that features of the others stay known.
+        added = {"multiple": (self.multiple, 1), "pooled": (self.pooled, False), "bgr": (self.bgr, False)}
         return {
             "architecture": self.timm_name.partition(".")[0],
             "taps": list(self.taps),
@@ -98,6 +111,7 @@ class Backbone:
             "long_side": self.long_side,
             "stride": self.stride,
             "static_padding": self.static_padding,
+            **{name: value for name, (value, default) in added.items() if value != default},
         }
 
 
@@ -130,14 +144,14 @@ class FrozenBackbone:
 
     It is no `torch.nn.Module` on purpose: placed in one, it stays out of that one's `train()`, `parameters()` and
     `state_dict()`, so nothing can move its batch statistics or put its weights into an optimizer.
-    `channels` has a tap's channels, in order; `weights_sha256` covers names, shapes and values of the used weights.
-    `state` has the weights as they came; in `network`, batch norms may be folded into convolutions.
+    `channels` has the channels of each tap's features, in order; `weights_sha256` covers names, shapes and values of
+    the used weights. `state` has the weights as they came; in `network`, batch norms may be folded into convolutions.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        network: torch.nn.Module,
+        network: torch.nn.Module | OnnxNetwork,
         state: dict[str, torch.Tensor],
         channels: Sequence[int],
         device: torch.device,
@@ -145,9 +159,11 @@ class FrozenBackbone:
         import torch
 
         self.backbone = backbone
-        self.channels = list(channels)
         self.device = device
-        self._network = network.to(device)
+        self._network = network if isinstance(network, OnnxNetwork) else network.to(device)
+        strides = network.strides if isinstance(network, OnnxNetwork) else [backbone.stride] * len(channels)
+        self._finer = [backbone.pooled and stride < backbone.stride for stride in strides]
+        self.channels = [count * (1 + finer) for count, finer in zip(channels, self._finer, strict=True)]
         self._layout: torch.memory_format | None = None
         self._state = state
         # Held in float64: in float32, activations of DeepGaze IIE's ResNet-50 near 1800 move by up to 5e-3.
@@ -173,7 +189,7 @@ class FrozenBackbone:
         assert images.dtype == torch.uint8, images.dtype
         assert images.shape[3:] == (3,), images.shape
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        if layout != self._layout:
+        if layout != self._layout and isinstance(self._network, torch.nn.Module):
             self._network.to(memory_format=layout)
             self._layout = layout
         # TF32 convolutions, cuDNN's default, would make a GPU's features others than a CPU's.
@@ -181,7 +197,12 @@ class FrozenBackbone:
             # From page-locked memory, a GPU fetches them while it is still busy with what it was given before.
             source = images.pin_memory() if self.device.type == "cuda" and not images.is_cuda else images
             inputs = self._input(source.to(self.device, non_blocking=True).permute(0, 3, 1, 2))
-            return tap_outputs(self._network, self.backbone.taps, inputs.contiguous(memory_format=layout))
+            if isinstance(self._network, torch.nn.Module):
+                taps = tap_outputs(self._network, self.backbone.taps, inputs.contiguous(memory_format=layout))
+        if isinstance(self._network, OnnxNetwork):
+            taps = [tap.to(self.device) for tap in self._network(inputs)]
+        grid = self.backbone.readout_size((images.shape[1], images.shape[2]))
+        return [_pooled(tap, grid) if finer else tap for tap, finer in zip(taps, self._finer, strict=True)]
 
     def _input(self, images: torch.Tensor) -> torch.Tensor:
         """The network's input (B, 3, h, w) for uint8 images (B, 3, H, W)."""
@@ -196,7 +217,18 @@ class FrozenBackbone:
             pixels = interpolate(images.contiguous().float(), size, mode="bilinear", antialias=True)
         assert pixels.shape[2:] == size, (pixels.shape, size)
         # In place, so that each step is computed in float64 and rounded to float32 once.
-        return pixels.div_(255).sub_(self._mean).div_(self._std)
+        pixels.div_(255).sub_(self._mean).div_(self._std)
+        return pixels.flip(1) if self.backbone.bgr else pixels
+
+
+def _pooled(tap: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(B, h, w, 2 C): the mean and the maximum of a finer map (B, h_t, w_t, C) over each cell of a grid."""
+    import torch
+    from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
+
+    planes = tap.permute(0, 3, 1, 2)
+    both = torch.cat([adaptive_avg_pool2d(planes, grid), adaptive_max_pool2d(planes, grid)], 1)
+    return both.permute(0, 2, 3, 1).contiguous()
 
 
 def load_backbone(backbone: Backbone, device: torch.device | str = "cpu") -> FrozenBackbone:
@@ -208,12 +240,19 @@ def load_backbone(backbone: Backbone, device: torch.device | str = "cpu") -> Fro
     import torch
 
     device = torch.device(device)
+    if not backbone.timm_name:
+        graph = load_graph(backbone.weights, backbone.name, backbone.taps)
+        onnx = OnnxNetwork(graph, backbone.taps)
+        state = {GRAPH: torch.frombuffer(bytearray(graph), dtype=torch.uint8)}
+        return FrozenBackbone(backbone, onnx, state, onnx.channels, device)
     # On "meta" tensors have no values: what the source does not fill cannot compute anything.
     with torch.device("meta"):
-        network = timm.create_model(backbone.timm_name, pretrained=False).eval().requires_grad_(False)
-    _pad_same(network, backbone.static_padding)
+        how = {"dynamic_img_size": True} if backbone.multiple > 1 else {}
+        network = timm.create_model(backbone.timm_name, pretrained=False, **how).eval().requires_grad_(False)
+    pad_same(network, backbone.static_padding)
     expected = {key: value.shape for key, value in network.state_dict().items() if not is_counter(key)}
-    channels, normed = _truncate(network, backbone.taps)
+    size = backbone.input_size((64, 64)) if backbone.multiple > 1 else (64, 64)
+    channels, normed = truncate(network, backbone.taps, size)
     # `state` carries the layers' versions, without which load_state_dict would want the counters back.
     state = network.state_dict()
     weights = load_weights(backbone.weights, backbone.name, backbone.timm_name, expected, list(state))
@@ -222,128 +261,5 @@ def load_backbone(backbone: Backbone, device: torch.device | str = "cpu") -> Fro
     network.load_state_dict(state, strict=True, assign=True)
     assert not any(value.is_meta for value in network.state_dict().values()), backbone.name
     for conv, norm in normed:
-        _fold(network, conv, norm)
+        fold(network, conv, norm)
     return FrozenBackbone(backbone, network, weights, channels, device)
-
-
-class _LastTap(Exception):
-    """Ends a forward pass: everything wanted is there."""
-
-
-def tap_outputs(network: torch.nn.Module, taps: Sequence[str], inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Outputs (B, h_t, w_t, C_t) of the modules `taps` for inputs (B, 3, h, w); what follows the last is not run."""
-    import torch
-
-    found: dict[str, torch.Tensor] = {}
-
-    def hook(tap: str) -> Any:
-        def keep(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-            # A copy, as an in-place ReLU may follow; made outside inference mode, as autograd refuses its tensors.
-            with torch.inference_mode(False), torch.no_grad():
-                found[tap] = output.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-            if len(found) == len(taps):
-                raise _LastTap
-
-        return keep
-
-    handles = [network.get_submodule(tap).register_forward_hook(hook(tap)) for tap in taps]
-    try:
-        network(inputs)
-    except _LastTap:
-        return [found[tap] for tap in taps]
-    finally:
-        for handle in handles:
-            handle.remove()
-    raise AssertionError(f"taps that no forward pass reaches: {set(taps) - set(found)}")
-
-
-def _truncate(network: torch.nn.Module, taps: Sequence[str]) -> tuple[list[int], list[tuple[str, str]]]:
-    """Drops the weights of all layers that no tap needs, and batch counters.
-
-    Returns the taps' channels, and the convolutions, unless they are taps, each with the norm that reads its output.
-    """
-    import torch
-
-    normed: list[tuple[str, str]] = []
-    convolved: dict[int, tuple[str, torch.Tensor]] = {}  # by identity; kept, so that no other tensor gets the same
-
-    def pair(name: str) -> Any:
-        def note(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-            if isinstance(module, torch.nn.BatchNorm2d) and id(args[0]) in convolved:
-                normed.append((convolved[id(args[0])][0], name))
-            elif isinstance(module, torch.nn.Conv2d) and name not in taps:
-                convolved[id(output)] = (name, output)
-
-        return note
-
-    unused = {
-        name: module
-        for name, module in network.named_modules()
-        if [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    }
-
-    def hook(name: str) -> Any:
-        def mark(module: torch.nn.Module, args: Any) -> None:
-            unused.pop(name, None)
-
-        return mark
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in unused.items()]
-    handles += [module.register_forward_hook(pair(name)) for name, module in unused.items()]
-    channels = [output.shape[3] for output in tap_outputs(network, taps, torch.zeros(1, 3, 64, 64, device="meta"))]
-    for handle in handles:
-        handle.remove()
-    for name in unused:
-        network.set_submodule(name, torch.nn.Identity())
-    for module in network.modules():
-        if "num_batches_tracked" in module._buffers:
-            module._buffers["num_batches_tracked"] = None
-    return channels, normed
-
-
-def _fold(network: torch.nn.Module, conv_name: str, norm_name: str) -> None:
-    """Makes a frozen batch norm part of the convolution before it: one pass over the activations less."""
-    import torch
-
-    conv, norm = network.get_submodule(conv_name), network.get_submodule(norm_name)
-    assert isinstance(conv, torch.nn.Conv2d), conv_name
-    assert isinstance(norm, torch.nn.BatchNorm2d), norm_name
-    assert norm.running_mean is not None, norm_name
-    assert norm.running_var is not None, norm_name
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    before = 0.0 if conv.bias is None else conv.bias.double()
-    bias = norm.bias.double() + scale * (before - norm.running_mean.double())
-    weight = conv.weight.double() * scale[:, None, None, None]
-    conv.weight, conv.bias = (torch.nn.Parameter(value.float(), requires_grad=False) for value in (weight, bias))
-    # timm's batch norms hold the activation that follows them.
-    rest = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]
-    network.set_submodule(norm_name, torch.nn.Sequential(*rest))
-
-
-def _pad_same(network: torch.nn.Module, image_side: int | None) -> None:
-    """Has "same" convolutions, timm's `Conv2dSame`, pad as they convolve, instead of making a padded copy first.
-
-    With an image_side, they pad whatever the input as for a square image of that side, as efficientnet_pytorch does.
-    """
-    from timm.layers import Conv2dSame
-
-    for conv in network.modules():
-        if isinstance(conv, Conv2dSame):
-            conv.forward = functools.partial(_convolve_same, conv, image_side=image_side)  # type: ignore[method-assign]
-
-
-def _convolve_same(conv: torch.nn.Conv2d, x: torch.Tensor, image_side: int | None) -> torch.Tensor:
-    from torch.nn.functional import conv2d
-
-    kernel, stride = conv.kernel_size[0], conv.stride[0]
-    pads, first, cells = [], [], []
-    for length in x.shape[2:]:
-        # Each layer is padded as if it saw the whole image, not what the layers before have left of it.
-        seen = image_side or length
-        total = max((math.ceil(seen / stride) - 1) * stride + kernel - seen, 0)
-        # One more at the end than at the beginning is a stride more on both sides, without the first result.
-        first.append(total % 2)
-        pads.append(total // 2 + total % 2 * stride)
-        cells.append((length + total - kernel) // stride + 1)
-    y = conv2d(x, conv.weight, conv.bias, conv.stride, (pads[0], pads[1]), conv.dilation, conv.groups)
-    return y[:, :, first[0] : first[0] + cells[0], first[1] : first[1] + cells[1]]

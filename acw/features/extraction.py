@@ -11,7 +11,7 @@ import functools
 import itertools
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,11 @@ from acw.data import Stimulus
 from acw.features.backbone import Backbone, FrozenBackbone, load_backbone
 from acw.features.batch_size import Begun, Pace, Variant
 from acw.features.store import (
+    MANIFEST,
     SHARD_IMAGES,
     FeatureStore,
-    describe,
+    described,
+    moments_of,
     open_shard,
     open_store,
     pool,
@@ -57,6 +59,7 @@ def extract(
     workers: int = 0,
     accelerator: str = "auto",
     gpus_per_worker: float = 1.0,
+    joined: Collection[str] = (),
 ) -> tuple[dict[str, FeatureStore], Cost]:
     """Fills the backbones' stores by tasks on the Ray cluster, on GPUs or parts of them where `cluster.wants_gpus`.
 
@@ -64,12 +67,13 @@ def extract(
     ETag) is not read for that: files are replaced whole and flushed before they are noted, so that only a disk that
     returns other bytes than it was given could deceive, and that is for file systems to detect. Any other shard is
     read, by the tasks.
+    joined: names of those that views of several parts read.
     Returns the stores by the backbones' names, and what it cost. Raises UserError for weights that cannot be had, an
     image that cannot be decoded, or a root that cannot be written.
     """
     start = time.monotonic()
     hashes = {backbone.name: load_backbone(backbone).weights_sha256 for backbone in backbones}
-    folders = {b.name: store_folder(root, b, stimuli_fingerprint, hashes[b.name]) for b in backbones}
+    folders = {b.name: store_folder(root, b, stimuli_fingerprint, hashes[b.name], b.name in joined) for b in backbones}
     shards = range(-(-len(stimuli) // SHARD_IMAGES))
     doubtful = {b: _doubtful(folders[b.name], shards) for b in backbones}
     images, peak = 0, 0
@@ -78,7 +82,7 @@ def extract(
         open_shard.cache_clear()
     stores = {}
     for backbone in backbones:
-        manifest = folders[backbone.name] / "manifest.json"
+        manifest = folders[backbone.name] / MANIFEST
         if not fetch(manifest).exists():
             write_json(manifest, _manifest(manifest.parent, backbone, stimuli, hashes[backbone.name]))
         stores[backbone.name] = open_store(manifest.parent)
@@ -197,7 +201,7 @@ def write_shards(
     `decoders` threads decode images ahead, another one writes a shard while the next is computed. What is in memory at
     a time does not grow with the number of shards.
     """
-    remove(folder / "manifest.json")
+    remove(folder / MANIFEST)
     sizes = [_by_size(stimuli, shard) for shard in shards]
     groups = list(itertools.chain(*sizes))
     with ThreadPoolExecutor(decoders) as readers, ThreadPoolExecutor(1) as writer:
@@ -254,7 +258,7 @@ def _computed(
 
     def finished(still: int) -> Iterator[dict[str, Tensor]]:
         while len(begun) > still:
-            *taps, statistics, pooled = begun.popleft()()
+            *taps, statistics, moments, pooled = begun.popleft()()
             for position in range(len(pooled)):
                 index = next(order)
                 # Those of float16 are finite where all features are.
@@ -264,7 +268,8 @@ def _computed(
                         "and the preprocessing belong together"
                     )
                 entries = {f"{index}.tap{t}": tap[position] for t, tap in enumerate(taps)}
-                yield entries | {f"{index}.statistics": statistics[position], f"{index}.pooled": pooled[position]}
+                numbers = {"statistics": statistics, "moments": moments, "pooled": pooled}
+                yield entries | {f"{index}.{name}": values[position] for name, values in numbers.items()}
 
     for group in groups:
         left = len(group)
@@ -280,13 +285,16 @@ def _computed(
 def _begin(model: FrozenBackbone, backbone: Backbone, images: Tensor, variant: Variant) -> Begun:
     """Starts computing what is stored of uint8 images (B, H, W, 3) of one size.
 
-    Results: the taps in float16, the statistics (B, 2) and the pooled features (B, C) in float32.
+    Results: the taps in float16; in float32 the layer norm's statistics (B, 2), the channels' moments (B, 2, C) and the
+    pooled features (B, C).
     """
     taps = model.features(images, variant.channels_last)
     halved = [tap.half() for tap in taps]
     # Statistics of what is stored, so that training sees a layer norm of exactly its own input.
-    features = describe([tap.float() for tap in halved], backbone.readout_size((images.shape[1], images.shape[2])))
-    computed = [*halved, torch.stack([features.mean, features.variance], dim=1), pool(taps)]
+    readout = backbone.readout_size((images.shape[1], images.shape[2]))
+    moments = moments_of([tap.float() for tap in halved], readout)
+    features = described(halved, moments, readout)
+    computed = [*halved, torch.stack([features.mean, features.variance], dim=1), moments.float(), pool(taps)]
     if not computed[0].is_cuda:
         return lambda: computed
     # In a stream of their own, so that the device can go on with the next images; into page-locked memory.

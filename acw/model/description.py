@@ -10,7 +10,9 @@ from acw.features.backbone import Backbone
 from acw.storage.errors import UserError
 from acw.storage.files import fetch
 
-FORMAT = 2
+FORMAT = 3
+# Models of before there were views of several networks: each backbone is one.
+BACKBONES_ONLY = 2
 
 
 def stored_backbone(folder: Path, fields: dict[str, Any]) -> Backbone:
@@ -34,7 +36,9 @@ def describe(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no description of a model; copy the model anew") from error
-    if version != FORMAT:
+    if version == BACKBONES_ONLY:
+        description["views"] = [[backbone["name"]] for backbone in description["backbones"]]
+    elif version != FORMAT:
         raise UserError(f"{path}: format {version}, this acw reads {FORMAT}; use the acw that wrote it")
     for backbone in description["backbones"]:
         file = Path(backbone["weights"])

@@ -26,9 +26,11 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from acw.features import joined
 from acw.features.backbone import Backbone, FrozenBackbone, load_backbone
 from acw.features.store import compute
-from acw.features.tensors import Features
+from acw.features.tensors import Features, Standard
+from acw.features.view import View, parts_of
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads.center_bias import CenterBias
 from acw.heads.ensemble import ensemble, mixture
@@ -77,10 +79,11 @@ def _in_float32(method: Callable[Concatenate[Model, P], T]) -> Callable[Concaten
 class Model:
     """All that prediction needs, and where it comes from.
 
-    heads: per component the stacked parameters of its K heads. A component is a backbone with all of its heads or,
-    in a model of several `systems` that were trained jointly, each with weights of its own, with those of one system.
+    heads: per component the stacked parameters of its K heads. A component is a view with all of its heads or, in a
+    model of several `systems` that were trained jointly, each with weights of its own, with those of one system.
     weights: (G, C) float64, rows of `categories`, columns of `components`. center_bias: the stored KDE, baseline of IG;
-    finalizer_bias: what the heads add, it or the paper's.
+    finalizer_bias: what the heads add, it or Galván's. standards: by view, of those of several networks, what
+    standardises their channels.
     provenance: recipe, seeds, versions, commit, data set, split.
 
     one_backbone_at_a_time: set it to keep only the backbone in use in memory: of DeepGaze IIE's four, 90 MB instead of
@@ -88,7 +91,7 @@ class Model:
     by one `predict_batch`, not one by one.
     """
 
-    backbones: list[Backbone]
+    views: list[View]
     heads: dict[str, Parameters]
     finalizer: Finalizer
     categories: list[str]
@@ -99,6 +102,7 @@ class Model:
     classifier: CategoryClassifier
     provenance: dict[str, Any]
     systems: int = 1
+    standards: dict[str, Standard] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     one_backbone_at_a_time: bool = False
     _loaded: dict[str, FrozenBackbone] = field(default_factory=dict, repr=False)
@@ -191,21 +195,36 @@ class Model:
             passes += [(size, members[start : start + at_once]) for start in range(0, len(members), at_once)]
         densities: list[list[Tensor]] = [[] for _ in images]
         pooled: list[list[np.ndarray]] = [[] for _ in images]
-        for backbone in self.backbones:
-            for size, members in passes:
-                pixels = np.stack([images[index] for index in members])
-                features, means = compute(self.loaded(backbone), backbone, pixels)
-                mixed_BCHW = self._ensembles(backbone.name, features, biases[size], size)
-                for index, density, mean in zip(members, mixed_BCHW, means.double().cpu().numpy(), strict=True):
+        known: dict[tuple[str, int], tuple[Features, Tensor]] = {}  # of parts, by pass, that a later view reads too
+        for number, view in enumerate(self.views):
+            for at, (size, members) in enumerate(passes):
+                for part in view.parts:
+                    if (part.name, at) not in known:
+                        pixels = np.stack([images[index] for index in members])
+                        features, moments, means = compute(self.loaded(part), part, pixels)
+                        known[part.name, at] = features, moments
+                        for index, mean in zip(members, means.double().cpu().numpy(), strict=True):
+                            pooled[index].append(mean)
+                of_view = self._joined(view, [known[part.name, at] for part in view.parts], size)
+                mixed_BCHW = self._ensembles(view.name, of_view, biases[size], size)
+                for index, density in zip(members, mixed_BCHW, strict=True):
                     densities[index].append(density)
-                    pooled[index].append(mean)
+                later = {part.name for other in self.views[number + 1 :] for part in other.parts}
+                known = {key: value for key, value in known.items() if key[1] != at or key[0] in later}
         return [(torch.cat(d), np.concatenate(p)) for d, p in zip(densities, pooled, strict=True)]
 
-    def _ensembles(self, backbone: str, features: Features, bias_HW: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, systems, H, W): the densities of a backbone's components for images of `size` px."""
+    def _joined(self, view: View, parts: Sequence[tuple[Features, Tensor]], size: tuple[int, int]) -> Features:
+        """A view's features from those of its parts and their channels' moments, for images of `size` px."""
+        features, moments = zip(*parts, strict=True)
+        if len(parts) == 1:
+            return features[0]
+        return joined.join(features, moments, self.standards[view.name], view.readout_size(size))
+
+    def _ensembles(self, view: str, features: Features, bias_HW: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, systems, H, W): the densities of a view's components for images of `size` px."""
         area = self.finalizer.area(size)
         area = None if area is None else area.to(self.device)
-        banks = [self.heads[component] for component in self._components(backbone)]
+        banks = [self.heads[component] for component in self._components(view)]
         return torch.stack([ensemble(bank, features, bias_HW, self.finalizer, area) for bank in banks], 1)
 
     @torch.no_grad()
@@ -230,26 +249,31 @@ class Model:
         )
 
     @property
+    def backbones(self) -> list[Backbone]:
+        """The networks of all views, each once."""
+        return parts_of(self.views)
+
+    @property
     def names(self) -> list[str]:
-        """Of the backbones."""
-        return [backbone.name for backbone in self.backbones]
+        """Of the views."""
+        return [view.name for view in self.views]
 
     @property
     def components(self) -> list[str]:
-        """What the weights mix: the backbones, or each backbone in each system, a backbone's own next to each other."""
+        """What the weights mix: the views, or each view in each system, a view's own next to each other."""
         return [component for name in self.names for component in self._components(name)]
 
-    def _components(self, backbone: str) -> list[str]:
-        return [backbone] if self.systems == 1 else [f"{backbone}/{system}" for system in range(self.systems)]
+    def _components(self, view: str) -> list[str]:
+        return [view] if self.systems == 1 else [f"{view}/{system}" for system in range(self.systems)]
 
     @property
     def backbone_rows(self) -> dict[str, np.ndarray]:
-        """Backbone -> (C,) weights of the mixture that is the mean of its components."""
+        """View -> (C,) weights of the mixture that is the mean of its components."""
         rows = np.repeat(np.eye(len(self.names)), self.systems, axis=1) / self.systems
         return dict(zip(self.names, rows, strict=True))
 
     def by_backbone(self, weights: np.ndarray) -> np.ndarray:
-        """(..., B) weights of the backbones from those of the components (..., C)."""
+        """(..., B) weights of the views from those of the components (..., C)."""
         return weights.reshape(*weights.shape[:-1], len(self.names), self.systems).sum(-1)
 
     def mixing_weights(self, category: str | None, probabilities: np.ndarray) -> np.ndarray:
@@ -271,7 +295,7 @@ class Model:
         return self._densities([image])[0]
 
     def stored_log_densities(self, features: Sequence[Features], size: tuple[int, int]) -> Tensor:
-        """(C, H, W) the same for an image of `size` px from the backbones' features of it."""
+        """(C, H, W) the same for an image of `size` px from the views' features of it."""
         bias = self._bias(size)
         return torch.cat(
             [self._ensembles(name, one, bias, size)[0] for name, one in zip(self.names, features, strict=True)]
@@ -308,6 +332,7 @@ class Model:
         description = {
             "format": FORMAT,
             "backbones": backbones,
+            "views": [[part.name for part in view.parts] for view in self.views],
             "finalizer": dataclasses.asdict(self.finalizer),
             "systems": self.systems,
             "categories": self.categories,
@@ -333,7 +358,8 @@ class Model:
         return state | {name: torch.tensor(array) for name, array in self._arrays().items()}
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        arrays = {
+        constants = {f"standards/{name}": t.numpy() for name, t in joined.as_tensors(self.standards).items()}
+        arrays = constants | {
             "weights": self.weights,
             "global_weights": self.global_weights,
             "center_bias": self.center_bias.log_density,
@@ -363,7 +389,8 @@ class Model:
 
     @classmethod
     def _read(cls, folder: Path, description: dict[str, Any], device: torch.device) -> Model:
-        backbones = [stored_backbone(folder, fields) for fields in description["backbones"]]
+        backbones = {entry["name"]: stored_backbone(folder, entry) for entry in description["backbones"]}
+        views = [View(tuple(backbones[name] for name in parts)) for parts in description["views"]]
         stacked = load_file(fetch(folder / "heads.safetensors"), device=str(device))
         heads: dict[str, Parameters] = defaultdict(dict)
         for key, value in stacked.items():
@@ -372,8 +399,9 @@ class Model:
         finalizer = description["finalizer"]
         arrays = load_arrays(fetch(folder / "fusion.safetensors"))
         classifier = {name.partition(".")[2]: array for name, array in arrays.items() if name.startswith("classifier.")}
+        constants = {n.partition("/")[2]: torch.from_numpy(a) for n, a in arrays.items() if n.startswith("standards/")}
         return cls(
-            backbones,
+            views,
             heads,
             Finalizer(**finalizer | {"steps": tuple(tuple(step) for step in finalizer["steps"])}),
             description["categories"],
@@ -384,5 +412,6 @@ class Model:
             CategoryClassifier(**classifier, accuracy=description["classifier_accuracy"]),
             description["provenance"],
             description["systems"],
+            joined.from_tensors(constants),
             device,
         )

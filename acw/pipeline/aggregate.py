@@ -63,6 +63,7 @@ def _evaluate(
 
     from acw.cluster.tasks import submit
     from acw.evaluation.summary import per_image_csv, summarise
+    from acw.features import joined
     from acw.features.backbone import load_backbone
     from acw.fusion import out_of_fold
     from acw.report import figures
@@ -80,7 +81,8 @@ def _evaluate(
     training = training_set.training_set(dataset, split, recipe)
     predictions = out_of_fold.out_of_fold(recipe, dataset, training, split, heads, stores)
     fitted = _weights(job, predictions, systems)
-    model = assembly.assemble(recipe, dataset, split, heads, center_bias, classifier(), fitted, record)
+    standards = joined.read_standards(folder / joined.FILE)
+    model = assembly.assemble(recipe, dataset, split, heads, center_bias, classifier(), fitted, standards, record)
     model.save(folder / "model", networks)
     state = model.state_dict(networks)
     write_atomic(folder / "model.pth", lambda temporary: torch.save(state, temporary))

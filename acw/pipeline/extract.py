@@ -10,10 +10,10 @@ from acw.pipeline.job import Job, parse, stage
 
 @stage("features")
 def extract(job: Job) -> None:
-    """Fills the feature stores and notes in the run's folder which they are, and what that cost."""
+    """Fills the feature stores; leaves in the run's folder which they are, what standardises them, and what that cost."""
     from acw.cluster.costs import note
-    from acw.features import extraction
-    from acw.storage.addresses import shown
+    from acw.features import extraction, joined
+    from acw.storage.addresses import local, shown
     from acw.storage.errors import UserError
     from acw.storage.files import fetch, listing, write_json
 
@@ -26,6 +26,7 @@ def extract(job: Job) -> None:
         recipe.workers,
         recipe.accelerator,
         recipe.gpus_per_worker,
+        joined.parts_beside_others(recipe.views),
     )
     for name, store in stores.items():
         print(f"features {name}: {store.images} images in {shown(store.folder)}", flush=True)
@@ -36,6 +37,13 @@ def extract(job: Job) -> None:
             f"{path}: a backbone's weights have changed since this run's heads were trained on the old ones; "
             f"bring those back, or delete {job.folder}"
         )
+    if recipe.heads:
+        from acw.model.model import Model
+
+        constants = Model.load(local(recipe.heads)).standards
+    else:
+        constants = joined.standards(recipe.views, stores, job.split.development)
+    joined.write_standards(job.folder / joined.FILE, constants)
     write_json(path, found)
     note(job.folder, "features", cost)
 

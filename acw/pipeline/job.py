@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from acw.cluster.event_log import kept
 from acw.data import Dataset, Split, split
+from acw.features.view import JOIN
 from acw.pipeline.options import Parser, add_dataset_options, check_writable, local_path, read_dataset, root_folder
 from acw.recipes import RECIPES, Range, Recipe, derive, named_recipe
 from acw.storage.addresses import local, shown
@@ -21,7 +22,7 @@ from acw.storage.errors import UserError
 from acw.storage.files import fetch, plain_name, present, version
 
 if TYPE_CHECKING:
-    from acw.features.store import FeatureStore
+    from acw.features.joined import Store
 
 
 def _heads_of(model: Path) -> Path:
@@ -54,15 +55,19 @@ class Job:
         identity = fingerprint([self.recipe.fingerprint, self.dataset.fingerprint, self.dataset.blur_sigma, *heads])
         return self.root / f"{self.recipe.name}-{plain_name(self.dataset.name)}-{identity}"
 
-    def stores(self) -> dict[str, FeatureStore]:
-        """The features that jobs/extract.py left for this run, by backbone; raises UserError if it did not."""
+    def stores(self) -> dict[str, Store]:
+        """The features that jobs/extract.py left for this run, by view; raises UserError if it did not."""
+        from acw.features import joined
         from acw.features.store import open_store
 
         path = self.folder / "features.json"
         if not fetch(path).exists():
             raise UserError(f"{path}: features are not extracted yet; run jobs/extract.py with the same arguments")
         folders = json.loads(path.read_text(encoding="utf-8"))
-        return {name: open_store(self.root / "features" / folders[name]) for name in self.recipe.backbones}
+        parts = {
+            part.name: open_store(self.root / "features" / folders[part.name]) for part in self.recipe.backbone_values
+        }
+        return joined.of_views(self.recipe.views, parts, joined.read_standards(self.folder / joined.FILE))
 
 
 def parse(argv: Sequence[str], about: str) -> Job:
@@ -158,7 +163,7 @@ def _with_heads(recipe: Recipe) -> Recipe:
         "heads": shown(folder),
         "long_side": trained_with["long_side"],
         "taps": trained_with.get("taps", "own"),
-        "backbones": [backbone["name"] for backbone in model["backbones"]],
+        "backbones": [JOIN.join(parts) for parts in model["views"]],
         "weights": [f"{backbone['name']}={shown(folder / backbone['weights'])}" for backbone in model["backbones"]],
         "upsampling": model["finalizer"]["upsampling"],
         "density_cell": model["finalizer"]["cell"],
@@ -192,7 +197,8 @@ def _add_fields(parser: Parser, base: Recipe) -> None:
         default = ",".join(value) if isinstance(value, tuple) else str(value).lower()
         facts.append(f"default: {default or 'none'}")
         text = f"{field.metadata['help']} ({'; '.join(filter(None, facts))})".replace("%", "%%")
-        group.add_argument(f"--{field.name.replace('_', '-')}", help=text, **how)
+        names = [f"--{field.name.replace('_', '-')}", *(["--views"] if field.name == "backbones" else [])]
+        group.add_argument(*names, help=text, **how)
 
 
 def _read_overlay(location: str) -> dict[str, Any]:

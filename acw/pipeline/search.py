@@ -131,6 +131,7 @@ def _search(job: Job, space: Space, options: Options) -> Search:
 def _work(job: Job, space: Space, options: Options, folder: Path) -> Work:
     """What all trials share; extracts the features that the space's recipes need."""
     from acw.cluster.joining import connect
+    from acw.features import joined
     from acw.features.extraction import extract
     from acw.search.tuner import Work
     from acw.training.training_set import training_set
@@ -138,18 +139,21 @@ def _work(job: Job, space: Space, options: Options, folder: Path) -> Work:
     connect()
     recipe, dataset = job.recipe, job.dataset
     stores = {}
-    for one in space.recipes(recipe):
-        backbones = tuple(one.backbone_values)
-        if backbones not in stores:
-            stores[backbones], _ = extract(
+    for needed in space.recipes(recipe):
+        views = tuple(needed.views)
+        if views not in stores:
+            parts, _ = extract(
                 job.root,
-                backbones,
+                needed.backbone_values,
                 dataset.stimuli,
                 dataset.stimuli_fingerprint,
                 recipe.workers,
                 recipe.accelerator,
                 recipe.gpus_per_worker,
+                joined.parts_beside_others(views),
             )
+            constants = joined.standards(views, parts, job.split.development)
+            stores[views] = joined.of_views(views, parts, constants)
     return Work(recipe, options.folds, dataset, job.split, training_set(dataset, job.split, recipe), stores, folder)
 
 

@@ -11,7 +11,7 @@ import torch
 from acw.data import Dataset
 from acw.evaluation.gold_standard import GoldStandard
 from acw.evaluation.scoring import StoredDensities
-from acw.features.store import FeatureStore
+from acw.features.joined import Store
 from acw.fusion.category_weights import mix
 from acw.heads.finalizer import upsample
 from acw.model.model import Model
@@ -27,7 +27,7 @@ class Predictions:
 
     dataset: Dataset
     model: Model
-    stores: list[FeatureStore]
+    stores: list[Store]
     gold_standard: GoldStandard | None
 
     def __call__(self, image: str) -> Example:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from acw.features.store import FeatureStore
+from acw.features.joined import Store
 from acw.recipes import Recipe, derive
 from acw.training.bank import HYPERPARAMETERS, Bank, BankState, Head, above, checkpoint_path, stored
 from acw.training.batches import TrainingSet
@@ -70,7 +70,7 @@ def train_population(
     population: Population,
     folds: Sequence[int],
     training_set: TrainingSet,
-    stores: Mapping[str, FeatureStore],
+    stores: Mapping[str, Store],
     folder: Path,
     device: torch.device,
     location: Mapping[str, Any] | None = None,

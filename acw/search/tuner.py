@@ -19,8 +19,8 @@ from acw.cluster import event_log
 from acw.cluster.allocation import Allocation, allocate, location_of
 from acw.cluster.process import compute_with
 from acw.data import Dataset, Split
-from acw.features.backbone import Backbone
-from acw.features.store import FeatureStore
+from acw.features.joined import Store
+from acw.features.view import View
 from acw.recipes import Recipe, derive
 from acw.search.population import REDUCTION_FACTOR, RUNGS, Outcome, Population, train_population
 from acw.search.space import Search, Trialled
@@ -42,14 +42,14 @@ FAILED = -100.0
 
 @dataclass(frozen=True)
 class Work:
-    """What every trial gets. stores: the features by the backbones of a recipe, for all recipes of the space."""
+    """What every trial gets. stores: the features by the views of a recipe, for all recipes of the space."""
 
     recipe: Recipe
     folds: tuple[int, ...]
     dataset: Dataset
     split: Split
     training_set: TrainingSet
-    stores: dict[tuple[Backbone, ...], dict[str, FeatureStore]]
+    stores: dict[tuple[View, ...], dict[str, Store]]
     folder: Path
 
 
@@ -124,7 +124,7 @@ def _trial(config: dict[str, Any], work: Work, allocation: Allocation) -> None:
             population,
             work.folds,
             dataclasses.replace(work.training_set, finalizer_bias=biases),
-            work.stores[tuple(recipe.backbone_values)],
+            work.stores[tuple(recipe.views)],
             work.folder / "populations" / f"{population.number:03d}",
             device,
             location,

@@ -20,7 +20,7 @@ def local(location: str | Path) -> Path:
     if not text.startswith("s3://"):
         return Path(location)
     bucket, key = parts(text)
-    return _cache_folder() / bucket / key
+    return _mirror() / bucket / key
 
 
 def expanded(location: str | Path) -> Path:
@@ -31,20 +31,25 @@ def expanded(location: str | Path) -> Path:
         raise UserError(f"{location}: there is no such home directory; write the path in full") from None
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where this node keeps copies of what is elsewhere: ACW_CACHE, or ~/.cache."""
     folder = os.environ.get("ACW_CACHE") or "~/.cache"
     try:
-        return expanded(folder).resolve() / CACHE_FOLDER
+        return expanded(folder).resolve()
     except UserError:
         raise UserError(
-            f"{folder}: there is no home directory for copies of what is in S3; set ACW_CACHE to a folder for them"
+            f"{folder}: there is no home directory for copies of what is elsewhere; set ACW_CACHE to a folder for them"
         ) from None
+
+
+def _mirror() -> Path:
+    return cache_folder() / CACHE_FOLDER
 
 
 def shown(text: str | Path) -> str:
     """A path, or a text with paths in it, with s3:// addresses for what is in S3."""
     try:
-        return str(text).replace(f"{_cache_folder()}/", "s3://")
+        return str(text).replace(f"{_mirror()}/", "s3://")
     except UserError:  # without a place for copies there are none
         return str(text)
 

@@ -1,4 +1,4 @@
-"""Batches for training: one backbone's features, read ahead, and the fixations on the density grid."""
+"""Batches for training: one view's features, read ahead, and the fixations on the density grid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acw.features.store import FeatureStore
+from acw.features.joined import Store
 from acw.features.tensors import Features
 from acw.heads.center_bias import CenterBias
 from acw.heads.finalizer import Finalizer
@@ -59,7 +59,7 @@ class Batch:
 
 
 def group_by_shape(
-    stores: Iterable[FeatureStore],
+    stores: Iterable[Store],
     sizes: Sequence[tuple[int, int]],
     indices: Sequence[int] | np.ndarray,
     finalizer: Finalizer,
@@ -78,11 +78,9 @@ def group_by_shape(
 
 
 class Batches:
-    """Serves one backbone's features with their targets."""
+    """Serves one view's features with their targets."""
 
-    def __init__(
-        self, training_set: TrainingSet, store: FeatureStore, finalizer: Finalizer, device: torch.device
-    ) -> None:
+    def __init__(self, training_set: TrainingSet, store: Store, finalizer: Finalizer, device: torch.device) -> None:
         self.training_set, self.store, self.finalizer, self.device = training_set, store, finalizer, device
         self.offsets = np.searchsorted(training_set.image, np.arange(len(training_set.sizes) + 1))
         self._biases: dict[tuple[str, tuple[int, int], float], Tensor] = {}

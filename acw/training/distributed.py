@@ -16,7 +16,7 @@ from acw.cluster import event_log
 from acw.cluster.allocation import Allocation, allocate, capacity, location_of
 from acw.cluster.costs import Cost, peak_rss
 from acw.cluster.process import compute_with
-from acw.features.store import FeatureStore
+from acw.features.joined import Store
 from acw.heads.readout import Parameters
 from acw.recipes import Recipe
 from acw.storage.errors import UserError
@@ -40,7 +40,7 @@ class Work:
 
     recipe: Recipe
     training_set: TrainingSet
-    stores: dict[str, FeatureStore]
+    stores: dict[str, Store]
     folder: Path
     allocation: Allocation
     coordinator: Any
@@ -49,7 +49,7 @@ class Work:
 def train(
     recipe: Recipe,
     training_set: TrainingSet,
-    stores: dict[str, FeatureStore],
+    stores: dict[str, Store],
     folder: Path,
     report: Report = lambda _: None,
 ) -> Cost:
@@ -192,7 +192,7 @@ def _train_while_scheduled(work: Work, bank: Bank, device: torch.device, locatio
     return ray.get(work.coordinator.next_unit.remote(rank))
 
 
-def _left(progress: Progress, store: FeatureStore) -> tuple[float, float]:
+def _left(progress: Progress, store: Store) -> tuple[float, float]:
     """What is left of a bank, as far as can be told, and what its next epoch takes; in no unit, but the same for all.
 
     An epoch of a head: the first layer over all channels and cells, the later layers, which cost about as much as 1,500

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acw.cluster.costs import peak_rss
-from acw.features.store import FeatureStore
+from acw.features.joined import Store
 from acw.features.tensors import Features
 from acw.heads import readout as bank_of_heads
 from acw.heads.finalizer import Finalizer, finalize
@@ -47,7 +47,7 @@ class JointSet:
     training: TrainingSet
     category: np.ndarray
     categories: int
-    stores: dict[str, FeatureStore]
+    stores: dict[str, Store]
 
 
 @dataclass

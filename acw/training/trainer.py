@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from acw.cluster.costs import peak_rss
-from acw.features.store import FeatureStore
+from acw.features.joined import Store
 from acw.heads import readout as bank_of_heads
 from acw.heads.readout import Parameters
 from acw.recipes import Recipe
@@ -44,7 +44,7 @@ def train_epochs(
     recipe: Recipe,
     bank: Bank,
     training_set: TrainingSet,
-    store: FeatureStore,
+    store: Store,
     folder: Path,
     device: torch.device,
     location: Mapping[str, Any] | None = None,
