@@ -247,7 +247,7 @@ def load_backbone(backbone: Backbone, device: torch.device | str = "cpu") -> Fro
         return FrozenBackbone(backbone, onnx, state, onnx.channels, device)
     # On "meta" tensors have no values: what the source does not fill cannot compute anything.
     with torch.device("meta"):
-        how = {"dynamic_img_size": True} if backbone.multiple > 1 else {}
+        how: dict[str, Any] = {"dynamic_img_size": True} if backbone.multiple > 1 else {}
         network = timm.create_model(backbone.timm_name, pretrained=False, **how).eval().requires_grad_(False)
     pad_same(network, backbone.static_padding)
     expected = {key: value.shape for key, value in network.state_dict().items() if not is_counter(key)}

@@ -1,4 +1,4 @@
-"""Surgery on a backbone's PyTorch network: the outputs of its taps, the layers that none needs, folded norms, padding."""
+"""Surgery on a backbone's PyTorch network: its taps' outputs, the layers that none needs, folded norms, padding."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tap_outputs(network: torch.nn.Module, taps: Sequence[str], inputs: torch.Ten
 
 
 def tokens_on_grid(network: Any, tokens: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """(B, h, w, C): a vision transformer's tokens (B, N, C) of the patches of inputs (B, 3, h, w), without the others."""
+    """(B, h, w, C): a vision transformer's tokens (B, N, C) for inputs (B, 3, h, w), those of patches alone."""
     rows, columns = network.patch_embed.dynamic_feat_size((inputs.shape[2], inputs.shape[3]))
     return tokens[:, network.num_prefix_tokens :].unflatten(1, (rows, columns))
 

@@ -59,10 +59,8 @@ class OnnxNetwork:
         import torch
 
         # One image at a time: a result then never depends on which images it was computed with.
-        images = [
-            self._session.run(self.outputs, {self._input: image.contiguous().numpy()})
-            for image in inputs.cpu().split(1)
-        ]
+        single = [image.contiguous().numpy() for image in inputs.cpu().split(1)]
+        images = [self._session.run(self.outputs, {self._input: image}) for image in single]
         layers = (torch.cat([torch.from_numpy(output) for output in outputs]) for outputs in zip(*images, strict=True))
         return [layer.permute(0, 2, 3, 1).contiguous() for layer in layers]
 

@@ -72,7 +72,7 @@ class FeatureStore:
         return (self,)
 
     def moments(self, indices: Sequence[int] | np.ndarray) -> Tensor:
-        """(len(indices), 2, C) float32: each channel's mean and mean square over the image, as `moments_of` has them."""
+        """(len(indices), 2, C) float32: each channel's mean and mean square over the image, as of `moments_of`."""
         return torch.stack([self._reader(int(i) // SHARD_IMAGES).get_tensor(f"{int(i)}.moments") for i in indices])
 
     def pooled(self, indices: Sequence[int] | np.ndarray) -> Tensor:
@@ -127,7 +127,7 @@ def open_store(folder: Path) -> FeatureStore:
 def store_folder(
     root: Path, backbone: Backbone, stimuli_fingerprint: str, weights_sha256: str, joined: bool = False
 ) -> Path:
-    """The folder of a store; joined: whether a view of several parts will read it, which not every old one can serve."""
+    """The folder of a store; joined: whether a view of several parts will read it, which old ones cannot serve."""
     identity = {"stimuli": stimuli_fingerprint, "backbone": backbone.fingerprint_fields(), "weights": weights_sha256}
     now, before = (
         root / "features" / f"{backbone.name}-{fingerprint({'format': number, **identity})}"
@@ -185,7 +185,7 @@ def verify(folder: Path, shard: int) -> bool:
 
 
 def compute(model: FrozenBackbone, backbone: Backbone, pixels: np.ndarray) -> tuple[Features, Tensor, Tensor]:
-    """Features of uint8 images (B, H, W, 3) of one size, their channels' moments (B, 2, C) and pooled features (B, C)."""
+    """Features of uint8 images (B, H, W, 3) of one size, their moments (B, 2, C) and pooled features (B, C)."""
     # Views that PyTorch cannot share, such as read-only or mirrored ones, are copied.
     taps = model.features(torch.from_numpy(np.require(pixels, requirements=["C", "W"])))
     readout = backbone.readout_size((pixels.shape[1], pixels.shape[2]))

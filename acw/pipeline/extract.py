@@ -10,7 +10,7 @@ from acw.pipeline.job import Job, parse, stage
 
 @stage("features")
 def extract(job: Job) -> None:
-    """Fills the feature stores; leaves in the run's folder which they are, what standardises them, and what that cost."""
+    """Fills the feature stores; leaves in the run's folder which they are, their constants, and what that cost."""
     from acw.cluster.costs import note
     from acw.features import extraction, joined
     from acw.storage.addresses import local, shown
