@@ -31,9 +31,10 @@ from torch.nn.functional import interpolate
 
 from acw.data import Stimulus
 from acw.data.images import decode_image
-from acw.features.backbone import Backbone, load_backbone, tap_outputs
+from acw.features.backbone import Backbone, load_backbone
 from acw.features.batch_size import Pace
 from acw.features.extraction import write_shards
+from acw.features.network import tap_outputs
 from acw.features.store import shard_path
 from acw.features.weights import load_weights
 from acw.features.zoo import BACKBONES

@@ -30,6 +30,7 @@ from acw.data import Dataset, Stimulus, pysaliency_compat
 from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Target, score_mixtures
 from acw.evaluation.sauc import MeanPrediction, reduced, shuffled_aucs
 from acw.evaluation.scoring import Scoring, score_images
+from acw.features.view import View
 from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads import finalizer
@@ -81,7 +82,7 @@ def scoring(images: int) -> Scoring:
         np.zeros(POOLED), np.ones(POOLED), generator.normal(size=(CATEGORIES, POOLED)), np.zeros(CATEGORIES), 0.5
     )
     model = Model(
-        backbones=[dataclasses.replace(BACKBONES["lite0"], name=f"b{b}") for b in range(BACKBONE_COUNT)],
+        views=[View((dataclasses.replace(BACKBONES["lite0"], name=f"b{b}"),)) for b in range(BACKBONE_COUNT)],
         heads={},
         finalizer=Finalizer(cell=CELL),
         categories=list(data.categories),

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from acw.features.backbone import Backbone, FrozenBackbone, load_backbone
 from acw.features.store import compute
 from acw.features.tensors import Features
+from acw.features.view import View
 from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads import readout
@@ -191,7 +192,7 @@ def random_model() -> Model:
     classifier = CategoryClassifier(np.zeros(pooled), np.ones(pooled), np.zeros((1, pooled)), np.zeros(1), 1.0)
     bias = fixed_gaussian()
     return Model(
-        backbones,
+        [View((backbone,)) for backbone in backbones],
         banks,
         Finalizer(cell=CELL),
         ["all"],

@@ -20,7 +20,8 @@ import torch
 from timm.layers import Conv2dSame
 from torch.nn import functional
 
-from acw.features.backbone import Backbone, FrozenBackbone, _pad_same, load_backbone, tap_outputs
+from acw.features.backbone import Backbone, FrozenBackbone, load_backbone
+from acw.features.network import pad_same, tap_outputs
 from acw.features.weights import load_weights, read_weights
 from acw.features.zoo import BACKBONES
 from acw.storage.errors import UserError
@@ -155,7 +156,7 @@ def test_same_convolutions_see_what_a_padded_copy_would_show_them(
         functional.pad(x, (total // 2, total - total // 2) * 2), conv.weight, conv.bias, stride, groups=2
     )
     for side, expected in ((None, dynamic), (37, static)):
-        _pad_same(conv, side)
+        pad_same(conv, side)
         torch.testing.assert_close(conv(x), expected, rtol=0, atol=1e-6)
 
 

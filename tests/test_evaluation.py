@@ -27,6 +27,7 @@ from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Targe
 from acw.evaluation.sauc import MeanPrediction
 from acw.evaluation.scoring import REFERENCES, Scores, Scoring, score_images
 from acw.evaluation.summary import per_image_csv, summarise, table
+from acw.features.view import View
 from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads import finalizer
@@ -92,7 +93,7 @@ def dataset() -> Dataset:
 def model() -> Model:
     generator = np.random.default_rng(2)
     return Model(
-        backbones=[dataclasses.replace(BACKBONES["lite0"], name=name) for name in BACKBONE_NAMES],
+        views=[View((dataclasses.replace(BACKBONES["lite0"], name=name),)) for name in BACKBONE_NAMES],
         heads={},
         finalizer=Finalizer(cell=CELL),
         categories=list(CATEGORIES),

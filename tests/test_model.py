@@ -16,6 +16,7 @@ from scipy.special import logsumexp
 from acw import load
 from acw.features.backbone import Backbone, load_backbone
 from acw.features.store import compute
+from acw.features.view import View
 from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads import ensemble as ensembles
@@ -65,7 +66,7 @@ def model() -> Model:
     )
     x, y = numbers.normal(0.5, 0.1, (2, 200)).clip(0, 0.99)
     return Model(
-        backbones,
+        [View((backbone,)) for backbone in backbones],
         banks,
         finalizer=Finalizer(),
         categories=CATEGORIES,
@@ -140,7 +141,7 @@ def test_an_ensemble_is_the_mean_density_of_all_its_heads(
     grid = (10, 12)
     monkeypatch.setitem(ensembles.CELLS_AT_ONCE, "cpu", int(maps_at_once * grid[0] * grid[1]))
     pixels = np.stack([image(80, 96), image(80, 96)[::-1], image(80, 96)[:, ::-1]])
-    features, _ = compute(load_backbone(model.backbones[0]), model.backbones[0], pixels)
+    features, *_ = compute(load_backbone(model.backbones[0]), model.backbones[0], pixels)
     bank, bias = model.heads["lite0"], torch.from_numpy(model.finalizer_bias.of_size(grid))
     scores = finalizer.finalize(bank, readout.readout(bank, features), bias.expand(HEADS, -1, -1), Finalizer())
     expected = finalizer.log_mean_exp(finalizer.normalise(scores.double()))

@@ -17,6 +17,7 @@ from acw.data import pysaliency_compat
 from acw.data.images import decode_image
 from acw.evaluation import submission
 from acw.features.backbone import load_backbone
+from acw.features.view import View
 from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads.center_bias import fixed_gaussian
@@ -41,7 +42,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bank["conv5.weight"] *= 30
     dimensions = 2 * channels
     model = Model(
-        backbones,
+        [View((backbone,)) for backbone in backbones],
         banks,
         finalizer=Finalizer(),
         categories=["Art", "Street"],

