@@ -305,7 +305,8 @@ def test_a_model_of_joined_views_is_saved_with_its_networks_and_predicts_the_sam
         np.testing.assert_allclose(other.predict(image).log_density, expected.log_density, rtol=0, atol=1e-5)
     assert set(expected.weights) == {"lite0+detector", "detector"}
     # The joined view's density depends on both of its networks.
-    moved = dataclasses.replace(model, standards={views[0].name: Standard(standard.mean, standard.scale * 2)})
+    scale = torch.cat([standard.scale[: channels[0]], 5 * standard.scale[channels[0] :]])
+    moved = dataclasses.replace(model, standards={views[0].name: Standard(standard.mean, scale)})
     assert np.abs(moved.predict(image).log_density - expected.log_density).max() > 1e-3
 
 

@@ -41,7 +41,7 @@ class Backbone:
     are padded, whatever the input; None pads for the input at hand. `multiple`: the input's sides are multiples of so
     many px, as of a transformer's patch. `pooled`: taps finer than the readout's grid are brought to it as they are
     computed, by their mean and their maximum over a cell, side by side. `bgr`: the network wants the channels reversed.
-    `licence`: of the weights.
+    `licence`: of the weights, where they come out of a package.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Backbone:
     multiple: int = 1
     pooled: bool = False
     bgr: bool = False
-    licence: str = "trained on ImageNet, whose pictures are for research that is not commercial"
+    licence: str = ""
 
     def __post_init__(self) -> None:
         assert (self.downscale is None) != (self.long_side is None), self.name

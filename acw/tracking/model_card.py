@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from acw.evaluation.metrics import in_order
+from acw.features import wheels
 from acw.features.backbone import Backbone
 from acw.recipes import Recipe
 
@@ -25,8 +26,9 @@ LICENCES = {
 TEMPLATE = """\
 # acw: where people look in a picture
 
-For an RGB picture, a probability density over its pixels of where people look. Frozen ImageNet backbones \
-({backbones}), {heads} readout heads on each, and their densities mixed with weights \
+For an RGB picture, a probability density over its pixels of where people look. Frozen networks \
+({backbones}; joined by + where one head reads several), {heads} readout heads on each, and their densities mixed with \
+weights \
 for the picture's category, which is inferred where it is not given. Recipe `{recipe}`, commit {commit}.
 
 ## Data and split
@@ -58,8 +60,8 @@ elsewhere.
 
 ## Licences
 
-Data: {licence}. Code: MIT. The backbones were trained on ImageNet, whose pictures are for research that is not \
-commercial. Their weights:
+Data: {licence}. Code: MIT. Backbones trained on ImageNet saw pictures that are for research that is not \
+commercial. The weights:
 
 {weights}
 """
@@ -98,6 +100,8 @@ def description(card: str) -> str:
 
 def licence(backbone: Backbone) -> str:
     """Of a backbone's weights, in words."""
+    if wheels.parse(backbone.weights):
+        return backbone.licence
     if backbone.weights == "timm":
         from timm.models import get_pretrained_cfg
 
@@ -112,6 +116,7 @@ def _weights(recipe: Recipe) -> Iterator[str]:
     yield "|---|---|---|"
     for backbone in recipe.backbone_values:
         folder, _, file = backbone.weights.rpartition("/")
+        file = file.partition("#")[0]
         yield f"| {backbone.name} | {file.replace('|', ' ') if folder else backbone.weights} | {licence(backbone)} |"
 
 
