@@ -24,6 +24,7 @@ from acw.heads import finalizer, readout
 from acw.heads.center_bias import fixed_gaussian, kde
 from acw.heads.ensemble import ensemble, mixture
 from acw.heads.finalizer import Finalizer
+from acw.model import files
 from acw.model import model as prediction
 from acw.model.arguments import as_image
 from acw.model.model import Model
@@ -82,7 +83,7 @@ def model() -> Model:
 @pytest.fixture(scope="module")
 def folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = tmp_path_factory.mktemp("run") / "model"
-    model.save(result, [load_backbone(one) for one in model.backbones])
+    files.save(model, result, [load_backbone(one) for one in model.backbones])
     return result
 
 

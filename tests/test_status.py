@@ -218,9 +218,10 @@ def test_an_interrupted_run(tmp_path: Path) -> None:
     program = """
 import os, sys, types
 from pathlib import Path
-from acw import recipes
+from acw.recipes import named_recipe
 from acw.pipeline.job import stage
-job = types.SimpleNamespace(folder=Path(sys.argv[1]), recipe=recipes.demo(), dataset=types.SimpleNamespace(stimuli=[]))
+dataset = types.SimpleNamespace(stimuli=[])
+job = types.SimpleNamespace(folder=Path(sys.argv[1]), recipe=named_recipe("demo"), dataset=dataset)
 stage("training")(lambda job: os.kill(os.getpid(), 9))(job)
 """
     (tmp_path / "recipe.json").write_text(json.dumps({"recipe": dataclasses.asdict(RECIPE)}), encoding="utf-8")

@@ -23,6 +23,7 @@ from acw.fusion.classifier import CategoryClassifier
 from acw.heads.center_bias import fixed_gaussian
 from acw.heads.finalizer import Finalizer
 from acw.heads.readout import new_heads
+from acw.model import files
 from acw.model.model import Model
 from acw.storage.errors import UserError
 
@@ -56,7 +57,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         provenance={"recipe": {"name": "made up"}, "seed": 0},
     )
     folder = tmp_path_factory.mktemp("run")
-    model.save(folder / "model", networks)
+    files.save(model, folder / "model", networks)
     return folder
 
 

@@ -28,6 +28,7 @@ from acw.fusion.classifier import CategoryClassifier
 from acw.heads.center_bias import fixed_gaussian
 from acw.heads.finalizer import Finalizer
 from acw.heads.readout import new_heads
+from acw.model import files
 from acw.model.model import Model
 from acw.recipes import Recipe, derive, named_recipe
 from acw.storage.errors import UserError
@@ -88,7 +89,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def write_run(folder: Path, model: Model, ig: np.ndarray, fingerprint: str = "data") -> Path:
     """A run's folder as the aggregate job leaves it."""
-    model.save(folder / "model", [model._loaded[name] for name in model.names])
+    files.save(model, folder / "model", [model._loaded[name] for name in model.names])
     record = {"recipe": dataclasses.asdict(RECIPE), "command": "pipeline.py gaze", "versions": {"torch": "2"}}
     record |= {"commit": "unknown", "seed": 0, "split_hash": "split", "dataset": {"fingerprint": fingerprint}}
     write_json(folder / "recipe.json", record)

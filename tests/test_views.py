@@ -36,6 +36,7 @@ from acw.fusion.classifier import CategoryClassifier
 from acw.heads import readout
 from acw.heads.center_bias import fixed_gaussian
 from acw.heads.finalizer import Finalizer
+from acw.model import files
 from acw.model.model import Model
 from acw.pipeline.job import parse
 from acw.recipes import derive, named_recipe
@@ -296,7 +297,7 @@ def test_a_model_of_joined_views_is_saved_with_its_networks_and_predicts_the_sam
         fixed_gaussian(), classifier, {}, standards={views[0].name: standard},
     )  # fmt: skip
     assert model.names == ["lite0+detector", "detector"]
-    model.save(tmp_path / "model", networks)
+    files.save(model, tmp_path / "model", networks)
     image = pixels(70, 100)
     expected = model.predict(image)
     onnx_file.unlink()

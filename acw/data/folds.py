@@ -34,6 +34,12 @@ class Split:
                 "add images or give a larger --holdout"
             )
 
+    def with_held_out(self) -> Split:
+        """The same split with the held-out images dealt into the folds: for a model that is not scored any more."""
+        fold = self.fold.copy()
+        fold[self.held_out] = np.arange(len(self.held_out)) % (self.fold.max() + 1)
+        return Split(fold, fingerprint([self.hash, "with held out"]))
+
     @property
     def development(self) -> np.ndarray:
         """Indices of all other images."""

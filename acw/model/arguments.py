@@ -111,8 +111,19 @@ def _bytes(array: np.ndarray, name: str) -> np.ndarray:
     return array.astype(np.uint8)
 
 
-def paired(images: Iterable[Any], categories: Iterable[str | None]) -> Iterator[tuple[Any, str | None]]:
-    """Images, each with its category; raises ValueError where the ones end before the others."""
+def paired(images: Any, categories: Iterable[str | None] | None) -> Iterator[tuple[Any, str | None]]:
+    """Several images, each with its category or None; raises ValueError for what is one image, or categories for all,
+    at once, and where the ones end before the others when it comes to that."""
+    shape = tuple(images.shape) if isinstance(images, np.ndarray | torch.Tensor) else None
+    if isinstance(images, str | bytes) or not isinstance(images, Iterable) or (shape and len(shape) != 4):
+        found = f"an array {shape}" if shape else type(images).__name__
+        raise ValueError(f"predict_batch takes several images, not {found}; predict takes one")
+    if isinstance(categories, str):
+        raise ValueError(f"categories are one an image, not '{categories}' for all; give a list")
+    return ((image, None) for image in images) if categories is None else _zipped(images, categories)
+
+
+def _zipped(images: Iterable[Any], categories: Iterable[str | None]) -> Iterator[tuple[Any, str | None]]:
     nothing: Any = object()
     for number, (image, category) in enumerate(zip_longest(images, categories, fillvalue=nothing)):
         if image is nothing or category is nothing:

@@ -14,6 +14,7 @@ from acw.fusion.classifier import CategoryClassifier
 from acw.fusion.weights import Fusion
 from acw.heads.center_bias import CenterBias
 from acw.heads.readout import Parameters, concatenate
+from acw.model import files
 from acw.model.model import Model
 from acw.recipes import Recipe
 from acw.storage.addresses import local
@@ -28,7 +29,7 @@ def heads_by_fold(
 ) -> list[dict[str, Parameters]]:
     """Per fold and backbone the heads that make a run's model; the one entry of a model that is taken as it is."""
     if recipe.heads:
-        return [Model.load(local(recipe.heads)).heads]
+        return [files.load(local(recipe.heads)).heads]
     if recipe.joint:
         return [{name: system.heads(name) for name in recipe.backbones} for system in systems]
     return best_heads(recipe, banks)

@@ -8,22 +8,16 @@ for prediction in model.predict_batch(images): ...         # many images, in ord
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from acw.features import joined
@@ -37,9 +31,7 @@ from acw.heads.ensemble import ensemble, mixture
 from acw.heads.finalizer import Finalizer
 from acw.heads.readout import Parameters
 from acw.model.arguments import as_center_bias, as_device, as_image, paired
-from acw.model.description import FORMAT, describe, stored_backbone
 from acw.storage.errors import UserError
-from acw.storage.files import fetch, write_atomic, write_json
 
 # Pixels of the images that pass the backbones together; bounds memory, does not change a number beyond rounding.
 PIXELS_AT_ONCE = {"cpu": 2**21, "cuda": 2**23}
@@ -135,17 +127,7 @@ class Model:
         come from a generator; images of one size in a window pass the backbones together. Raises as `predict` does,
         before the window with the wrong image.
         """
-        shape = tuple(images.shape) if isinstance(images, np.ndarray | Tensor) else None
-        if isinstance(images, str | bytes) or not isinstance(images, Iterable) or (shape and len(shape) != 4):
-            found = f"an array {shape}" if shape else type(images).__name__
-            raise ValueError(f"predict_batch takes several images, not {found}; predict takes one")
-        if isinstance(categories, str):
-            raise ValueError(f"categories are one an image, not '{categories}' for all; give a list")
-        if categories is None:
-            pairs: Iterable[tuple[Any, str | None]] = ((image, None) for image in images)
-        else:
-            pairs = paired(images, categories)
-        return self._predicted(pairs)
+        return self._predicted(paired(images, categories))
 
     def _predicted(self, pairs: Iterable[tuple[Any, str | None]]) -> Iterator[Prediction]:
         for window in self._windows(pairs):
@@ -316,102 +298,3 @@ class Model:
                 self._loaded.clear()
             self._loaded[backbone.name] = load_backbone(backbone, self.device)
         return self._loaded[backbone.name]
-
-    def save(self, folder: Path, networks: Sequence[FrozenBackbone]) -> None:
-        """Writes the model with its backbones' weights, so that it needs no other file; model.json comes last."""
-        backbones = []
-        for backbone, network in zip(self.backbones, networks, strict=True):
-            file = f"backbone-{network.weights_sha256[:16]}.safetensors"
-            state = network.state()
-            write_atomic(folder / file, functools.partial(save_file, state))
-            backbones.append(dataclasses.asdict(backbone) | {"weights": file, "source": backbone.weights})
-        heads = {f"{name}/{key}": value for name, bank in self.heads.items() for key, value in bank.items()}
-        write_atomic(folder / "heads.safetensors", lambda temporary: save_file(heads, temporary))
-        arrays = self._arrays()
-        write_atomic(folder / "fusion.safetensors", lambda temporary: save_arrays(arrays, temporary))
-        description = {
-            "format": FORMAT,
-            "backbones": backbones,
-            "views": [[part.name for part in view.parts] for view in self.views],
-            "finalizer": dataclasses.asdict(self.finalizer),
-            "systems": self.systems,
-            "categories": self.categories,
-            "center_bias": [self.center_bias.bandwidth, self.center_bias.uniform_weight],
-            "finalizer_bias": [self.finalizer_bias.bandwidth, self.finalizer_bias.uniform_weight],
-            "classifier_accuracy": self.classifier.accuracy,
-            "provenance": self.provenance,
-        }
-        write_json(folder / "model.json", description)
-
-    def state_dict(self, networks: Sequence[FrozenBackbone]) -> dict[str, Tensor]:
-        """Every tensor of the model by name, such as `heads/lite0/conv0.weight`: for those who want to read a plain
-        PyTorch file. What they mean together is in `save`'s model.json."""
-        state = {
-            f"backbones/{b.name}/{k}": v
-            for b, n in zip(self.backbones, networks, strict=True)
-            for k, v in n.state().items()
-        }
-        state |= {
-            f"heads/{name}/{key}": value.cpu() for name, bank in self.heads.items() for key, value in bank.items()
-        }
-        # Copied: arrays of Ray's are read-only, of which torch warns.
-        return state | {name: torch.tensor(array) for name, array in self._arrays().items()}
-
-    def _arrays(self) -> dict[str, np.ndarray]:
-        constants = {f"standards/{name}": t.numpy() for name, t in joined.as_tensors(self.standards).items()}
-        arrays = constants | {
-            "weights": self.weights,
-            "global_weights": self.global_weights,
-            "center_bias": self.center_bias.log_density,
-            "finalizer_bias": self.finalizer_bias.log_density,
-            "classifier.mean": self.classifier.mean,
-            "classifier.scale": self.classifier.scale,
-            "classifier.weight": self.classifier.weight,
-            "classifier.bias": self.classifier.bias,
-        }
-        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-
-    @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu") -> Model:
-        """The model of a folder that `save` wrote; raises UserError where there is none, or a damaged one.
-
-        It may come from anywhere: numbers and names are all that is taken from it, never code.
-        """
-        try:
-            return cls._read(folder, describe(folder), as_device(device))
-        except UserError:
-            raise
-        except PermissionError as error:
-            raise UserError(f"{folder}: the model cannot be read ({error}); correct its files' permissions") from error
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise UserError(f"{folder}: this model is damaged ({reason}); copy it anew") from error
-
-    @classmethod
-    def _read(cls, folder: Path, description: dict[str, Any], device: torch.device) -> Model:
-        backbones = {entry["name"]: stored_backbone(folder, entry) for entry in description["backbones"]}
-        views = [View(tuple(backbones[name] for name in parts)) for parts in description["views"]]
-        stacked = load_file(fetch(folder / "heads.safetensors"), device=str(device))
-        heads: dict[str, Parameters] = defaultdict(dict)
-        for key, value in stacked.items():
-            component, _, name = key.rpartition("/")
-            heads[component][name] = value
-        finalizer = description["finalizer"]
-        arrays = load_arrays(fetch(folder / "fusion.safetensors"))
-        classifier = {name.partition(".")[2]: array for name, array in arrays.items() if name.startswith("classifier.")}
-        constants = {n.partition("/")[2]: torch.from_numpy(a) for n, a in arrays.items() if n.startswith("standards/")}
-        return cls(
-            views,
-            heads,
-            Finalizer(**finalizer | {"steps": tuple(tuple(step) for step in finalizer["steps"])}),
-            description["categories"],
-            arrays["weights"],
-            arrays["global_weights"],
-            CenterBias(arrays["center_bias"], *description["center_bias"]),
-            CenterBias(arrays["finalizer_bias"], *description["finalizer_bias"]),
-            CategoryClassifier(**classifier, accuracy=description["classifier_accuracy"]),
-            description["provenance"],
-            description["systems"],
-            joined.from_tensors(constants),
-            device,
-        )

@@ -15,7 +15,7 @@ import torch
 
 from acw.cluster import event_log
 from acw.fusion import weights
-from acw.model import assembly
+from acw.model import assembly, files
 from acw.pipeline import job
 from acw.pipeline.job import Job, parse
 from acw.storage.addresses import shown
@@ -24,6 +24,7 @@ from acw.training import checkpoints, training_set
 
 if TYPE_CHECKING:
     from acw.evaluation.gold_standard import GoldStandard
+    from acw.features.backbone import FrozenBackbone
     from acw.fusion.category_weights import CategoryWeights
     from acw.fusion.out_of_fold import OutOfFold
     from acw.fusion.weights import Fusion
@@ -66,6 +67,7 @@ def _evaluate(
     from acw.features import joined
     from acw.features.backbone import load_backbone
     from acw.fusion import out_of_fold
+    from acw.pipeline.refit import refit
     from acw.report import figures
     from acw.report.examples import Predictions
     from acw.tracking import model_card
@@ -83,14 +85,14 @@ def _evaluate(
     fitted = _weights(job, predictions, systems)
     standards = joined.read_standards(folder / joined.FILE)
     model = assembly.assemble(recipe, dataset, split, heads, center_bias, classifier(), fitted, standards, record)
-    model.save(folder / "model", networks)
-    state = model.state_dict(networks)
-    write_atomic(folder / "model.pth", lambda temporary: torch.save(state, temporary))
+    if not recipe.refit:
+        _save(folder, model, networks)
     _write_weights(folder, model, fitted.category)
     write_atomic(folder / "out_of_fold.csv", _out_of_fold_csv(job, predictions, fitted.category.left_out))
 
     gold = people()
     scores = _held_out_scores(job, model, stores, fitted.controls, gold)
+    refitted = refit(job, model, job.stores()) if recipe.refit else None
     write_atomic(folder / "per_image.csv", per_image_csv(dataset, scores))
     evaluation: dict[str, Any] = {
         "dataset": dataset.summary() | {"scored": "held-out images", "images_scored": len(scores)},
@@ -100,15 +102,25 @@ def _evaluate(
             "crossvalidation_nats": {str(s): v for s, v in fitted.category.crossvalidation.items()},
             "global": dict(zip(model.names, fitted.category.global_weights.tolist(), strict=True)),
         },
+        **({"refit": {"images": len(dataset.stimuli)}} if refitted else {}),
         "category_inference": {"out_of_fold_accuracy": model.classifier.accuracy, "categories": len(model.categories)},
         "provenance": record,
     }
+    if refitted:
+        _save(folder, refitted, networks)
     write_json(folder / "evaluation.json", evaluation)
     write_atomic(folder / "model" / model_card.FILE, model_card.write(recipe, evaluation))
     curves = figures.head_curves({bank: state.history for bank, state in banks.items()})
     curves |= figures.joint_curves([system.history for system in systems])
     _report(job, Predictions(dataset, model, stores, gold), curves)
     return evaluation
+
+
+def _save(folder: Path, model: Model, networks: Sequence[FrozenBackbone]) -> None:
+    """The model as a folder, and as a plain PyTorch file."""
+    files.save(model, folder / "model", networks)
+    state = files.state_dict(model, networks)
+    write_atomic(folder / "model.pth", lambda temporary: torch.save(state, temporary))
 
 
 def _weights(job: Job, predictions: OutOfFold, systems: Sequence[SystemState]) -> Fusion:

@@ -38,9 +38,9 @@ def extract(job: Job) -> None:
             f"bring those back, or delete {job.folder}"
         )
     if recipe.heads:
-        from acw.model.model import Model
+        from acw.model import files
 
-        constants = Model.load(local(recipe.heads)).standards
+        constants = files.load(local(recipe.heads)).standards
     else:
         constants = joined.standards(recipe.views, stores, job.split.development)
     joined.write_standards(job.folder / joined.FILE, constants)

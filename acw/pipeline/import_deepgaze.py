@@ -21,11 +21,12 @@ def main(argv: Sequence[str]) -> None:
     options = parser.read(argv)
     checkpoint, out = options["checkpoint"], local_path(options["out"], "--out")
     check_writable(out)
+    from acw.model import files
     from acw.model.deepgaze import import_checkpoint
 
     s3 = checkpoint.startswith("s3://")
     model = import_checkpoint(checkpoint if s3 else str(local_path(checkpoint, "CHECKPOINT")))
-    model.save(out, [model.loaded(backbone) for backbone in model.backbones])
+    files.save(model, out, [model.loaded(backbone) for backbone in model.backbones])
     print("it brings no centre bias: give predict one, or take one from a data set's images, with category weights:")
     print(f"  acw run deepgaze_iie --heads {shown(out)} --category-weights true --dataset FOLDER")
     print(shown(out), flush=True)

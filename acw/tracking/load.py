@@ -17,8 +17,8 @@ def load(location: str | Path, device: torch.device | str = "cpu") -> Model:
 
     Raises UserError where there is no model, or no such device (`cpu`, `cuda`, `cuda:N`).
     """
+    from acw.model import files
     from acw.model.arguments import as_device
-    from acw.model.model import Model
     from acw.storage.addresses import local
     from acw.storage.files import is_model_uri, present
 
@@ -26,6 +26,6 @@ def load(location: str | Path, device: torch.device | str = "cpu") -> Model:
     if is_model_uri(location):
         from acw.tracking.registry import download_model
 
-        return Model.load(download_model(str(location)), device)
+        return files.load(download_model(str(location)), device)
     folder = local(location)
-    return Model.load(folder / "model" if present(folder / "model" / "model.json") else folder, device)
+    return files.load(folder / "model" if present(folder / "model" / "model.json") else folder, device)

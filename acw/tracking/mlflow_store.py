@@ -373,6 +373,8 @@ def runs_of(client: MlflowClient, experiment: str, tag: str, value: str) -> list
 def metric(name: str, value: float, step: int) -> Metric:
     from mlflow.entities import Metric
 
+    # MLflow takes no plus, and no colon on every system: IG.backbone:lite0+lite1 is IG.backbone.lite0.lite1 here.
+    name = name.replace(":", ".").replace("+", ".")
     return Metric(name, value, int(time.time() * 1000), step)
 
 

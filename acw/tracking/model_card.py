@@ -36,7 +36,7 @@ for the picture's category, which is inferred where it is not given. Recipe `{re
 {name} (fingerprint {fingerprint}): {images} pictures in {categories} categories, {fixations} fixations of {subjects}.
 {notes}
 Trained on {trained} pictures in {folds} folds; the {scored} others were held out, and nothing was chosen by them \
-(split {split}).
+(split {split}).{refit}
 
 ## Scores
 
@@ -67,6 +67,13 @@ commercial. The weights:
 """
 
 
+REFIT = """
+
+**What is registered was trained once more, on all {images} pictures**, the held-out ones too, once these scores were \
+taken; weights and all that was chosen stayed. So the scores are those of the same heads on fewer pictures. On the \
+pictures of this data set it cannot be scored."""
+
+
 def write(recipe: Recipe, evaluation: Mapping[str, Any]) -> str:
     """The card as Markdown; evaluation: the content of evaluation.json."""
     data, record = evaluation["dataset"], evaluation["provenance"]
@@ -84,6 +91,7 @@ def write(recipe: Recipe, evaluation: Mapping[str, Any]) -> str:
         folds=recipe.folds,
         scored=data["images_scored"],
         split=record["split_hash"],
+        refit=REFIT.format(**evaluation["refit"]) if "refit" in evaluation else "",
         scores="\n".join(_scores(evaluation)),
         licence=_plain(data.get("licence") or "not stated; ask who gave them"),
         weights="\n".join(_weights(recipe)),

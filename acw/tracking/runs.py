@@ -185,8 +185,7 @@ def _scores(evaluation: Mapping[str, Any]) -> Iterator[Metric]:
     """METRIC.MODEL, such as IG.category_weights: the mean over held-out images."""
     for model, scores in evaluation["models"].items():
         for name, score in scores["overall"].items():
-            # MLflow takes no colon on every system: backbone:lite0 is backbone.lite0 here.
-            yield metric(f"{name}.{model.replace(':', '.')}", score["mean"], 0)
+            yield metric(f"{name}.{model}", score["mean"], 0)
 
 
 def _costs(run: Path) -> Iterator[Metric]:

@@ -20,8 +20,8 @@ from mlflow.pyfunc import PythonModel
 # which lie in the model's folder too.
 _before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
 try:
+    from acw.model import files
     from acw.model.arguments import as_image
-    from acw.model.model import Model
     from acw.storage.errors import UserError
 finally:
     sys.dont_write_bytecode = _before
@@ -48,7 +48,7 @@ class DensityModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = Model.load(Path(context.artifacts["model"]), device)
+        self.model = files.load(Path(context.artifacts["model"]), device)
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
         """Densities of a batch, an array or what JSON makes of one; params["category"] is the images' category, "" to

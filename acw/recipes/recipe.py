@@ -1,70 +1,26 @@
-"""Recipes: a run is a function that returns one complete, frozen, typed `Recipe`.
+"""A complete, frozen, typed `Recipe`: everything that decides a run's result besides the data set.
 
-A new recipe is another one with fields changed: write a function below, decorate it with `@recipe`, and every job
-takes its name. Its docstring states its command, its cost and the score to expect. On the command line each field is
-`--field-name VALUE`; `acw run RECIPE --help` prints them all from here.
+On the command line each field is `--field-name VALUE`; `acw run RECIPE --help` prints them all from here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import types
 import typing
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from acw.features.backbone import TAPS, Backbone
 from acw.features.view import JOIN, View, parts_of
 from acw.features.zoo import BACKBONE_SETS, BACKBONES
+from acw.recipes.fields import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range, field
 from acw.storage.checksums import fingerprint
 from acw.storage.errors import UserError
 
 if TYPE_CHECKING:
     from acw.heads.finalizer import Finalizer
-
-
-@dataclass(frozen=True)
-class Range:
-    """Which numbers a field takes: those from `low` to `high`, and `off`, a number that switches something off."""
-
-    low: float
-    high: float = math.inf
-    _: dataclasses.KW_ONLY
-    ends: bool = True  # whether low and high are among them; infinity never is
-    off: float | None = None
-
-    def __contains__(self, value: float) -> bool:
-        inside = self.low <= value <= self.high if self.ends else self.low < value < self.high
-        return (inside and math.isfinite(value)) or value == self.off
-
-    def __str__(self) -> str:
-        if self.high < math.inf:
-            text = f"from {self.low:g} to {self.high:g}" if self.ends else f"between {self.low:g} and {self.high:g}"
-        else:
-            text = f"{self.low:g} or more" if self.ends else f"above {self.low:g}"
-        return text if self.off is None else f"{text}, or {self.off:g}"
-
-
-COUNT = Range(1)
-NOT_NEGATIVE = Range(0)
-POSITIVE = Range(0, ends=False)
-SHARE = Range(0, 1, ends=False)
-
-
-def field(
-    default: Any, meaning: str, allowed: Range | Collection[str] | None = None, unit: str = "", identity: bool = True
-) -> Any:
-    """A recipe's field; the command line's option, its help and its checks are made of it.
-
-    allowed: the numbers or the names that it takes, if not all of its type; of a tuple, the names that may be in it.
-    identity: False where changing the field changes how a run is computed, not which run it is.
-    """
-    return dataclasses.field(
-        default=default, metadata={"help": meaning, "allowed": allowed, "unit": unit, "identity": identity}
-    )
 
 
 @dataclass(frozen=True)
@@ -139,6 +95,11 @@ class Recipe:
     joint_patience: int = field(5, "as --lr-patience, in the joint training", NOT_NEGATIVE, "epochs")
     joint_min_learning_rate: float = field(1e-6, "a system stops when its rate would fall to this or below", POSITIVE)
     joint_max_epochs: int = field(50, "after which the joint training stops in any case", COUNT, "epochs")
+    refit: bool = field(
+        False,
+        "once the heads are scored, train them again on every image, for the model that is registered",
+        later=True,
+    )
     heads_per_worker: int = field(
         15, "per bank: trained together in one pass over one backbone's features", COUNT, "heads"
     )
@@ -167,6 +128,9 @@ class Recipe:
     def fingerprint(self) -> str:
         """Equal for recipes that ask for the same result: the fields that only say how to compute it are left out."""
         how = {f.name for f in dataclasses.fields(self) if not f.metadata.get("identity", True)}
+        how |= {
+            f.name for f in dataclasses.fields(self) if f.metadata.get("later") and getattr(self, f.name) == f.default
+        }
         return fingerprint({name: value for name, value in dataclasses.asdict(self).items() if name not in how})
 
     @property
@@ -195,126 +159,6 @@ class Recipe:
         return Finalizer(self.upsampling, self.density_cell, tuple((int(h), int(w)) for h, w in steps))
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {}
-
-
-def recipe(function: Callable[[], Recipe]) -> Callable[[], Recipe]:
-    RECIPES[function.__name__] = function
-    return function
-
-
-@recipe
-def acw() -> Recipe:
-    """Ours: heads trained one by one, mixed by category weights fitted on out-of-fold predictions.
-
-    acw run acw --dataset FOLDER --backbones lite
-
-    What `gaze` and `cat2000` are; of the recipes that `acw reproduce` compares, the best: 1.519 bit on `gaze`.
-    """
-    return Recipe("acw", backbones=BACKBONE_SETS["paper"])
-
-
-@recipe
-def gaze() -> Recipe:
-    """Any data set, with the small backbones whose weights the package registry carries: a laptop is enough.
-
-    acw run gaze --dataset FOLDER
-
-    Cost: 959 photographs of 800x600 px in some 12 minutes and 4 GiB on 2 cores. There it reached 1.52 bit per
-    fixation over the centre bias on the 192 held-out images, where other people's fixations reach 1.59.
-    """
-    return dataclasses.replace(acw(), name="gaze", backbones=BACKBONE_SETS["lite"])
-
-
-@recipe
-def demo() -> Recipe:
-    """The `gaze` recipe cut short, on the embedded synthetic displays: every step of a real run in minutes.
-
-    make demo, or: acw run demo
-
-    Cost: 3 minutes on 2 cores. Expect 1.71 bit on the held-out displays, where 2.59 is possible.
-    """
-    return dataclasses.replace(gaze(), name="demo", max_epochs=6)
-
-
-@recipe
-def cat2000() -> Recipe:
-    """The four backbones of both papers at DeepGaze IIE's resolution, on GPUs.
-
-    acw run cat2000 --dataset CAT2000 --weights shapenet_c=deepgaze2e:deepgaze2e.pth
-
-    Cost: about 46 GB of features (23 MB an image). Hours and scores are not measured yet: it has never run on GPUs.
-    """
-    return dataclasses.replace(acw(), name="cat2000", accelerator="gpu")
-
-
-@recipe
-def deepgaze_iie() -> Recipe:
-    """DeepGaze IIE's rule (Linardos et al.): its readout and finalizer, all at half size, mixed evenly.
-
-    acw run deepgaze_iie --dataset FOLDER [--backbones lite]
-
-    `acw import-deepgaze` makes the same network of the authors' own heads. On `gaze` with small backbones 1.506 bit,
-    0.013 less than `acw`, for more than twice its hours: steps of 2 px instead of smooth cells of 8.
-    """
-    return dataclasses.replace(
-        acw(), name="deepgaze_iie", upsampling="nearest", density_cell=2.0, category_weights=False
-    )
-
-
-@recipe
-def acw_v1() -> Recipe:
-    """Galván's ACW, first iteration: a coarse input, one head a backbone and fold, a fixed centre bias, joint training.
-
-    acw run acw_v1 --dataset FOLDER [--backbones lite]
-
-    A readout of 8x15 cells for CAT2000's images, no smoothing, no category weights. On `gaze` with small backbones and
-    four joint epochs 1.248 bit; more than six overfit (docs/log.md).
-    """
-    return dataclasses.replace(
-        acw(),
-        name="acw_v1",
-        long_side=226,
-        seeds=1,
-        center_bias="gaussian",
-        upsampling="nearest",
-        sigma=0.0,
-        learn_sigma=False,
-        joint=True,
-        category_weights=False,
-    )
-
-
-@recipe
-def acw_v2() -> Recipe:
-    """Galván's ACW, second iteration: `acw_v1` with a weight per category and backbone, learned at ten times the rate.
-
-    acw run acw_v2 --dataset FOLDER [--backbones lite]
-
-    On `gaze`, as above: 1.268 bit.
-    """
-    return dataclasses.replace(acw_v1(), name="acw_v2", category_weights=True)
-
-
-@recipe
-def acw_v3() -> Recipe:
-    """Galván's ACW, third iteration: `acw_v2` with progressive bicubic upsampling, smoothing, three seeds.
-
-    acw run acw_v3 --dataset FOLDER [--backbones lite]
-
-    On `gaze`, as above: 1.387 bit.
-    """
-    return dataclasses.replace(
-        acw_v2(),
-        name="acw_v3",
-        seeds=3,
-        upsampling="bicubic",
-        upsampling_steps=("16x30", "64x120", "512x960"),
-        sigma=16.0,
-        learn_sigma=True,
-    )
-
-
 def derive(base: Recipe, changes: dict[str, Any]) -> Recipe:
     """`base` with fields changed; values are Python values or a command line's strings.
 
@@ -327,7 +171,7 @@ def derive(base: Recipe, changes: dict[str, Any]) -> Recipe:
         raise UserError(f"recipe {base.name}: no field '{unknown[0]}'; fields are {fields}")
     values = {name: _convert(base.name, name, value, types_[name]) for name, value in changes.items()}
     result = dataclasses.replace(base, **values)
-    _check(result)
+    check(result)
     return result
 
 
@@ -357,7 +201,7 @@ def _convert(recipe_name: str, name: str, value: Any, kind: Any) -> Any:
     return converted
 
 
-def _check(recipe: Recipe) -> None:
+def check(recipe: Recipe) -> None:
     """Raises UserError for a field outside what it takes, and for fields that do not go together."""
 
     def require(holds: bool, name: str, what: str) -> None:
@@ -396,18 +240,14 @@ def _check(recipe: Recipe) -> None:
         "grids such as 16x30,64x120, with --upsampling bicubic",
     )
     require(
+        not recipe.refit or not (recipe.joint or recipe.heads),
+        "refit",
+        "false with --joint or with another model's --heads",
+    )
+    require(
         recipe.joint_min_learning_rate < recipe.joint_learning_rate,
         "joint_min_learning_rate",
         "below --joint-learning-rate",
     )
     require(recipe.min_learning_rate < recipe.learning_rate, "min_learning_rate", "below --learning-rate")
     require(recipe.sigma > 0 or not recipe.learn_sigma, "sigma", "above 0, or 0 with --learn-sigma false")
-
-
-def named_recipe(name: str) -> Recipe:
-    """The recipe of that name; raises UserError for a name that there is not."""
-    if name not in RECIPES:
-        raise UserError(f"no recipe '{name}'; recipes are {', '.join(RECIPES)}")
-    result = RECIPES[name]()
-    _check(result)
-    return result

@@ -1,0 +1,38 @@
+"""The final model: once the heads are scored, all of them are trained again on every image, the held-out ones too.
+
+What was chosen stays as it was chosen: the weights, their priors, the classifier of categories, the constants that
+standardise features, and the KDE over which IG is measured. A model is only as good as its images are many, and the
+held-out ones have done their work; how good it is, they can no longer say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from acw.cluster.costs import note
+from acw.features.joined import Store
+from acw.heads.readout import concatenate
+from acw.model.model import Model
+from acw.pipeline.job import Job
+from acw.training import checkpoints, distributed
+from acw.training.training_set import finalizer_bias, kde_of, training_set
+
+FOLDER = "refit"  # in the run's folder, with checkpoints as the run's own
+
+
+def refit(job: Job, scored: Model, stores: dict[str, Store]) -> Model:
+    """The scored model with heads, and a centre bias that they add, of all images; goes on where it was interrupted."""
+    recipe, dataset, folder = job.recipe, job.dataset, job.folder / FOLDER
+    everything = np.arange(len(dataset.stimuli))
+    print(f"refit: the heads are trained again, on all {len(everything)} images", flush=True)
+    training = training_set(dataset, job.split.with_held_out(), recipe)
+    note(job.folder, "refit", distributed.train(recipe, training, stores, folder))
+    of_folds = checkpoints.best_heads(recipe, checkpoints.trained_heads(recipe, folder))
+    return dataclasses.replace(
+        scored,
+        heads={name: concatenate([heads[name] for heads in of_folds]) for name in recipe.backbones},
+        finalizer_bias=finalizer_bias(recipe, dataset, everything, kde_of(dataset, everything)),
+        provenance=scored.provenance | {"refitted_on": len(everything)},
+    )
