@@ -28,6 +28,7 @@ COMMANDS = {
     "reproduce": ("reproduce", "every system of the paper on one data set, with both its tables"),
     "plan": ("plan_command", "what a recipe will take on a data set: bytes, memory, hours, cost"),
     "status": ("status", "what of a run or a search is done, what is running and when it will end"),
+    "fetch": ("fetch", "fetch the weights of a recipe's networks to this machine"),
     "stage": ("stage", "put a data set into S3"),
     "import-deepgaze": ("import_deepgaze", "make a model of deepgaze2e.pth, the checkpoint of DeepGaze IIE's authors"),
     "export-submission": ("export_submission", "write a model's log-densities of images as the benchmark takes them"),

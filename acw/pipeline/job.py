@@ -99,8 +99,12 @@ def read_options(
 
 def add_recipe_options(parser: Parser, base: Recipe | None = None) -> None:
     """A recipe's name and all that `job_of` takes; base: the recipe whose defaults the help shows."""
-    parser.add_argument("recipe", metavar="RECIPE", choices=tuple(RECIPES), help="what to run; its name comes first")
+    add_recipe_name(parser)
     add_job_options(parser, base)
+
+
+def add_recipe_name(parser: Parser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", choices=tuple(RECIPES), help="what to run; its name comes first")
 
 
 def add_job_options(parser: Parser, base: Recipe | None = None) -> None:
@@ -111,7 +115,7 @@ def add_job_options(parser: Parser, base: Recipe | None = None) -> None:
     about = "MLflow server or sqlite:///FILE (default: MLFLOW_TRACKING_URI, else sqlite under the root, in S3 too)"
     parser.add_argument("--tracking-uri", metavar="URI", help=about)
     parser.add_argument("--overlay", metavar="FILE", help="JSON file of recipe fields, as `acw search` writes it")
-    _add_fields(parser, base or named_recipe("acw"))
+    add_fields(parser, base or named_recipe("acw"))
 
 
 def job_of(options: dict[str, Any], *, writes: bool = True) -> Job:
@@ -119,10 +123,8 @@ def job_of(options: dict[str, Any], *, writes: bool = True) -> Job:
 
     Raises UserError for whatever is wrong in them.
     """
-    base = named_recipe(options["recipe"])
     overlay = _read_overlay(options["overlay"]) if options["overlay"] else None
-    given = {f.name: options[f.name] for f in dataclasses.fields(Recipe)[1:] if options[f.name] is not None}
-    recipe = _with_heads(_with_absolute_weights(derive(derive(base, (overlay or {}).get("fields", {})), given)))
+    recipe = recipe_of(options, overlay)
     root = root_folder(options["root"])
     if writes:
         check_writable(root)
@@ -130,6 +132,13 @@ def job_of(options: dict[str, Any], *, writes: bool = True) -> Job:
     # A category too small to split is refused here, before hours of extraction.
     folds = split(dataset, recipe.seed, recipe.folds, recipe.holdout)
     return Job(recipe, dataset, folds, root, options["tracking_uri"], overlay)
+
+
+def recipe_of(options: dict[str, Any], overlay: dict[str, Any] | None = None) -> Recipe:
+    """The recipe that parsed options name, with the fields of an overlay and then of the options."""
+    given = {f.name: options[f.name] for f in dataclasses.fields(Recipe)[1:] if options[f.name] is not None}
+    base = derive(named_recipe(options["recipe"]), (overlay or {}).get("fields", {}))
+    return _with_heads(_with_absolute_weights(derive(base, given)))
 
 
 def _with_absolute_weights(recipe: Recipe) -> Recipe:
@@ -178,7 +187,7 @@ def _with_heads(recipe: Recipe) -> Recipe:
     return result
 
 
-def _add_fields(parser: Parser, base: Recipe) -> None:
+def add_fields(parser: Parser, base: Recipe) -> None:
     """Each field as an option; what it takes, its unit and its default stand in its help."""
     group = parser.add_argument_group("fields of the recipe")
     kinds = typing.get_type_hints(Recipe)
