@@ -28,6 +28,11 @@ class Cost:
     peak_rss: int
     unit: str = "images"
 
+    def __add__(self, other: Cost) -> Cost:
+        """Of two steps one after the other."""
+        peak = max(self.peak_rss, other.peak_rss)
+        return Cost(self.seconds + other.seconds, self.images + other.images, peak, self.unit)
+
     def __str__(self) -> str:
         rate = f", {self.images / self.seconds:.1f} {self.unit}/s" if self.images and self.seconds else ""
         return f"{self.seconds:.0f} s{rate}, at most {self.peak_rss / 2**30:.2f} GiB in one process"

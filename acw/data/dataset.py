@@ -56,6 +56,13 @@ class Stimulus:
         return pixels
 
 
+class MirrorImage(Stimulus):
+    """An image with left and right exchanged."""
+
+    def pixels(self) -> np.ndarray:
+        return np.ascontiguousarray(super().pixels()[:, ::-1])
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Stimuli in order of their names, and F fixations in order of their stimuli.

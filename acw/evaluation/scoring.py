@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,16 +66,23 @@ class Densities(Protocol):
 
 @dataclass(frozen=True)
 class StoredDensities:
-    """From features that were extracted before; stores in the order of the model's views."""
+    """From features that were extracted before; stores in the order of the model's views.
+
+    mirrored: of the mirror images of some, as many; places: where the image of an index is in these.
+    """
 
     model: Model
     stores: list[Store]
     sizes: list[tuple[int, int]]
+    mirrored: list[Store] = field(default_factory=list)
+    places: dict[int, int] = field(default_factory=dict)
 
     def of(self, index: int) -> tuple[Tensor, np.ndarray]:
         features = [store.load([index], self.model.device) for store in self.stores]
+        mirrored = [store.load([self.places[index]], self.model.device) for store in self.mirrored]
         pooled = [part.pooled([index])[0].double().numpy() for part in parts_of(self.stores)]
-        return self.model.stored_log_densities(features, self.sizes[index]).cpu(), np.concatenate(pooled)
+        log_densities = self.model.stored_log_densities(features, self.sizes[index], mirrored)
+        return log_densities.cpu(), np.concatenate(pooled)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ def assemble(
         classifier=classifier,
         provenance=provenance,
         standards=standards,
+        mirrored=recipe.mirrored,
     )
     if fitted.components is None:
         model.heads = {name: concatenate([of_fold[name] for of_fold in heads]) for name in recipe.backbones}

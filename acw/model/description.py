@@ -37,7 +37,7 @@ def describe(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no description of a model; copy the model anew") from error
     if version == BACKBONES_ONLY:
-        description["views"] = [[backbone["name"]] for backbone in description["backbones"]]
+        description |= {"views": [[backbone["name"]] for backbone in description["backbones"]], "mirrored": False}
     elif version != FORMAT:
         raise UserError(f"{path}: format {version}, this acw reads {FORMAT}; use the acw that wrote it")
     for backbone in description["backbones"]:

@@ -49,6 +49,7 @@ def save(model: Model, folder: Path, networks: Sequence[FrozenBackbone]) -> None
         "views": [[part.name for part in view.parts] for view in model.views],
         "finalizer": dataclasses.asdict(model.finalizer),
         "systems": model.systems,
+        "mirrored": model.mirrored,
         "categories": model.categories,
         "center_bias": [model.center_bias.bandwidth, model.center_bias.uniform_weight],
         "finalizer_bias": [model.finalizer_bias.bandwidth, model.finalizer_bias.uniform_weight],
@@ -127,5 +128,6 @@ def _read(folder: Path, description: dict[str, Any], device: torch.device) -> Mo
         description["provenance"],
         description["systems"],
         joined.from_tensors(constants),
+        description["mirrored"],
         device,
     )

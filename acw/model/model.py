@@ -67,6 +67,11 @@ def _in_float32(method: Callable[Concatenate[Model, P], T]) -> Callable[Concaten
     return wrapped
 
 
+def _mean(log_density_CHW: Tensor, mirrored_CHW: Tensor) -> Tensor:
+    """The mean of two densities, as logarithms, of which one is of the mirror image."""
+    return torch.logaddexp(log_density_CHW, mirrored_CHW.flip(2)) - math.log(2)
+
+
 @dataclass
 class Model:
     """All that prediction needs, and where it comes from.
@@ -75,7 +80,7 @@ class Model:
     model of several `systems` that were trained jointly, each with weights of its own, with those of one system.
     weights: (G, C) float64, rows of `categories`, columns of `components`. center_bias: the stored KDE, baseline of IG;
     finalizer_bias: what the heads add, it or Galván's. standards: by view, of those of several networks, what
-    standardises their channels.
+    standardises their channels. mirrored: whether a prediction is the mean of the image's and its mirror image's.
     provenance: recipe, seeds, versions, commit, data set, split.
 
     one_backbone_at_a_time: set it to keep only the backbone in use in memory: of DeepGaze IIE's four, 90 MB instead of
@@ -95,6 +100,7 @@ class Model:
     provenance: dict[str, Any]
     systems: int = 1
     standards: dict[str, Standard] = field(default_factory=dict)
+    mirrored: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     one_backbone_at_a_time: bool = False
     _loaded: dict[str, FrozenBackbone] = field(default_factory=dict, repr=False)
@@ -166,11 +172,23 @@ class Model:
 
         given_HW: a centre bias of the image's size instead of the heads' own, for images of one size.
         """
+        upright = self._seen(images, given_HW)
+        if not self.mirrored:
+            return upright
+        given_HW = None if given_HW is None else given_HW.flip(1)
+        mirrored = self._seen([image[:, ::-1] for image in images], given_HW, mirrored=True)
+        return [(_mean(own, other), pooled) for (own, pooled), (other, _) in zip(upright, mirrored, strict=True)]
+
+    def _seen(
+        self, images: Sequence[np.ndarray], given_HW: Tensor | None, mirrored: bool = False
+    ) -> list[tuple[Tensor, np.ndarray]]:
+        """`_densities` of the images as they are; mirrored: whether these are mirror images, for which the heads'
+        centre bias is mirrored, too."""
         by_size = defaultdict(list)
         for index, image in enumerate(images):
             by_size[image.shape[0], image.shape[1]].append(index)
         given = None if given_HW is None else self.finalizer.on_grid(given_HW).to(self.device)
-        biases = {size: self._bias(size) if given is None else given for size in by_size}
+        biases = {size: self._bias(size, mirrored) if given is None else given for size in by_size}
         passes = []
         for size, members in by_size.items():
             at_once = max(1, PIXELS_AT_ONCE[self.device.type] // self._pixels(size))
@@ -276,15 +294,21 @@ class Model:
         """(C, H, W) each component's density on the grid, and (D,) pooled features, of one uint8 image (H, W, 3)."""
         return self._densities([image])[0]
 
-    def stored_log_densities(self, features: Sequence[Features], size: tuple[int, int]) -> Tensor:
-        """(C, H, W) the same for an image of `size` px from the views' features of it."""
-        bias = self._bias(size)
-        return torch.cat(
-            [self._ensembles(name, one, bias, size)[0] for name, one in zip(self.names, features, strict=True)]
-        )
+    def stored_log_densities(
+        self, features: Sequence[Features], size: tuple[int, int], mirrored: Sequence[Features] = ()
+    ) -> Tensor:
+        """(C, H, W) the same for an image of `size` px from the views' features of it and, if there are any, of its
+        mirror image."""
+        densities = []
+        for of_views, is_mirrored in [(features, False), *([(mirrored, True)] if mirrored else [])]:
+            bias = self._bias(size, is_mirrored)
+            each = [self._ensembles(name, of, bias, size)[0] for name, of in zip(self.names, of_views, strict=True)]
+            densities.append(torch.cat(each))
+        return _mean(*densities) if mirrored else densities[0]
 
-    def _bias(self, size: tuple[int, int]) -> Tensor:
-        return torch.from_numpy(self.finalizer_bias.of_size(self.finalizer.grid(size))).to(self.device)
+    def _bias(self, size: tuple[int, int], mirrored: bool = False) -> Tensor:
+        bias = torch.from_numpy(self.finalizer_bias.of_size(self.finalizer.grid(size))).to(self.device)
+        return bias.flip(1) if mirrored else bias
 
     def load_backbones(self) -> None:
         """Loads all networks now, so that a copy of the model on another machine needs no file."""

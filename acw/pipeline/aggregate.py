@@ -24,6 +24,7 @@ from acw.training import checkpoints, training_set
 
 if TYPE_CHECKING:
     from acw.evaluation.gold_standard import GoldStandard
+    from acw.evaluation.scoring import StoredDensities
     from acw.features.backbone import FrozenBackbone
     from acw.fusion.category_weights import CategoryWeights
     from acw.fusion.out_of_fold import OutOfFold
@@ -91,7 +92,8 @@ def _evaluate(
     write_atomic(folder / "out_of_fold.csv", _out_of_fold_csv(job, predictions, fitted.category.left_out))
 
     gold = people()
-    scores = _held_out_scores(job, model, stores, fitted.controls, gold)
+    stored = _stored(job, model, stores)
+    scores = _held_out_scores(job, stored, fitted.controls, gold)
     refitted = refit(job, model, job.stores()) if recipe.refit else None
     write_atomic(folder / "per_image.csv", per_image_csv(dataset, scores))
     evaluation: dict[str, Any] = {
@@ -112,7 +114,7 @@ def _evaluate(
     write_atomic(folder / "model" / model_card.FILE, model_card.write(recipe, evaluation))
     curves = figures.head_curves({bank: state.history for bank, state in banks.items()})
     curves |= figures.joint_curves([system.history for system in systems])
-    _report(job, Predictions(dataset, model, stores, gold), curves)
+    _report(job, Predictions(dataset, stored, gold), curves)
     return evaluation
 
 
@@ -148,18 +150,29 @@ def _gold_standard(job: Job, dataset: Any, center_bias: CenterBias) -> Callable[
     return lambda: None
 
 
+def _stored(job: Job, model: Model, stores: list) -> StoredDensities:
+    """The model's densities of images, from their features, and from their mirror images' where the recipe says so."""
+    from acw.evaluation.scoring import StoredDensities
+
+    sizes = [stimulus.size for stimulus in job.dataset.stimuli]
+    if not job.recipe.mirrored:
+        return StoredDensities(model, stores, sizes)
+    places = {int(index): place for place, index in enumerate(job.split.held_out)}
+    return StoredDensities(model, stores, sizes, list(job.stores(mirrored=True).values()), places)
+
+
 def _held_out_scores(
-    job: Job, model: Model, stores: list, controls: dict[str, np.ndarray], gold: GoldStandard | None
+    job: Job, stored: StoredDensities, controls: dict[str, np.ndarray], gold: GoldStandard | None
 ) -> dict:
     from acw.cluster.costs import note
-    from acw.evaluation.scoring import Scoring, StoredDensities, score_images
+    from acw.evaluation.scoring import Scoring, score_images
 
     dataset, held_out = job.dataset, job.split.held_out
     scoring = Scoring(
         dataset=dataset,
         among=held_out,
-        densities=StoredDensities(model, stores, [stimulus.size for stimulus in dataset.stimuli]),
-        model=model,
+        densities=stored,
+        model=stored.model,
         by_image=controls,
         labelled=True,
         gold_standard=gold,

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from acw.pipeline.job import Job, parse, stage
+from acw.pipeline.job import MIRRORED, Job, parse, stage
+
+if TYPE_CHECKING:
+    from acw.cluster.costs import Cost
+    from acw.data import Stimulus
+    from acw.features.store import FeatureStore
 
 
 @stage("features")
 def extract(job: Job) -> None:
     """Fills the feature stores; leaves in the run's folder which they are, their constants, and what that cost."""
     from acw.cluster.costs import note
-    from acw.features import extraction, joined
+    from acw.data.dataset import MirrorImage
+    from acw.features import joined
     from acw.storage.addresses import local, shown
+    from acw.storage.checksums import fingerprint
     from acw.storage.errors import UserError
     from acw.storage.files import fetch, listing, write_json
 
     recipe, dataset = job.recipe, job.dataset
-    stores, cost = extraction.extract(
-        job.root,
-        recipe.backbone_values,
-        dataset.stimuli,
-        dataset.stimuli_fingerprint,
-        recipe.workers,
-        recipe.accelerator,
-        recipe.gpus_per_worker,
-        joined.parts_beside_others(recipe.views),
-    )
+    stores, cost = _fill(job, dataset.stimuli, dataset.stimuli_fingerprint)
     for name, store in stores.items():
         print(f"features {name}: {store.images} images in {shown(store.folder)}", flush=True)
     found = {name: store.folder.name for name, store in stores.items()}
+    if recipe.mirrored:
+        print("features: of the held-out images' mirror images", flush=True)
+        mirrored = [MirrorImage(**vars(dataset.stimuli[index])) for index in job.split.held_out]
+        of_these = fingerprint([dataset.stimuli_fingerprint, "mirrored", job.split.hash])
+        mirror_stores, more = _fill(job, mirrored, of_these)
+        found |= {MIRRORED + name: store.folder.name for name, store in mirror_stores.items()}
+        cost = cost + more
     path = fetch(job.folder / "features.json")
     if path.exists() and listing(job.folder / "banks") and json.loads(path.read_text(encoding="utf-8")) != found:
         raise UserError(
@@ -46,6 +52,22 @@ def extract(job: Job) -> None:
     joined.write_standards(job.folder / joined.FILE, constants)
     write_json(path, found)
     note(job.folder, "features", cost)
+
+
+def _fill(job: Job, stimuli: Sequence[Stimulus], of_these: str) -> tuple[dict[str, FeatureStore], Cost]:
+    from acw.features import extraction, joined
+
+    recipe = job.recipe
+    return extraction.extract(
+        job.root,
+        recipe.backbone_values,
+        stimuli,
+        of_these,
+        recipe.workers,
+        recipe.accelerator,
+        recipe.gpus_per_worker,
+        joined.parts_beside_others(recipe.views),
+    )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,7 +2,8 @@
 
 acw fetch RECIPE
 
-They are kept on this machine, below ACW_CACHE (default: ~/.cache), or in the model hub's own cache; each node needs them.
+They are kept on this machine, below ACW_CACHE (default: ~/.cache) or in the model hub's own cache. Each node needs
+them.
 """
 
 from __future__ import annotations
@@ -26,4 +27,5 @@ def main(argv: Sequence[str]) -> None:
     for backbone in recipe.backbone_values:
         network = load_backbone(backbone)
         source = backbone.weights.partition("#")[0]
-        print(f"{backbone.name}: {source}, {sum(network.channels)} channels, SHA-256 {network.weights_sha256}", flush=True)
+        size = sum(tensor.nbytes for tensor in network.state().values()) / 1e6
+        print(f"{backbone.name}: {source}, {size:.0f} MB, SHA-256 {network.weights_sha256}", flush=True)

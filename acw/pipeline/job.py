@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from acw.features.joined import Store
 
 
+MIRRORED = "mirrored/"  # before a part's name in features.json
+
+
 def _heads_of(model: Path) -> Path:
     return model / "heads.safetensors"
 
@@ -55,8 +58,11 @@ class Job:
         identity = fingerprint([self.recipe.fingerprint, self.dataset.fingerprint, self.dataset.blur_sigma, *heads])
         return self.root / f"{self.recipe.name}-{plain_name(self.dataset.name)}-{identity}"
 
-    def stores(self) -> dict[str, Store]:
-        """The features that jobs/extract.py left for this run, by view; raises UserError if it did not."""
+    def stores(self, mirrored: bool = False) -> dict[str, Store]:
+        """The features that jobs/extract.py left for this run, by view; raises UserError if it did not.
+
+        mirrored: those of the held-out images' mirror images, in the images' order, instead.
+        """
         from acw.features import joined
         from acw.features.store import open_store
 
@@ -64,8 +70,10 @@ class Job:
         if not fetch(path).exists():
             raise UserError(f"{path}: features are not extracted yet; run jobs/extract.py with the same arguments")
         folders = json.loads(path.read_text(encoding="utf-8"))
+        prefix = MIRRORED if mirrored else ""
         parts = {
-            part.name: open_store(self.root / "features" / folders[part.name]) for part in self.recipe.backbone_values
+            part.name: open_store(self.root / "features" / folders[prefix + part.name])
+            for part in self.recipe.backbone_values
         }
         return joined.of_views(self.recipe.views, parts, joined.read_standards(self.folder / joined.FILE))
 

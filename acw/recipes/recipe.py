@@ -95,6 +95,9 @@ class Recipe:
     joint_patience: int = field(5, "as --lr-patience, in the joint training", NOT_NEGATIVE, "epochs")
     joint_min_learning_rate: float = field(1e-6, "a system stops when its rate would fall to this or below", POSITIVE)
     joint_max_epochs: int = field(50, "after which the joint training stops in any case", COUNT, "epochs")
+    mirrored: bool = field(
+        False, "predict the mean of an image's density and its mirror image's, which takes twice as long", later=True
+    )
     refit: bool = field(
         False,
         "once the heads are scored, train them again on every image, for the model that is registered",
@@ -239,6 +242,7 @@ def check(recipe: Recipe) -> None:
         "upsampling_steps",
         "grids such as 16x30,64x120, with --upsampling bicubic",
     )
+    require(not recipe.mirrored or recipe.upsampling != "nearest", "mirrored", "false with --upsampling nearest")
     require(
         not recipe.refit or not (recipe.joint or recipe.heads),
         "refit",

@@ -11,7 +11,6 @@ import torch
 from acw.data import Dataset
 from acw.evaluation.gold_standard import GoldStandard
 from acw.evaluation.scoring import StoredDensities
-from acw.features.joined import Store
 from acw.fusion.category_weights import mix
 from acw.heads.finalizer import upsample
 from acw.model.model import Model
@@ -22,18 +21,17 @@ from acw.report.pictures import CENTRE_BIAS, GOLD_STANDARD, OURS, UNIFORM, Examp
 class Predictions:
     """Of a run's images: `predictions(name)` is the `Example` of the image of that name.
 
-    stores: in the order of the model's backbones. gold_standard: None where the data set has no subjects.
+    gold_standard: None where the data set has no subjects.
     """
 
     dataset: Dataset
-    model: Model
-    stores: list[Store]
+    stored: StoredDensities
     gold_standard: GoldStandard | None
 
     def __call__(self, image: str) -> Example:
         index = self._index[image]
         stimulus = self.dataset.stimuli[index]
-        components = self.model.finalizer.upsample(self._stored.of(index)[0], stimulus.size)
+        components = self.model.finalizer.upsample(self.stored.of(index)[0], stimulus.size)
 
         def mixed(weights: np.ndarray) -> np.ndarray:
             return mix(components, torch.from_numpy(weights).float()).numpy()
@@ -53,6 +51,10 @@ class Predictions:
         wrong = (furthest, mixed(self._weights[furthest])) if distance[furthest] > 0 else None
         return Example(stimulus.category, stimulus.pixels(), x, y, log_densities, wrong)
 
+    @property
+    def model(self) -> Model:
+        return self.stored.model
+
     @cached_property
     def _index(self) -> dict[str, int]:
         return {stimulus.name: index for index, stimulus in enumerate(self.dataset.stimuli)}
@@ -60,7 +62,3 @@ class Predictions:
     @cached_property
     def _weights(self) -> dict[str, np.ndarray]:
         return {category: self.model.mixing_weights(category, np.empty(0)) for category in self.model.categories}
-
-    @cached_property
-    def _stored(self) -> StoredDensities:
-        return StoredDensities(self.model, self.stores, [stimulus.size for stimulus in self.dataset.stimuli])
