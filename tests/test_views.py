@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import pickle
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from job_runs import displays, succeed
 from test_heads import LayerNorm
 from tiny_training import IMAGES, MEMBERS, RECIPE, make_store, make_training_set
 from torch import Tensor
@@ -41,8 +43,10 @@ from acw.model.model import Model
 from acw.pipeline.job import parse
 from acw.recipes import derive, named_recipe
 from acw.storage.errors import UserError
+from acw.tracking import model_card
 from acw.training.bank import Bank
 from acw.training.batches import Batches
+from acw.training.checkpoints import best_heads, trained_heads
 from acw.training.loss import log_likelihood
 from acw.training.trainer import train_epochs
 
@@ -440,3 +444,72 @@ def test_readable_keeps_what_is_computed(onnx_file: Path) -> None:
     (bent,) = OnnxNetwork(graph, ["bent"])(torch.ones(2, 3, 32, 64))
     assert bent.shape == (2, 8, 16, 5)
     assert bool((bent >= 0).all())
+
+
+# --- The whole job ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_of_views_scores_mirror_images_too_and_refits_on_every_image(tmp_path: Path) -> None:
+    data = displays(tmp_path / "data", ["Colour", "Faces"], 8)
+    arguments = [
+        *("demo", "--views", "lite0+lite1,lite1", "--seeds", "1", "--folds", "2", "--max-epochs", "3"),
+        *("--mirrored", "true", "--refit", "true", *data, "--root", str(tmp_path / "root")),
+    ]
+    lines = succeed("pipeline", *arguments)
+    job = parse(arguments, "")
+    folder = job.folder
+    assert any(line.startswith("refit: the heads are trained again, on all 16 images") for line in lines)
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert {"backbone:lite0+lite1", "backbone:lite1"} <= set(evaluation["models"])
+    assert evaluation["refit"] == {"images": 16}
+    card = (folder / "model" / model_card.FILE).read_text(encoding="utf-8")
+    assert "trained once more, on all 16 pictures" in card
+    assert "| lite1 |" in card
+
+    # The scores are of heads that have not seen the held-out images, on these and on their mirror images.
+    stores, mirrored = job.stores(), job.stores(mirrored=True)
+    held_out = job.split.held_out
+    assert mirrored["lite1"].images == len(held_out)
+    registered = acw.load(str(folder))
+    assert registered.mirrored
+    assert registered.standards.keys() == {"lite0+lite1"}
+    scored_heads = best_heads(job.recipe, trained_heads(job.recipe, folder))
+    refitted = best_heads(job.recipe, trained_heads(job.recipe, folder / "refit"))
+    of_refit = readout.concatenate([heads["lite1"] for heads in refitted])
+    torch.testing.assert_close(registered.heads["lite1"], of_refit, rtol=0, atol=0)
+    scored = dataclasses.replace(
+        registered,
+        heads={name: readout.concatenate([heads[name] for heads in scored_heads]) for name in job.recipe.backbones},
+        finalizer_bias=registered.center_bias,
+    )
+    index = int(held_out[0])
+    stimulus = job.dataset.stimuli[index]
+    from_stores = scored.stored_log_densities(
+        [store.load([index]) for store in stores.values()], stimulus.size, [s.load([0]) for s in mirrored.values()]
+    )
+    from_image, _ = scored.component_log_densities(stimulus.pixels())
+    torch.testing.assert_close(from_stores, from_image, rtol=0, atol=5e-3)
+    again = succeed("pipeline", *arguments)
+    assert again[-1] == lines[-1] == str(folder / "evaluation.json")
+    assert not any("refit" in line for line in again)
+
+
+def test_a_mirrored_models_prediction_of_a_mirror_image_is_the_mirrored_one(onnx_file: Path) -> None:
+    """Where its centre bias is even; one that is not is turned along, and back."""
+    part = dataclasses.replace(DETECTOR, weights=str(onnx_file))
+    classifier = CategoryClassifier(np.zeros(15), np.ones(15), np.zeros((1, 15)), np.zeros(1), 1.0)
+    heads = {"detector": readout.new_heads(15, 10.0, [1, 2])}
+    heads["detector"]["conv5.weight"] *= 30
+    model = Model(
+        [View((part,))], heads, Finalizer(), ["all"], np.ones((1, 1)), np.ones(1), fixed_gaussian(), fixed_gaussian(),
+        classifier, {}, mirrored=True,
+    )  # fmt: skip
+    image = pixels(72, 101)
+    upright, mirrored = (model.predict(some).log_density for some in (image, np.ascontiguousarray(image[:, ::-1])))
+    np.testing.assert_allclose(mirrored[:, ::-1], upright, rtol=0, atol=1e-4)
+    alone = dataclasses.replace(model, mirrored=False, _loaded={}).predict(image).log_density
+    assert np.abs(alone - upright).max() > 1e-2
+    assert float(np.exp(upright.astype(np.float64)).sum()) == pytest.approx(1, abs=1e-3)
+    leaning = np.log(np.linspace(0.1, 0.9, 101))[None].repeat(72, 0)
+    given = model.predict(image, center_bias=leaning).log_density - upright
+    assert given[:, -20:].mean() > given[:, :20].mean() + 1
