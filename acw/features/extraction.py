@@ -2,7 +2,8 @@
 
 Networks compute in float32 on every device, so that a store depends on the machine by rounding at most. What is stored
 is rounded to float16, by 2e-4 of its size; TF32 would err by 3 to 26 times that, bfloat16 by 25 to 290 times, depending
-on the backbone; only those that bear it (`Backbone.half`) have it, and the manifest says so. Within a task, decoding, computing and writing overlap.
+on the backbone; only those that bear it (`Backbone.half`) compute in it, and the manifest says so. Within a task,
+decoding, computing and writing overlap.
 """
 
 from __future__ import annotations
