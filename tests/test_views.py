@@ -403,7 +403,7 @@ def test_layers_of_modern_networks_have_the_readouts_grid(name: str) -> None:
 
     backbone = BACKBONES[name]
     size = backbone.input_size((300, 400))
-    how = {"dynamic_img_size": True} if backbone.multiple > 1 else {}
+    how = {"dynamic_img_size": True} if "_patch" in backbone.timm_name else {}
     with torch.device("meta"):
         network = timm.create_model(backbone.timm_name, pretrained=False, **how).eval()
         taps = tap_outputs(network, backbone.taps, torch.zeros(2, 3, *size))

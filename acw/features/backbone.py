@@ -6,6 +6,7 @@ A `Backbone` is a value and costs nothing; torch and timm are imported only wher
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from acw.features.network import fold, pad_same, tap_outputs, truncate
+from acw.features.network import fill_constants, fold, pad_same, tap_outputs, truncate
 from acw.features.onnx_network import GRAPH, OnnxNetwork
 from acw.features.weights import is_counter, load_graph, load_weights
 
@@ -265,8 +266,9 @@ def load_backbone(backbone: Backbone, device: torch.device | str = "cpu") -> Fro
         return FrozenBackbone(backbone, onnx, state, onnx.channels, device)
     # On "meta" tensors have no values: what the source does not fill cannot compute anything.
     with torch.device("meta"):
-        how: dict[str, Any] = {"dynamic_img_size": True} if backbone.multiple > 1 else {}
-        network = timm.create_model(backbone.timm_name, pretrained=False, **how).eval().requires_grad_(False)
+        how: dict[str, Any] = {"dynamic_img_size": True} if "_patch" in backbone.timm_name else {}
+        create = functools.partial(timm.create_model, backbone.timm_name, pretrained=False, **how)
+        network = create().eval().requires_grad_(False)
     pad_same(network, backbone.static_padding)
     expected = {key: value.shape for key, value in network.state_dict().items() if not is_counter(key)}
     size = backbone.input_size((64, 64)) if backbone.multiple > 1 else (64, 64)
@@ -277,6 +279,7 @@ def load_backbone(backbone: Backbone, device: torch.device | str = "cpu") -> Fro
     weights = {key: value.to("cpu", torch.float32, copy=True).contiguous() for key, value in weights.items()}
     state.update(weights)
     network.load_state_dict(state, strict=True, assign=True)
+    fill_constants(network, create)
     assert not any(value.is_meta for value in network.state_dict().values()), backbone.name
     for conv, norm in normed:
         fold(network, conv, norm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,11 +70,8 @@ def truncate(
 
         return note
 
-    unused = {
-        name: module
-        for name, module in network.named_modules()
-        if [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    }
+    holders = {key.rpartition(".")[0] for key in network.state_dict()}
+    unused = {name: module for name, module in network.named_modules() if name in holders}
 
     def hook(name: str) -> Any:
         def mark(module: torch.nn.Module, args: Any) -> None:
@@ -113,6 +110,20 @@ def fold(network: torch.nn.Module, conv_name: str, norm_name: str) -> None:
     # timm's batch norms hold the activation that follows them.
     rest = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]
     network.set_submodule(norm_name, torch.nn.Sequential(*rest))
+
+
+def fill_constants(network: torch.nn.Module, create: Callable[[], torch.nn.Module]) -> None:
+    """Gives a network on "meta" the values that it computes itself, such as the frequencies of rotary embeddings.
+
+    No file of weights has them; create: makes the network off "meta", which is done only where there are any.
+    """
+    stored = network.state_dict().keys()
+    names = [name for name, buffer in network.named_buffers() if name not in stored and buffer.is_meta]
+    if names:
+        values = dict(create().named_buffers())
+        for name in names:
+            module, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(module), leaf, values[name])
 
 
 def pad_same(network: torch.nn.Module, image_side: int | None) -> None:

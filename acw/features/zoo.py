@@ -31,7 +31,7 @@ def _modern(name: str, timm_name: str, taps: Sequence[str], long_side: int, patc
     """A large network from the model hub, on an input of fixed long side; patch: of a transformer, px."""
     mean, std = (_CLIP_MEAN, _CLIP_STD) if "clip" in timm_name else (IMAGENET_MEAN, IMAGENET_STD)
     return Backbone(
-        name, timm_name, tuple(taps), "timm", mean=mean, std=std, long_side=long_side, multiple=patch or 1,
+        name, timm_name, tuple(taps), "timm", mean=mean, std=std, long_side=long_side, multiple=patch or 32,
         stride=float(patch or 16), half=bool(patch),
     )  # fmt: skip
 
