@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from acw.recipes import RECIPES, Recipe, derive, named_recipe
+from acw.storage.checksums import fingerprint
 from acw.storage.errors import UserError
 
 
@@ -16,8 +17,9 @@ from acw.storage.errors import UserError
 def test_a_recipe_is_valid_and_the_paper_is_its_shape(name: str) -> None:
     recipe = named_recipe(name)
     assert recipe.name == name
-    assert len(recipe.backbones) * recipe.folds * recipe.seeds == (20 if name in ("acw_v1", "acw_v2") else 60)
-    assert [backbone.name for backbone in recipe.backbone_values] == list(recipe.backbones)
+    heads = {"acw_v1": 20, "acw_v2": 20, "modern": 45}
+    assert len(recipe.backbones) * recipe.folds * recipe.seeds == heads.get(name, 60)
+    assert [view.name for view in recipe.views] == list(recipe.backbones)
     assert derive(recipe, {}) == recipe
     # What the command line makes of a recipe's own values is the recipe again.
     written = {
@@ -29,7 +31,7 @@ def test_a_recipe_is_valid_and_the_paper_is_its_shape(name: str) -> None:
 
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"no recipe 'gazes'; recipes are acw, gaze, demo, cat2000"):
+    with pytest.raises(UserError, match=r"no recipe 'gazes'; recipes are acw, gaze, gaze_small, demo, cat2000"):
         named_recipe("gazes")
 
 
@@ -40,11 +42,11 @@ def test_values_may_be_strings_or_python_values() -> None:
     strings = {
         "seeds": "1", "sigma": "2e1", "learn_sigma": "False", "backbones": "lite1, lite0", "lr_patience": "0"
     }  # fmt: skip
-    recipe = derive(named_recipe("gaze"), changes)
-    assert recipe == derive(named_recipe("gaze"), strings)
+    recipe = derive(named_recipe("gaze_small"), changes)
+    assert recipe == derive(named_recipe("gaze_small"), strings)
     assert isinstance(recipe.sigma, float)
     assert recipe.learn_sigma is False
-    listed = derive(named_recipe("gaze"), {"backbones": ["lite1", "lite0"]})  # as JSON has it
+    listed = derive(named_recipe("gaze_small"), {"backbones": ["lite1", "lite0"]})  # as JSON has it
     assert listed.backbones == ("lite1", "lite0")
 
 
@@ -104,22 +106,30 @@ def test_values_may_be_strings_or_python_values() -> None:
 )
 def test_a_mistake_is_named_in_one_line(field: str, value: Any) -> None:
     with pytest.raises(UserError) as caught:
-        derive(named_recipe("gaze"), {"seeds": 2, field: value})
+        derive(named_recipe("gaze_small"), {"seeds": 2, field: value})
     message = str(caught.value)
     assert "\n" not in message
     assert f"field '{field}'" in message
 
 
 def test_weights_sources_replace_a_backbones_own() -> None:
-    recipe = derive(named_recipe("gaze"), {"weights": "lite1=s3://bucket/a=b.pth,lite0=random"})
+    recipe = derive(named_recipe("gaze_small"), {"weights": "lite1=s3://bucket/a=b.pth,lite0=random"})
     sources = {backbone.name: backbone.weights for backbone in recipe.backbone_values}
     assert sources["lite1"] == "s3://bucket/a=b.pth"
     assert sources["lite0"] == "random"
-    assert sources["lite2"] == named_recipe("gaze").backbone_values[2].weights
+    assert sources["lite2"] == named_recipe("gaze_small").backbone_values[2].weights
+
+
+def test_runs_of_before_there_was_a_field_keep_their_names() -> None:
+    recipe = named_recipe("acw")
+    how = ("workers", "accelerator", "gpus_per_worker", "price_per_hour")
+    fields = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe)}
+    before = {name: value for name, value in fields.items() if name not in (*how, "mirrored", "refit")}
+    assert recipe.fingerprint == fingerprint(before)
 
 
 def test_the_fingerprint_leaves_out_how_a_run_is_computed() -> None:
-    recipe = named_recipe("gaze")
+    recipe = named_recipe("gaze_small")
     how = {"workers": 7, "accelerator": "cpu", "gpus_per_worker": 0.25, "price_per_hour": 2}
     assert derive(recipe, how).fingerprint == recipe.fingerprint
     changes = {
@@ -130,7 +140,7 @@ def test_the_fingerprint_leaves_out_how_a_run_is_computed() -> None:
         "heads": "/m", "taps": "earlier",
         "upsampling": "nearest", "joint": True, "category_weights": False,
         "joint_learning_rate": 2e-4, "joint_patience": 4, "joint_min_learning_rate": 1e-7, "joint_max_epochs": 9,
-        "weights": "lite0=random",
+        "weights": "lite0=random", "mirrored": True, "refit": True,
     }  # fmt: skip
     others = {derive(recipe, {name: value}).fingerprint for name, value in changes.items()}
     bicubic = {"upsampling": "bicubic"}

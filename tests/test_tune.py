@@ -203,7 +203,7 @@ def test_members_share_what_a_bank_cannot_mix(tmp_path: Path) -> None:
     for one in others:
         assert set(one.common) == {"long_side"}
         assert len({fields["sigma"] for fields in one.fields}) == 4
-    recipe = named_recipe("gaze")
+    recipe = named_recipe("gaze_small")
     assert [one.long_side for one in _space("input_scale").recipes(recipe)] == [0, 256, 320, 400, 512, 640]
     taps = {one.backbone_values[0].taps for one in _space("taps").recipes(recipe)}
     assert [len(one) for one in sorted(taps, key=len)] == [1, 3, 4]
@@ -231,7 +231,7 @@ def test_every_space_can_be_searched_and_says_how(tmp_path: Path, name: str) -> 
     assert f"--space {name}" in space.doc
     assert "Cost:" in space.doc
     found = Search(tmp_path, space, 3, 3, seed=0)
-    recipe = named_recipe("gaze")
+    recipe = named_recipe("gaze_small")
     while found.missing:
         for fields in found.propose().fields:
             derive(recipe, fields)
@@ -261,9 +261,9 @@ def test_a_recipe_that_diverges_is_worse_than_all(tmp_path: Path) -> None:
     found = Search(tmp_path, _space(), 4, 3, seed=0)
     proposed = found.propose()
     found.finish(proposed, [Outcome(None, 0, "diverged", {}), *(_ended(0.2) for _ in proposed.own[1:])])
-    origin = {"recipe": "gaze"}
+    origin = {"recipe": "gaze_small"}
     assert tuner.overlay(found, origin)["search"]["validation_IG_of_the_recipe"] is None
-    recipe = dataclasses.replace(named_recipe("gaze"), backbones=("lite0",))
+    recipe = dataclasses.replace(named_recipe("gaze_small"), backbones=("lite0",))
     record = provenance(recipe) | {"dataset": {"name": "tiny"}}
     write_json(tmp_path / "search.json", found.summary() | {"folds": [0], "provenance": record})
     search_page.write(tmp_path)
@@ -372,7 +372,7 @@ def test_status_tells_of_a_search(searched: Searched, tmp_path: Path, monkeypatc
     assert (ended["state"], ended["configurations"]["done"], ended["ends"]) == ("finished", 4, None)
     assert ended["configurations"]["best"]["fields"] == {"learning_rate": 2e-4}
     monkeypatch.setattr(tuner, "PROGRESS_SECONDS", -1)
-    found, recipe = Search(tmp_path, _space(), 4, 11, seed=0), named_recipe("gaze")
+    found, recipe = Search(tmp_path, _space(), 4, 11, seed=0), named_recipe("gaze_small")
     with event_log.kept(tmp_path, "search", recipe=dataclasses.asdict(recipe)):
         reporter = tuner.ProgressReporter(found, recipe, Allocation(1, 1, 0))
         population = found.propose()

@@ -1,6 +1,6 @@
 """How wide the centre bias that heads build on should be: its KDE's bandwidth. IG stays over the cross-validated one.
 
-acw search gaze --dataset FOLDER --space center_bias --samples 12
+acw search gaze_small --dataset FOLDER --space center_bias --samples 12
 
 Cost: heads of one bank share their centre bias, so each configuration is a population of its own, a pass over the
 features an epoch: some ten times as much a configuration as `sigma_lr`. ASHA stops two thirds after 3 epochs. Not run

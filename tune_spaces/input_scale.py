@@ -1,6 +1,6 @@
 """How finely the backbones should see the images: the long side of their input, and the smoothing that goes with it.
 
-acw search gaze --dataset FOLDER --space input_scale --samples 30 --heads-per-worker 5
+acw search gaze_small --dataset FOLDER --space input_scale --samples 30 --heads-per-worker 5
 
 Cost: features of each backbone at each of the five sizes are extracted first, and kept: for 959 images and the small
 backbones some 20 GiB, and five times the extraction. A population has one size, so small ones try more of them.

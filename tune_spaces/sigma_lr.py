@@ -1,6 +1,6 @@
 """The first questions of Galván's ACW: how wide to smooth, whether to learn the width, and how fast to learn.
 
-acw search gaze --dataset FOLDER --space sigma_lr --samples 32
+acw search gaze_small --dataset FOLDER --space sigma_lr --samples 32
 
 Cost: all three are fields that a bank mixes, so a population of 15 is one pass over the features an epoch; two thirds
 of it stop after 3 epochs. On `gaze` (959 photographs, four small backbones, populations of 8) 23 configurations took 10

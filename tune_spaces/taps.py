@@ -1,6 +1,6 @@
 """Which layers heads should read: DeepGaze IIE's own, with one of an earlier stage too, or only the last stage's.
 
-acw search gaze --dataset FOLDER --space taps --samples 6 --heads-per-worker 3
+acw search gaze_small --dataset FOLDER --space taps --samples 6 --heads-per-worker 3
 
 Cost: features of every set of layers are extracted first, and kept: three times the bytes and the extraction. A
 population has one set, and rates of its own, since more layers may want slower ones. Not run yet.

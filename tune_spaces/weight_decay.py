@@ -1,6 +1,6 @@
 """How much the readout's weights should decay, and how fast to learn then: decay is applied times the rate.
 
-acw search gaze --dataset FOLDER --space weight_decay --samples 32
+acw search gaze_small --dataset FOLDER --space weight_decay --samples 32
 
 Cost: as `sigma_lr`, a bank mixes both. Not run yet. Single heads gained nothing from decays of 0.3 and 1.0 under half a
 cosine (docs/log.md, 2026-11-25).

@@ -133,6 +133,12 @@ BACKBONES: dict[str, Backbone] = {
 }
 BACKBONE_SETS = {
     "lite": ("lite0", "lite1", "lite2", "lite2_fine"),
+    "registry": (
+        "lite2_fine+dinov2_s+text+face",
+        "lite1+dinov2_s+text+face",
+        "lite0",
+        "lite2_fine",
+    ),
     "modern": ("dinov2_b+clip_rn50x64", "dinov2_b_fine+clip_rn50x64_fine", "dinov3_b+convnext_clip"),
     "paper": ("shapenet_c", "efficientnet_b5", "densenet201", "resnext50_32x4d"),
 }
