@@ -20,7 +20,7 @@ from test_evaluation import model as model
 from acw.data import Dataset, Stimulus, pysaliency_compat
 from acw.data.folds import split
 from acw.evaluation import gold_standard, sim_opt, summary
-from acw.evaluation.external_models import Outside
+from acw.evaluation.external_models import ExternalModel
 from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Target, score, score_saliency
 from acw.evaluation.sauc import SIDE, MeanPrediction, reduced
 from acw.evaluation.scoring import Scoring
@@ -167,7 +167,7 @@ def test_every_score_of_every_model_is_finite(model: Model, dataset: Dataset, ki
     if gold_standard.has_subjects(dataset, images):
         gold = gold_standard.fit(dataset, images, bias)
     kinds = ("constant", "zero", "one pixel", "huge")
-    outside = tuple(Outside(one, "saliency", dataset.stimuli, Stored(one, dataset)) for one in kinds)
+    outside = tuple(ExternalModel(one, "saliency", dataset.stimuli, Stored(one, dataset)) for one in kinds)
     scoring = Scoring(dataset, images, Said(kind, dataset), model, {}, True, gold, outside)
     means = {name: MeanPrediction(total, len(images)) for name, total in scoring.sums(images.tolist()).items()}
     scores = {int(index): scoring.image(int(index), means) for index in images}

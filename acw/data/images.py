@@ -190,12 +190,12 @@ def orientation(image: Image.Image) -> int:
 
 def _read(path: Path) -> bytes:
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: is no file; replace it by an image")
-        if found.st_size > MOST_BYTES:
+        if status.st_size > MOST_BYTES:
             raise UserError(
-                f"{path}: has {found.st_size / 2**20:.0f} MiB, more than the {MOST_BYTES / 2**20:.0f} that an image "
+                f"{path}: has {status.st_size / 2**20:.0f} MiB, more than the {MOST_BYTES / 2**20:.0f} that an image "
                 "may have; compress it or remove it"
             )
         return path.read_bytes()
@@ -214,8 +214,8 @@ def _open(content: bytes, path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: {error}; scale it down or remove it") from None
     except Exception as error:  # decoders of damaged headers raise whatever they stumble over
-        found = recognised(path, expected)
-        reason = f"it {found}" if found else "rename, replace or remove it"
+        kind = recognised(path, expected)
+        reason = f"it {kind}" if kind else "rename, replace or remove it"
         raise UserError(f"{path}: not an image in {expected}, as its name says; {reason}") from error
     if image.width * image.height > MOST_PIXELS:
         raise UserError(

@@ -149,7 +149,7 @@ def _held_out_scores(
         by_image=controls,
         labelled=True,
         gold_standard=gold,
-        # To show what the paper's own combination costs, where its systems are trained.
+        # To show what the combination of Galván's ACW costs, where its systems are trained.
         log_mixture=job.recipe.joint and job.recipe.category_weights,
     )
     scores, cost = score_images(scoring, held_out)

@@ -42,7 +42,7 @@ NOTES = {
     "center_bias": "where people look in any image; the zero of IG",
     "shuffled_labels": "control: weights fitted to labels that mean nothing",
     "source_weights": "control: a weight per source of the images",
-    "log_mixture": "the paper's rule: weighted sum of log-densities, renormalised",
+    "log_mixture": "the rule of ACW (2024): weighted sum of log-densities, renormalised",
     "gold_standard": "how well other people predict a person's fixations",
     "gold_standard_upper": "the same, the person included: an upper bound",
     "oracle_weights": "the best weights for each image, chosen by its fixations",
@@ -168,9 +168,11 @@ def categories(run: Run) -> dict[str, Any]:
         for model, of_first in run.scores[images[0]].items():
             values = np.array([list(run.scores[image][model].values()) for image in images])
             ends = zip(*bootstrap.interval(values, np.zeros(len(images))), strict=True)
-            found: dict[str, Value] = {m: Interval(*map(float, end)) for m, end in zip(of_first, ends, strict=True)}
-            groups[KINDS["models" if model in run.evaluation["models"] else "references"]].append({"": model, **found})
-            if model == HEADLINE and isinstance(gain := found["IG"], Interval):
+            intervals: dict[str, Value] = {m: Interval(*map(float, end)) for m, end in zip(of_first, ends, strict=True)}
+            groups[KINDS["models" if model in run.evaluation["models"] else "references"]].append(
+                {"": model, **intervals}
+            )
+            if model == HEADLINE and isinstance(gain := intervals["IG"], Interval):
                 ours[name] = gain.low, gain.high
         for group in groups.values():
             group.sort(key=_by_gain)
@@ -202,7 +204,7 @@ def _by_source(evaluation: dict[str, Any]) -> Table | None:
     for kind, heading in KINDS.items():
         groups[heading] = []
         for name, entry in evaluation[kind].items():
-            gains: dict[str, Value] = {source: one.get("IG") for source, one in entry.get("by_source", {}).items()}
+            gains: dict[str, Value] = {source: means.get("IG") for source, means in entry.get("by_source", {}).items()}
             groups[heading].append({"": name} | gains)
             sources |= dict.fromkeys(gains)
     return table(groups, ["", *sources], notes=NOTES, marked={HEADLINE}) if len(sources) > 1 else None
@@ -210,8 +212,8 @@ def _by_source(evaluation: dict[str, Any]) -> Table | None:
 
 def weights(run: Run) -> dict[str, Any]:
     """The backbones' shares in each category's mixture, and how they were learned."""
-    found = run.evaluation.get("weights", {})
-    strength = found["prior_strength"] if found.get("crossvalidation_nats") else None
+    fit = run.evaluation.get("weights", {})
+    strength = fit["prior_strength"] if fit.get("crossvalidation_nats") else None
     highest = max(weight.mean for row in run.weights.values() for weight in row.values()) or 1.0
     return {"strength": strength, "rows": run.weights, "highest": highest, "learned": progressions({"": run.folder})}
 
