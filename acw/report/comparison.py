@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from acw.report import page, weights
-from acw.report.document import Sections, render
+from acw.report import document, page, weights
+from acw.report.document import FILE, Sections
 from acw.report.tables import Interval, Row, Table, Value, table
 from acw.storage.addresses import local
-from acw.storage.files import fetch, write_atomic
+from acw.storage.files import fetch
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ def write(folder: Path) -> Path:
     content = json.loads(fetch(folder / "reproduction.json").read_text(encoding="utf-8"))
     source = Comparison(content, folder, {name: local(run) for name, run in content["runs"].items()})
     title = f"The systems of ACW and DeepGaze IIE on {content['dataset']['name']}"
-    write_atomic(folder / page.FILE, render("comparison.html", title, SECTIONS, source, reproduction=content))
-    return folder / page.FILE
+    return document.write(folder, "comparison.html", title, SECTIONS, source, reproduction=content)
 
 
 def validation(comparison: Comparison) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def learned(comparison: Comparison) -> dict[str, Any]:
 
 def runs(comparison: Comparison) -> dict[str, Any]:
     """Each system's own report."""
-    links = {name: quote(os.path.relpath(run / page.FILE, comparison.folder)) for name, run in comparison.runs.items()}
+    links = {name: quote(os.path.relpath(run / FILE, comparison.folder)) for name, run in comparison.runs.items()}
     return {"links": [(name, links[name], str(run)) for name, run in comparison.runs.items()]}
 
 

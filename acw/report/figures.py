@@ -5,7 +5,6 @@ Sizes are in px of the page, which an SVG has as its units and a PNG twice over.
 
 from __future__ import annotations
 
-import csv
 import functools
 import io
 import re
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from acw.report.tables import Interval
     from acw.training.bank import Bank
 
 # Okabe and Ito's palette, which colour-blind people can tell apart, without its yellow.
@@ -285,31 +285,21 @@ def dots(categories: Sequence[str], marks: Sequence[Marks], *, label: str, width
 
 
 @styled
-def weights_heat_map(weights: Path) -> Figure:
-    """A cell per category and backbone, of a CSV with columns category, backbone, weight, low, high.
-
-    The small number is half the width of the weight's 95 % interval.
-    """
-    with weights.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    categories = list(dict.fromkeys(row["category"] for row in rows))
-    backbones = list(dict.fromkeys(row["backbone"] for row in rows))
-    value = np.full((len(categories), len(backbones)), np.nan)
-    half_width = value.copy()
-    for row in rows:
-        cell = categories.index(row["category"]), backbones.index(row["backbone"])
-        value[cell] = float(row["weight"])
-        half_width[cell] = (float(row["high"]) - float(row["low"])) / 2
-
+def weights_heat_map(weights: Mapping[str, Mapping[str, Interval]]) -> Figure:
+    """A cell per category and backbone; the small number is half the width of the weight's 95 % interval."""
+    categories, backbones = list(weights), list(next(iter(weights.values())))
+    mean = np.array([[row[backbone].mean for backbone in backbones] for row in weights.values()])
     figure = blank(150 + 100 * len(backbones), 50 + 30 * len(categories))
     axes = figure.subplots()
-    highest = max(float(np.nanmax(value)), 1e-9)
-    axes.imshow(value, cmap="Blues", vmin=0, vmax=1.25 * highest, aspect="auto")
-    for (row_index, column), weight in np.ndenumerate(value):
-        colour = "white" if weight > 0.72 * highest else INK
-        axes.text(column - 0.04, row_index, f"{weight:.2f}", ha="right", va="center", color=colour)
-        interval = f"± {half_width[row_index, column]:.2f}"
-        axes.text(column + 0.04, row_index, interval, ha="left", va="center", color=colour, size=9, alpha=0.75)
+    highest = max(float(mean.max()), 1e-9)
+    axes.imshow(mean, cmap="Blues", vmin=0, vmax=1.25 * highest, aspect="auto")
+    for y, row in enumerate(weights.values()):
+        for x, backbone in enumerate(backbones):
+            weight = row[backbone]
+            colour = "white" if weight.mean > 0.72 * highest else INK
+            axes.text(x - 0.04, y, f"{weight.mean:.2f}", ha="right", va="center", color=colour)
+            half_width = f"± {(weight.high - weight.low) / 2:.2f}"
+            axes.text(x + 0.04, y, half_width, ha="left", va="center", color=colour, size=9, alpha=0.75)
     axes.set_xticks(range(len(backbones)), backbones)
     axes.set_yticks(range(len(categories)), categories)
     axes.xaxis.tick_top()

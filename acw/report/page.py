@@ -6,7 +6,6 @@ come from the files in the run's folder, pictures from the caller, one example a
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections import defaultdict
@@ -22,17 +21,15 @@ from acw.cluster.costs import noted
 from acw.evaluation import bootstrap
 from acw.evaluation.metrics import in_order
 from acw.evaluation.summary import KEYS
-from acw.report import figures, gallery
-from acw.report.document import Sections, render
+from acw.report import document, figures, gallery
+from acw.report.document import Sections
 from acw.report.figures import Marks
-from acw.report.gallery import HEADLINE, Weights
+from acw.report.gallery import HEADLINE
 from acw.report.numbers import interval, number
 from acw.report.pictures import Example
-from acw.report.tables import Interval, Row, Table, Value, table
-from acw.report.weights import progressions
-from acw.storage.files import write_atomic
+from acw.report.tables import Interval, Row, Table, Value, csv_rows, table
+from acw.report.weights import Weights, progressions, weights_of
 
-FILE = "report.html"
 NOTES = {
     "category_weights": "the model: a weight per category and backbone",
     "inferred_category": "the same, the category inferred from the image",
@@ -83,19 +80,11 @@ class Run:
 
     @cached_property
     def weights(self) -> Weights:
-        rows: dict[str, dict[str, Interval]] = defaultdict(dict)
-        for row in _rows(self.folder / "category_weights.csv"):
-            rows[row["category"]][row["backbone"]] = Interval(*(float(row[k]) for k in ("weight", "low", "high")))
-        return rows
+        return weights_of(self.folder)
 
     @cached_property
     def _per_image(self) -> list[dict[str, str]]:
-        return _rows(self.folder / "per_image.csv")
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return csv_rows(self.folder / "per_image.csv")
 
 
 def write(folder: Path, example: Callable[[str], Example], curves: Mapping[str, Sequence[np.ndarray]]) -> Path:
@@ -111,9 +100,7 @@ def write(folder: Path, example: Callable[[str], Example], curves: Mapping[str, 
     run = Run(folder, evaluation, example, curves)
     title = f"Recipe {recipe['name']} on data set {dataset['name']}"
     values = {"dataset": dataset, "run": folder.name, "evaluation": evaluation, **lead(run)}
-    page = render("run.html", title, SECTIONS, run, **values)
-    write_atomic(folder / FILE, page)
-    return folder / FILE
+    return document.write(folder, "run.html", title, SECTIONS, run, **values)
 
 
 def lead(run: Run) -> dict[str, Any]:

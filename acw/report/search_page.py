@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from acw.report import figures
-from acw.report.document import Sections, render
+from acw.report import document, figures
+from acw.report.document import Sections
 from acw.report.figures import INK, PALETTE, Marks, Polyline, Scale
 from acw.report.numbers import number
-from acw.report.page import FILE, origin
+from acw.report.page import origin
 from acw.report.tables import Row, Written, table
-from acw.storage.files import fetch, write_atomic
+from acw.storage.files import fetch
 from acw.training.progress import written, written_fields
 
 # The best configuration, the recipe's own, and, from the worst to the best, all others.
@@ -49,9 +49,7 @@ def write(folder: Path) -> Path:
     results = Results(content, sorted(content["configurations"], key=lambda entry: -_ig(entry)))
     record = content["provenance"]
     title = f"Search of {content['space']['name']}: recipe {record['recipe']['name']} on {record['dataset']['name']}"
-    page = render("search.html", title, SECTIONS, results, search=content, cards=_cards(results))
-    write_atomic(folder / FILE, page)
-    return folder / FILE
+    return document.write(folder, "search.html", title, SECTIONS, results, search=content, cards=_cards(results))
 
 
 def _cards(results: Results) -> list[tuple[str, str]]:

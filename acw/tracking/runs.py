@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from acw.cluster.costs import FILE, noted
 from acw.recipes import Recipe
 from acw.report import figures
+from acw.report.weights import weights_of
 from acw.storage.files import fetch, present
 from acw.tracking import mlflow_store, model_card, registry
 from acw.tracking.epochs import Children, EpochLog, bank_part, system_part
@@ -173,7 +174,7 @@ def _finish(
 
 
 def _log_files(client: MlflowClient, parent: str, run: Path, banks: Mapping[Bank, BankState]) -> None:
-    figures.save(figures.weights_heat_map(run / "category_weights.csv"), run / "weights.png")
+    figures.save(figures.weights_heat_map(weights_of(run)), run / "weights.png")
     if banks:
         curves = figures.head_curves({bank: state.history for bank, state in banks.items()})
         figures.save(figures.training_curves(curves), run / "curves.png")
