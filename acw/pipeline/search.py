@@ -104,7 +104,7 @@ def _complete(job: Job, search: Search, options: Options, uri: str) -> None:
     address()
     mlflow_store.ready(job.root, job.tracking_uri)
     if search.waiting or search.missing:
-        tuner.search(_work(job, search.space, options, folder), search, ended)
+        tuner.run(_work(job, search.space, options, folder), search, ended)
     write_json(folder / "overlay.json", tuner.overlay(search, origin))
     made_with = {"folds": list(options.folds), "provenance": record(job)}
     write_json(folder / "search.json", search.summary() | made_with)

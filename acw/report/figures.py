@@ -127,7 +127,7 @@ def svg(figure: Figure, label: str, titles: Mapping[str, str] | None = None) -> 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
     """A colour for each name, in order; they repeat where there are more names than colours."""
-    return {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(dict.fromkeys(names))}
+    return {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(dict.fromkeys(names))}
 
 
 @styled
@@ -253,14 +253,14 @@ def dots(categories: Sequence[str], marks: Sequence[Marks], *, label: str, width
     """A line a category with a mark for each model, and the legend; what is drawn last lies on top."""
     figure = blank(width, 90 + 24 * len(categories))
     axes = figure.subplots()
-    place = {category: len(categories) - 1 - number for number, category in enumerate(categories)}
+    height = {category: len(categories) - 1 - number for number, category in enumerate(categories)}
     for mark in marks:
         for category, ends in (mark.intervals or {}).items():
-            axes.hlines(place[category], *ends, color=mark.colour, linewidth=1.8)
+            axes.hlines(height[category], *ends, color=mark.colour, linewidth=1.8)
         shown = [category for category in categories if category in mark.values]
         axes.plot(
             [mark.values[category] for category in shown],
-            [place[category] for category in shown],
+            [height[category] for category in shown],
             color=mark.colour,
             marker=mark.marker,
             linestyle="",
@@ -273,7 +273,7 @@ def dots(categories: Sequence[str], marks: Sequence[Marks], *, label: str, width
     axes.set_xlim(padded(min(low, 0.0), max(high, 0.0)))
     axes.axvline(0, color=FAINT, linewidth=1, zorder=0.6)
     names = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in categories]
-    axes.set_yticks([place[category] for category in categories], names, color=INK)
+    axes.set_yticks([height[category] for category in categories], names, color=INK)
     axes.set_ylim(-0.6, len(categories) - 0.4)
     axes.set_xlabel(label)
     axes.grid(axis="x")
@@ -369,8 +369,8 @@ def parallel(scales: Sequence[Scale], rows: Mapping[str, Polyline]) -> Figure:
         axes.text(k, 1.07, scale.name, ha="center", weight="bold")
         # Those of the last axis are beyond all lines.
         side, align = (1, "left") if k == len(scales) - 1 else (-1, "right")
-        for place, text in scale.ticks():
-            axes.plot((k, k + 0.02 * side), (place, place), color=INK, linewidth=1)
+        for at, text in scale.ticks():
+            axes.plot((k, k + 0.02 * side), (at, at), color=INK, linewidth=1)
             box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1, "alpha": 0.8}
-            axes.text(k + 0.04 * side, place, text, ha=align, va="center", color=SOFT, bbox=box)
+            axes.text(k + 0.04 * side, at, text, ha=align, va="center", color=SOFT, bbox=box)
     return figure
