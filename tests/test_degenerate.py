@@ -249,7 +249,11 @@ def test_a_density_of_one_pixel_has_finite_scores_where_that_is_looked_at() -> N
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 30)])
-def test_the_map_for_sim_of_an_image_narrower_than_its_blur(size: tuple[int, int]) -> None:
+def test_the_map_for_sim_of_an_image_narrower_than_its_blur(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sim_opt, "FEWEST_EPOCHS", 2)
+    monkeypatch.setattr(sim_opt, "MOST_EPOCHS", 2)
     found = sim_opt.best_map(np.full(size, -math.log(size[0] * size[1])), blur_sigma=40.0, fixations=3)
     assert found.shape == size
     assert np.isfinite(found).all()

@@ -191,7 +191,8 @@ def test_the_papers_mixture_is_of_each_systems_log_densities() -> None:
     torch.testing.assert_close(log_mixture(maps, weights, 2).exp(), expected)
 
 
-def test_the_map_for_sim_has_a_better_one_than_the_density() -> None:
+def test_the_map_for_sim_has_a_better_one_than_the_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sim_opt, "SAMPLES", 100)
     size, blur, fixations = (72, 96), 10.0, 20
     one = log_density("smooth", size, seed=3)
     density = one.double().exp().numpy().ravel()
