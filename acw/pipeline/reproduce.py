@@ -10,7 +10,6 @@ ROOT/reproduction-*; the last line on stdout is the path of reproduction.json.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
 import json
@@ -27,7 +26,7 @@ from acw.pipeline.whole import pipeline
 from acw.recipes import Recipe
 from acw.storage.addresses import shown
 from acw.storage.checksums import fingerprint
-from acw.storage.files import csv_text, fetch, listing, write_atomic, write_json
+from acw.storage.files import csv_rows, csv_text, fetch, listing, write_atomic, write_json
 
 # Recipe -> what changed in it, as every row says.
 SYSTEMS = {
@@ -222,8 +221,7 @@ def _comparisons(systems: Sequence[System]) -> list[dict[str, Any]]:
 
 def _per_image(system: System) -> dict[str, tuple[str, list[float]]]:
     """Held-out image -> category and scores, in order of their names."""
-    with fetch(system.job.folder / "per_image.csv").open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["model"] == HEADLINE]
+    rows = [row for row in csv_rows(system.job.folder / "per_image.csv") if row["model"] == HEADLINE]
     scores = {row["image"]: (row["category"], [float(row[metric]) for metric in (*TABLE_2, "LL")]) for row in rows}
     return dict(sorted(scores.items()))
 

@@ -27,8 +27,9 @@ from acw.report.figures import Marks
 from acw.report.gallery import HEADLINE
 from acw.report.numbers import interval, number
 from acw.report.pictures import Example
-from acw.report.tables import Interval, Row, Table, Value, csv_rows, table
+from acw.report.tables import Interval, Row, Table, Value, table
 from acw.report.weights import Weights, progressions, weights_of
+from acw.storage.files import csv_rows
 
 NOTES = {
     "category_weights": "the model: a weight per category and backbone",

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from acw.evaluation.metrics import better
 from acw.report.numbers import minus, number
-from acw.storage.files import fetch
 
 
 class Interval(NamedTuple):
@@ -57,12 +54,6 @@ class Table:
 
     heads: Sequence[Head]
     groups: Mapping[str, Sequence[tuple[bool, Sequence[Cell]]]]
-
-
-def csv_rows(path: Path) -> list[dict[str, str]]:
-    """A dictionary a row, by the columns' names."""
-    with fetch(path).open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def table(

@@ -10,8 +10,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from acw.report import figures
-from acw.report.tables import Interval, csv_rows
-from acw.storage.files import fetch
+from acw.report.tables import Interval
+from acw.storage.files import csv_rows, fetch
 
 Weights = Mapping[str, Mapping[str, Interval]]  # category -> backbone -> weight
 History = Mapping[str, Mapping[str, list[float]]]  # category -> backbone -> weight at each step

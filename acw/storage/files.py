@@ -165,6 +165,12 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    """Of a CSV file with a header: a dictionary a row, by the columns' names."""
+    with fetch(path).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A CSV file's text; None becomes an empty field."""
     text = io.StringIO()
