@@ -25,7 +25,7 @@ COMMANDS = {
     "run": ("whole", "all of a recipe on a data set: features, heads, weights, scores, registry"),
     "search": ("search", "search recipe fields with Ray Tune"),
     "evaluate": ("evaluate", "score a finished model, and others beside it, on a data set"),
-    "reproduce": ("reproduce", "every system of the paper on one data set, with both its tables"),
+    "reproduce": ("reproduce", "every system of ACW and DeepGaze IIE on one data set, with both tables of ACW"),
     "plan": ("plan_command", "what a recipe will take on a data set: bytes, memory, hours, cost"),
     "status": ("status", "what of a run or a search is done, what is running and when it will end"),
     "fetch": ("fetch", "fetch the weights of a recipe's networks to this machine"),

@@ -1,4 +1,4 @@
-"""Reproduces the paper: every system in it, both its tables, with paired intervals between them.
+"""Reproduces Galván's ACW (2024): its systems and DeepGaze IIE (2021), both its tables, with paired intervals.
 
 python jobs/reproduce.py --dataset FOLDER --backbones lite             # small backbones: a laptop is enough
 python jobs/reproduce.py --dataset CAT2000 --weights shapenet_c=deepgaze2e:deepgaze2e.pth

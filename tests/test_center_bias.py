@@ -1,4 +1,4 @@
-"""The centre bias: a density where we know the truth, chosen on images that were left out, and the paper's formula."""
+"""The centre bias: a density where we know the truth, chosen on images that were left out, and the formula of ACW."""
 
 from __future__ import annotations
 

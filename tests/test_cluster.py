@@ -264,7 +264,7 @@ def test_what_is_sent_to_machines_exists(cluster: dict[str, Any]) -> None:
 def its_head(cluster: dict[str, Any], home: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """The job server's URL and the environment of who holds the token."""
     folder = Path(tempfile.mkdtemp(prefix="acw-head-", dir="/tmp"))
-    port, objects, dashboard, agent, client = local_cluster._free_ports(5)
+    port, objects, dashboard, agent, client = local_cluster.free_ports(5)
     (start,) = (each for each in cluster["head_start_ray_commands"] if "ray start" in each)
     for old, new in {
         "ulimit -n 65536;": "",
@@ -293,7 +293,7 @@ def its_head(cluster: dict[str, Any], home: Path) -> Iterator[tuple[str, dict[st
             pytest.fail((folder / "head.log").read_text(encoding="utf-8"))
         yield f"http://127.0.0.1:{dashboard}", environment | {"RAY_AUTH_MODE": "token"}
     finally:
-        local_cluster._stop(head, folder)
+        local_cluster.stop(head, folder)
         log.close()
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -20,7 +20,7 @@ from test_evaluation import model as model
 from acw.data import Dataset, Stimulus, pysaliency_compat
 from acw.data.folds import split
 from acw.evaluation import gold_standard, sim_opt, summary
-from acw.evaluation.external_models import Outside
+from acw.evaluation.external_models import ExternalModel
 from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Target, score, score_saliency
 from acw.evaluation.sauc import SIDE, MeanPrediction, reduced
 from acw.evaluation.scoring import Scoring
@@ -167,7 +167,7 @@ def test_every_score_of_every_model_is_finite(model: Model, dataset: Dataset, ki
     if gold_standard.has_subjects(dataset, images):
         gold = gold_standard.fit(dataset, images, bias)
     kinds = ("constant", "zero", "one pixel", "huge")
-    outside = tuple(Outside(one, "saliency", dataset.stimuli, Stored(one, dataset)) for one in kinds)
+    outside = tuple(ExternalModel(one, "saliency", dataset.stimuli, Stored(one, dataset)) for one in kinds)
     scoring = Scoring(dataset, images, Said(kind, dataset), model, {}, True, gold, outside)
     means = {name: MeanPrediction(total, len(images)) for name, total in scoring.sums(images.tolist()).items()}
     scores = {int(index): scoring.image(int(index), means) for index in images}
@@ -249,7 +249,11 @@ def test_a_density_of_one_pixel_has_finite_scores_where_that_is_looked_at() -> N
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 30)])
-def test_the_map_for_sim_of_an_image_narrower_than_its_blur(size: tuple[int, int]) -> None:
+def test_the_map_for_sim_of_an_image_narrower_than_its_blur(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sim_opt, "FEWEST_EPOCHS", 2)
+    monkeypatch.setattr(sim_opt, "MOST_EPOCHS", 2)
     found = sim_opt.best_map(np.full(size, -math.log(size[0] * size[1])), blur_sigma=40.0, fixations=3)
     assert found.shape == size
     assert np.isfinite(found).all()

@@ -84,7 +84,10 @@ def test_an_address_that_is_none_is_told_within_seconds(monkeypatch: pytest.Monk
 
 
 def test_what_is_no_ray_and_a_dead_head_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from ray._private import services
+    import ray
+
+    def none_found(*_: object, **__: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
 
     with Servant({}) as port:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
@@ -92,9 +95,10 @@ def test_what_is_no_ray_and_a_dead_head_are_told(monkeypatch: pytest.MonkeyPatch
             joining.address()
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr(services, "find_gcs_addresses", set)  # of other tests' Rays on this machine
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", none_found)  # which may find other tests' Rays on this machine
     with pytest.raises(UserError, match="auto: no Ray runs on this machine"):
-        joining.address()
+        joining.connect()
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:9", encoding="utf-8")
     with pytest.raises(UserError, match="auto: no Ray answers at"):

@@ -12,7 +12,7 @@ from seaweed import BUCKET, SeaweedFS
 from acw.report import comparison
 from acw.storage.addresses import local, shown
 from acw.storage.errors import UserError
-from acw.storage.files import fetch, is_model_uri, listing, plain_name, ray_storage, write_atomic
+from acw.storage.files import fetch, is_model_uri, listing, plain_name, write_atomic
 from acw.tracking import mlflow_store
 
 NAMES = [NAME, "50%", "a_b", "a%b", "it's", '"', "`", "\\", "", "Grüße 日本", "x" * 5000]
@@ -64,11 +64,6 @@ def test_an_object_in_s3_may_be_called_anything(
     assert fetch(path).read_bytes() == b"content"
     assert listing(local(root)) == [path]
     assert shown(path) == f"{root}/50%2F? #1.json"
-    storage = ray_storage(local(root))
-    storage["storage_filesystem"].create_dir(storage["storage_path"])
-    with storage["storage_filesystem"].open_output_stream(f"{storage['storage_path']}/file") as file:
-        file.write(b"content")
-    assert sorted(map(shown, listing(local(root)))) == [f"{root}/50%2F? #1.json", f"{root}/ray/file"]
     with pytest.raises(UserError, match=r"xx: its name is too long for copies of it; give it one of at most 250 bytes"):
         write_atomic(local(f"{root}/{'x' * 253}"), b"content")
 

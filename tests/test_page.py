@@ -16,7 +16,7 @@ from acw.cluster.costs import Cost, note
 from acw.data import Dataset, Stimulus
 from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Target, score
 from acw.evaluation.summary import per_image_csv, summarise
-from acw.report import comparison, gallery, page
+from acw.report import comparison, document, gallery, page
 from acw.report.pictures import CENTRE_BIAS, GOLD_STANDARD, OURS, Example, Pictures
 from acw.storage.files import write_json
 
@@ -139,7 +139,7 @@ def _column(table: Any, name: str) -> tuple[Any, list[str]]:
 
 
 def test_what_was_done_to_the_data_is_said_before_the_scores(run: Path) -> None:
-    text = (run / page.FILE).read_text(encoding="utf-8")
+    text = (run / document.FILE).read_text(encoding="utf-8")
     scores = text.index("bits per fixation of information gain")
     assert text.index("<b>Note:</b> dropped 2 of 9.") < scores
     assert text.index("<b>Warning:</b> category_weights: too good to be true.") < scores
@@ -149,7 +149,7 @@ def test_a_table_is_sorted_by_clicks_and_by_keys(run: Path, browser: Any) -> Non
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    table = _opened(browser, run / page.FILE).find_element(By.TAG_NAME, "table")
+    table = _opened(browser, run / document.FILE).find_element(By.TAG_NAME, "table")
     models = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["models"]
     gains = {name: entry["overall"]["IG"]["mean"] for name, entry in models.items() if "IG" in entry["overall"]}
     best_first = sorted(gains, key=lambda name: -gains[name])
@@ -172,7 +172,7 @@ def test_a_category_of_any_name_is_chosen_everywhere_at_once(run: Path, browser:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select
 
-    opened = _opened(browser, run / page.FILE)
+    opened = _opened(browser, run / document.FILE)
     switches = [Select(one) for one in opened.find_elements(By.CSS_SELECTOR, "select[name=category]")]
     assert len(switches) == 3  # scores, weights, examples
     assert {one.first_selected_option.text for one in switches} == {ODD}
@@ -195,12 +195,12 @@ def test_a_category_of_any_name_is_chosen_everywhere_at_once(run: Path, browser:
 
 
 def test_the_page_needs_nothing_else_and_fits_a_laptop(run: Path, browser: Any) -> None:
-    opened = _opened(browser, run / page.FILE)
+    opened = _opened(browser, run / document.FILE)
     assert opened.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
     assert opened.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
     broken = "return [...document.querySelectorAll('image, img')].filter(i => !/^data:/.test(i.href?.baseVal ?? i.src))"
     assert opened.execute_script(broken) == []
-    assert "30.0 minutes in all, 1.50 at 3 an hour" in (run / page.FILE).read_text(encoding="utf-8")
+    assert "30.0 minutes in all, 1.50 at 3 an hour" in (run / document.FILE).read_text(encoding="utf-8")
     assert not opened.get_log("browser")
 
 

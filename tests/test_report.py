@@ -10,6 +10,7 @@ from PIL import Image
 
 from acw.report.figures import save, svg, weights_heat_map
 from acw.report.pictures import Example, examples_figure, mass_levels
+from acw.report.weights import weights_of
 
 
 def test_mass_levels_enclose_their_share() -> None:
@@ -26,10 +27,10 @@ def test_odd_inputs_are_drawn(tmp_path: Path) -> None:
     flat = np.full((30, 900), -np.log(27000), np.float32)
     none = np.empty(0)
     save(examples_figure([Example("$a", pixels, none, none, {"flat$_": flat})]), tmp_path / "examples.png")
-    table = tmp_path / "weights.csv"
+    table = tmp_path / "category_weights.csv"
     table.write_text("category,backbone,weight,low,high\n$\\x$,lite0,0,0,0\n", encoding="utf-8")
-    save(weights_heat_map(table), tmp_path / "weights.png")
-    assert "$\\x$" in svg(weights_heat_map(table), "weights")
+    save(weights_heat_map(weights_of(tmp_path)), tmp_path / "weights.png")
+    assert "$\\x$" in svg(weights_heat_map(weights_of(tmp_path)), "weights")
     for name in ("examples.png", "weights.png"):
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 50

@@ -1,4 +1,4 @@
-"""The paper's systems and both tables, from one command, on a data set that is small enough for tests."""
+"""The systems of ACW and both its tables, from one command, on a data set that is small enough for tests."""
 
 from __future__ import annotations
 

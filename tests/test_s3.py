@@ -53,7 +53,7 @@ def overwrite(uri: str, content: bytes) -> None:
 
 
 def test_what_one_node_writes_others_read(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    large = np.random.default_rng(0).bytes(2 * s3.PART_BYTES + 1000)  # goes in parts
+    large = np.random.default_rng(0).bytes(20_000_000)  # goes in parts
     written = local(f"{root}/run/large")
     write_atomic(written, large)
     write_json(local(f"{root}/run/a.json"), {"a": 1})
@@ -124,7 +124,7 @@ def test_weights_come_from_s3(root: str) -> None:
 
 
 def test_two_processes_download_once(root: str, server: SeaweedFS, tmp_path: Path, monkeypatch: Any) -> None:
-    content = os.urandom(s3.PART_BYTES - 1)
+    content = os.urandom(5_000_000)
     write_atomic(local(f"{root}/shard"), content)
     node(monkeypatch, tmp_path / "other")
     proxy = Proxy(server.address)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import certificates
 import pytest
-from ray.train import TrainingFailedError
 from seaweed import BUCKET, Proxy, SeaweedFS
 
 from acw.cluster.joining import SHARED
@@ -16,7 +15,7 @@ from acw.pipeline.job import parse
 from acw.storage import s3, s3_errors, s3_settings
 from acw.storage.addresses import local
 from acw.storage.errors import UserError
-from acw.storage.files import fetch, ray_storage, ray_trouble, write_atomic
+from acw.storage.files import fetch, write_atomic
 
 NAMES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", s3_errors.CALCULATION, s3_errors.VALIDATION)
 ROOT = f"s3://{BUCKET}/here"
@@ -42,17 +41,14 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    # What MLflow was told of another test's server.
     monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
-    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "")
-    monkeypatch.delenv("MLFLOW_S3_ENDPOINT_URL")
     s3_settings._client.cache_clear()
     yield
     s3_settings._client.cache_clear()
 
 
 def use_all_clients(tmp_path: Path) -> None:
-    """boto3, pyarrow and MLflow each write a file there, and boto3 reads one back."""
+    """Ours and MLflow's each write a file there, and ours reads one back."""
     from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository, _cached_get_s3_client
 
     from acw.tracking.mlflow_store import quiet_mlflow
@@ -61,14 +57,11 @@ def use_all_clients(tmp_path: Path) -> None:
     write_atomic(path, b"content")
     path.unlink()
     assert fetch(path).read_bytes() == b"content"
-    storage = ray_storage(local(ROOT))
-    with storage["storage_filesystem"].open_output_stream(f"{storage['storage_path']}/b") as file:
-        file.write(b"content")
     quiet_mlflow(f"sqlite:///{tmp_path / 'mlflow.db'}")
     _cached_get_s3_client.cache_clear()
     (tmp_path / "c").write_bytes(b"content")
     S3ArtifactRepository(ROOT).log_artifact(str(tmp_path / "c"))
-    assert {entry.key for entry in s3.listing(ROOT)} == {"here/a", "here/ray/b", "here/c"}
+    assert {entry.key for entry in s3.listing(ROOT)} == {"here/a", "here/c"}
 
 
 @pytest.mark.parametrize("given", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "ca_bundle"])
@@ -78,14 +71,11 @@ def test_an_authority_of_ones_own_holds_for_all_clients(
     secure.used_by(monkeypatch, tmp_path / "node")
     with pytest.raises(UserError, match=f"^{ROOT}: .*{UNKNOWN}"):
         parse(["demo", "--root", ROOT], "")
-    with pytest.raises(UserError, match=f"^{ROOT}/ray: .*{UNKNOWN}"):
-        ray_storage(local(ROOT))
     for path, problem in ((tmp_path / "none", "No such file"), (tmp_path / "empty", "no certificate is in it")):
         (tmp_path / "empty").touch()
         _give(given, path, monkeypatch)
-        for use in (lambda: s3.reach(ROOT), lambda: ray_storage(local(ROOT))):
-            with pytest.raises(UserError, match=rf"^{given}.* \({path}\): cannot be used on .*{problem}.*; name a PEM"):
-                use()
+        with pytest.raises(UserError, match=rf"^{given}.* \({path}\): cannot be used on .*{problem}.*; name a PEM"):
+            s3.reach(ROOT)
     assert secure.certificates
     _give(given, secure.certificates.authority, monkeypatch)
     use_all_clients(tmp_path)
@@ -108,10 +98,10 @@ def test_an_endpoint_of_the_profile_holds_for_all_clients(
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     _give("endpoint_url", server.address, monkeypatch)
     use_all_clients(tmp_path)
-    assert s3_settings.Settings.from_environment().shown == server.address.removeprefix("http://")
+    assert s3_settings.shown() == server.address.removeprefix("http://")
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    with pytest.raises(UserError, match=f"^{ROOT}/ray: AWS_PROFILE names a profile"):
-        ray_storage(local(ROOT))
+    with pytest.raises(UserError, match=f"^{ROOT}: AWS_PROFILE names a profile"):
+        s3.reach(ROOT)
 
 
 @pytest.mark.parametrize("code", ["NotImplemented", "XAmzContentSHA256Mismatch", "MissingContentLength"])
@@ -126,29 +116,10 @@ def test_a_server_older_than_checksums(
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
     with pytest.raises(UserError, match=REFUSED.format(code)):
         parse(["demo", "--root", ROOT], "")
-    with pytest.raises(UserError, match=f"^{ROOT}/ray: .*{REFUSED.format(code)}"):
-        ray_storage(local(ROOT))
     monkeypatch.setenv(s3_errors.CALCULATION, "when_required")
     s3_settings._client.cache_clear()
     use_all_clients(tmp_path)
     proxy.close()
-
-
-def test_what_befalls_s3_inside_ray_is_not_called_a_lost_worker(
-    secure: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a node without the authority's file, Ray keeps but the text of pyarrow's error."""
-    secure.used_by(monkeypatch, tmp_path / "node")
-    with pytest.raises(OSError, match="SSL peer certificate") as caught:
-        s3_settings.Settings.from_environment().filesystem(attempts=1).create_dir(f"{BUCKET}/there")
-    told = ray_trouble(local(ROOT), TrainingFailedError(f"Training failed due to controller error:\n{caught.value}"))
-    assert told
-    error, passes = told
-    assert not passes
-    with pytest.raises(UserError, match=f"^{ROOT}/ray: .*{UNKNOWN}"):
-        raise error
-    assert ray_trouble(local(ROOT), TrainingFailedError("A worker died: out of memory")) is None
-    assert ray_trouble(tmp_path, TrainingFailedError(str(caught.value))) is None
 
 
 def test_workers_on_other_nodes_get_all_of_it() -> None:

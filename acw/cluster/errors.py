@@ -36,13 +36,13 @@ def user_error(error: BaseException | None) -> UserError | None:
     seen: list[BaseException] = []
     waiting = [error]
     while waiting:
-        one = waiting.pop()
-        if one is None or one in seen:
+        inner = waiting.pop()
+        if inner is None or inner in seen:
             continue
         # Ray's own classes inherit from those that they wrap.
-        if isinstance(one, UserError) and type(one).__module__.startswith("acw."):
-            return one
-        seen.append(one)
-        waiting += [getattr(one, "cause", None), one.__cause__]
-        waiting += list(getattr(one, "worker_failures", {}).values())
-    return next((known for one in seen if (known := trouble(one))), None)
+        if isinstance(inner, UserError) and type(inner).__module__.startswith("acw."):
+            return inner
+        seen.append(inner)
+        waiting += [getattr(inner, "cause", None), inner.__cause__]
+        waiting += list(getattr(inner, "worker_failures", {}).values())
+    return next((known for inner in seen if (known := trouble(inner))), None)

@@ -101,11 +101,11 @@ class RunLog(logging.Handler):
 def events(folder: Path) -> list[dict[str, Any]]:
     """A run's log so far, without lines that were cut off; empty where there is none."""
     path = fetch(folder / FILE)
-    found = []
+    lines = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+            lines.append(json.loads(line))
+    return lines
 
 
 def seconds(event: Mapping[str, Any]) -> float:

@@ -27,7 +27,7 @@ ANSWER_SECONDS = 5.0
 # server's first frame is one of settings, too.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 SETTINGS = 4
-
+REMEDY = "give HOST:PORT of its head, or unset RAY_ADDRESS to work on this machine"
 
 # Of the driver's environment, what workers on other nodes are to find in theirs: addresses, sizes, memory.
 SHARED = (
@@ -58,45 +58,57 @@ def _named() -> str:
 def address() -> str:
     """What ray.init takes: HOST:PORT of the cluster that RAY_ADDRESS names, or `local` for a Ray of our own.
 
-    Ray left to itself would join what a file in its temporary folder names, be that dead or another's. Raises UserError
-    within seconds where no Ray answers, which Ray itself would try for minutes.
+    `auto` stays so where Ray has noted no cluster, as `ray.init` looks among this machine's processes, too. Ray left to
+    itself would join what a file in its temporary folder names, be that dead or another's. Raises UserError within
+    seconds where no Ray answers, which Ray itself would try for minutes.
     """
     if not on_cluster():
         return "local"
     named = _named()
     shown = re.sub(r"//[^/@]*@", "//", named)  # without a password
-    remedy = "give HOST:PORT of its head, or unset RAY_ADDRESS to work on this machine"
     if "://" in named:
         raise UserError(
             f"RAY_ADDRESS {shown}: a job cannot join a cluster through this; submit it there (ray job submit --address "
-            f"http://HEAD:8265 --working-dir . -- python jobs/...), {remedy}"
+            f"http://HEAD:8265 --working-dir . -- python jobs/...), {REMEDY}"
         )
     host, _, port = named.rpartition(":")
     if named != "auto" and not (
         re.fullmatch(r"\[[\w:]+\]|[^\s:/]+", host) and port.isdecimal() and 0 < int(port) < 2**16
     ):
-        raise UserError(f"RAY_ADDRESS {shown}: is no address of a Ray cluster; {remedy}")
-    from ray._private.services import canonicalize_bootstrap_address
-
+        raise UserError(f"RAY_ADDRESS {shown}: is no address of a Ray cluster; {REMEDY}")
     os.environ["RAY_ADDRESS"] = named  # Ray knows no spaces around it
-    try:
-        # For this machine's own name, Ray takes its address in the network.
-        found = str(canonicalize_bootstrap_address(named))
-    except ConnectionError:
-        raise UserError(
-            f"RAY_ADDRESS auto: no Ray runs on this machine; start one (ray start --head), {remedy}"
-        ) from None
+    found = _latest() if named == "auto" else _as_nodes_name_it(host, port)
+    if not found:
+        return named  # Ray looks for it among this machine's processes
     try:
         _reach(found)
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         there = "" if found == named else f" at {found}"
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"RAY_ADDRESS {shown}: no Ray answers{there} ({reason}); start it, {remedy}") from None
+        raise UserError(f"RAY_ADDRESS {shown}: no Ray answers{there} ({reason}); start it, {REMEDY}") from None
     return found
 
 
+def _latest() -> str:
+    """HOST:PORT of the cluster that `ray start` has last started or joined here, where Ray notes it; "" for none."""
+    try:
+        return (_ray_folder()[1] / "ray_current_cluster").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _as_nodes_name_it(host: str, port: str) -> str:
+    """For this machine's own names, its address in the network, which Ray takes; others as they are."""
+    if host.strip("[]") not in ("localhost", "127.0.0.1", "::1"):
+        return f"{host}:{port}"
+    import ray.util
+
+    found = ray.util.get_node_ip_address()
+    return f"[{found}]:{port}" if ":" in found else f"{found}:{port}"
+
+
 def _reach(address: str) -> None:
-    """Raises OSError or UnicodeError where nothing like Ray listens."""
+    """Raises OSError, or ValueError for what is no address, where nothing like Ray listens."""
     host, _, port = address.rpartition(":")
     with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as connection:
         if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
@@ -139,6 +151,10 @@ def connect() -> None:
     except (RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
         if own is not None:
             raise
+        if where == "auto" and isinstance(error, ConnectionError):
+            raise UserError(
+                f"RAY_ADDRESS auto: no Ray runs on this machine; start one (ray start --head), {REMEDY}"
+            ) from None
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"RAY_ADDRESS {_named()}: this cluster cannot be joined ({reason}); have its versions of Ray and Python "
@@ -170,14 +186,19 @@ def _token() -> str:
     return secrets.token_hex(32)
 
 
+def _ray_folder() -> tuple[str, Path]:
+    """Where Ray keeps its files unless it is told otherwise, and what says so: a variable, or /tmp."""
+    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
+    name = next((name for name in names if os.environ.get(name)), "/tmp")
+    return name, Path(os.environ.get(name, name)).absolute() / "ray"
+
+
 def _temporary_folder() -> Path:
     """Where a Ray of our own keeps its files: where Ray would, if need be through a short link that goes at exit.
 
     Ray's sockets lie in it, whose paths must be short. Raises UserError where nothing can be written.
     """
-    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
-    name = next((name for name in names if os.environ.get(name)), "/tmp")
-    folder = Path(os.environ.get(name, name)).absolute() / "ray"
+    name, folder = _ray_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -43,8 +43,8 @@ class Convention:
     @property
     def note(self) -> tuple[str, ...]:
         """In words, where it is not what everything here is in."""
-        said = f"coordinates read as {self.units} from the {self.origin}, y going {self.y_axis}"
-        return () if self == Convention() else (said,)
+        text = f"coordinates read as {self.units} from the {self.origin}, y going {self.y_axis}"
+        return () if self == Convention() else (text,)
 
 
 def placed(recording: Recording, convention: Convention, where: str) -> Placed:

@@ -104,8 +104,8 @@ class Dataset:
     @cached_property
     def category_index(self) -> np.ndarray:
         """int64 (N,): each stimulus's place in `categories`."""
-        place = {category: index for index, category in enumerate(self.categories)}
-        return np.array([place[stimulus.category] for stimulus in self.stimuli], dtype=np.int64)
+        position = {category: index for index, category in enumerate(self.categories)}
+        return np.array([position[stimulus.category] for stimulus in self.stimuli], dtype=np.int64)
 
     @cached_property
     def stimuli_fingerprint(self) -> str:
@@ -164,8 +164,8 @@ def _short(values: np.ndarray) -> np.ndarray:
 
 def _display(stimulus: Stimulus) -> tuple[str, int] | None:
     """Category and index of a synthetic display; None for a file."""
-    scheme, _, place = stimulus.path.partition(":")
+    scheme, _, display = stimulus.path.partition(":")
     if scheme != SYNTHETIC:
         return None
-    category, _, index = place.rpartition("/")
+    category, _, index = display.rpartition("/")
     return category, int(index)

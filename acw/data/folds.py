@@ -68,13 +68,13 @@ def split(dataset: Dataset, seed: int, folds: int = 5, holdout: float = 0.2) -> 
     6 images), and for folds or holdout out of range.
     """
     if not 2 <= folds <= 100:
-        raise UserError(f"folds: {folds} is not between 2 and 100; choose 5, as the paper does")
+        raise UserError(f"folds: {folds} is not between 2 and 100; choose 5, as ACW (2024) does")
     if not 0 < holdout < 1:
-        raise UserError(f"holdout: {holdout} is not between 0 and 1; choose 0.2, as the paper does")
+        raise UserError(f"holdout: {holdout} is not between 0 and 1; choose 0.2, as ACW (2024) does")
     names = defaultdict(list)
     for stimulus in dataset.stimuli:
         names[stimulus.category].append(stimulus.name)
-    place: dict[str, int] = {}
+    fold_of: dict[str, int] = {}
     for category, members in names.items():
         ranked = sorted(members, key=lambda name: _digest(seed, category, name))
         held = max(1, math.floor(holdout * len(ranked) + 0.5))
@@ -84,10 +84,10 @@ def split(dataset: Dataset, seed: int, folds: int = 5, holdout: float = 0.2) -> 
                 f"{folds} folds; add images or merge it with another category"
             )
         start = int(_digest(seed, category), 16) % folds
-        place |= dict.fromkeys(ranked[:held], -1)
-        place |= {name: (start + turn) % folds for turn, name in enumerate(ranked[held:])}
-    fold = np.array([place[stimulus.name] for stimulus in dataset.stimuli], dtype=np.int8)
-    return Split(fold, fingerprint({"seed": seed, "folds": folds, "holdout": holdout, "place": place}))
+        fold_of |= dict.fromkeys(ranked[:held], -1)
+        fold_of |= {name: (start + turn) % folds for turn, name in enumerate(ranked[held:])}
+    fold = np.array([fold_of[stimulus.name] for stimulus in dataset.stimuli], dtype=np.int8)
+    return Split(fold, fingerprint({"seed": seed, "folds": folds, "holdout": holdout, "place": fold_of}))
 
 
 def _digest(*key: object) -> str:

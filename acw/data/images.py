@@ -9,13 +9,15 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import ExifTags, Image
-from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
 from acw.storage.errors import UserError
 from acw.storage.file_kinds import recognised
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Only these decoders are ever tried, each on the files that are named so: Pillow has some thirty others, one of which
 # runs Ghostscript.
@@ -156,6 +158,8 @@ def _depth(image: Image.Image, path: Path | str) -> int:
     """The bits that the values of a decoded image of 16 bits use. Of colours, Pillow keeps the high bytes alone: fewer
     than 16 bits would come out (nearly) black, and cannot be brought back. Raises UserError there, and for grey in
     which white is 0: of how many bits it is 0, the file does not say."""
+    from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
+
     if image.mode.startswith("I;16"):
         if getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0:
             raise UserError(f"{path}: has 16 bits a pixel in which white is 0 (WhiteIsZero); save it with black as 0")
@@ -182,6 +186,8 @@ def _ran_out(content: bytes, pixels: np.ndarray, path: Path) -> bool:
 
 def orientation(image: Image.Image) -> int:
     """EXIF's; 1 is upright."""
+    from PIL import ExifTags
+
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF of an image that is fine otherwise; only error messages ask for it
@@ -190,12 +196,12 @@ def orientation(image: Image.Image) -> int:
 
 def _read(path: Path) -> bytes:
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: is no file; replace it by an image")
-        if found.st_size > MOST_BYTES:
+        if status.st_size > MOST_BYTES:
             raise UserError(
-                f"{path}: has {found.st_size / 2**20:.0f} MiB, more than the {MOST_BYTES / 2**20:.0f} that an image "
+                f"{path}: has {status.st_size / 2**20:.0f} MiB, more than the {MOST_BYTES / 2**20:.0f} that an image "
                 "may have; compress it or remove it"
             )
         return path.read_bytes()
@@ -204,6 +210,8 @@ def _read(path: Path) -> bytes:
 
 
 def _open(content: bytes, path: Path) -> Image.Image:
+    from PIL import Image
+
     expected = FORMATS.get(path.suffix.lower())
     if expected is None:
         raise UserError(f"{path}: images end in {', '.join(sorted(SUFFIXES))}; convert or remove it")
@@ -214,8 +222,8 @@ def _open(content: bytes, path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: {error}; scale it down or remove it") from None
     except Exception as error:  # decoders of damaged headers raise whatever they stumble over
-        found = recognised(path, expected)
-        reason = f"it {found}" if found else "rename, replace or remove it"
+        kind = recognised(path, expected)
+        reason = f"it {kind}" if kind else "rename, replace or remove it"
         raise UserError(f"{path}: not an image in {expected}, as its name says; {reason}") from error
     if image.width * image.height > MOST_PIXELS:
         raise UserError(

@@ -120,10 +120,10 @@ def stimulus(folder: Path, file: str, category: str, source: str | None = None) 
     """The stimulus of a file of a data set's folder, by its relative path; raises UserError for no sound image."""
     printable(file, f"{folder}: the name of an image")
     printable(category, f"{folder / file}: its category")
-    found = inspect_image(folder / file)
+    image = inspect_image(folder / file)
     # The same image has the same name whether a reader was given CAT2000's folder or the one above it.
     name = file.removeprefix("trainSet/").removeprefix("Stimuli/")
-    return Stimulus(name, str(folder / file), found.size, _nfc(category), source, found.digest, found.orientation)
+    return Stimulus(name, str(folder / file), image.size, _nfc(category), source, image.digest, image.orientation)
 
 
 def printable(text: str, where: str) -> None:

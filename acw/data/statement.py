@@ -19,7 +19,7 @@ STATEMENT = "acw.json"
 
 @dataclass(frozen=True)
 class Statement:
-    """pixels_per_degree: px of the images; name: instead of the folder's; licence: in words. None where not said."""
+    """pixels_per_degree: px of the images; name: instead of the folder's; licence: in words. None where not stated."""
 
     pixels_per_degree: float | None = None
     name: str | None = None
@@ -30,19 +30,19 @@ def read_statement(folder: Path) -> Statement:
     """A folder's statement; an empty one where there is none. Raises UserError for a file that is no such statement."""
     path = folder / STATEMENT
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        stated = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Statement()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON in UTF-8 ({error}); correct or remove it") from None
     fields = set(Statement.__dataclass_fields__)
-    if not isinstance(said, dict) or not said.keys() <= fields:
+    if not isinstance(stated, dict) or not stated.keys() <= fields:
         raise UserError(f"{path}: is no JSON object with keys of {', '.join(sorted(fields))}; correct it")
-    pixels = said.get("pixels_per_degree")
+    pixels = stated.get("pixels_per_degree")
     if pixels is not None and (isinstance(pixels, bool) or not isinstance(pixels, int | float) or not pixels > 0):
         raise UserError(f"{path}: pixels_per_degree is {pixels!r}; give px of one degree of visual angle, above 0")
     for key in ("name", "licence"):
-        if key in said and not (isinstance(said[key], str) and said[key].strip()):
-            raise UserError(f"{path}: {key} is {said[key]!r}; give a text")
-        printable(said.get(key, ""), f"{path}: {key}")
-    return Statement(**said)
+        if key in stated and not (isinstance(stated[key], str) and stated[key].strip()):
+            raise UserError(f"{path}: {key} is {stated[key]!r}; give a text")
+        printable(stated.get(key, ""), f"{path}: {key}")
+    return Statement(**stated)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+SAMPLES = 1000
+
 
 def interval(
-    values: np.ndarray, category: np.ndarray, *, samples: int = 1000, seed: int = 0
+    values: np.ndarray, category: np.ndarray, *, samples: int = SAMPLES, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over images, and the ends of its 95 % percentile-bootstrap interval, images resampled within category.
 
@@ -22,10 +24,10 @@ def interval(
 
 
 def ratio_interval(
-    values: np.ndarray, by: np.ndarray, category: np.ndarray, *, samples: int = 1000, seed: int = 0
+    values: np.ndarray, by: np.ndarray, category: np.ndarray, *, seed: int = 0
 ) -> tuple[float, float, float]:
     """As `interval`, of the mean of `values` over the mean of `by`, both float (N,) of the same images."""
-    mean, sampled = _resampled(np.stack([values, by], 1), category, samples, seed)
+    mean, sampled = _resampled(np.stack([values, by], 1), category, SAMPLES, seed)
     low, high = np.quantile(sampled[:, 0] / sampled[:, 1], [0.025, 0.975])
     return float(mean[0] / mean[1]), float(low), float(high)
 

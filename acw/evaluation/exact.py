@@ -48,9 +48,10 @@ class ExactTarget:
         smooth = gaussian_filter(density, target.blur_sigma, mode="constant")
         log_p = log_density[rows, columns]
         # pysaliency's own resizing, of the mean of the others in its place.
-        others: Any = ShuffledBaselineModel(None, [])
+        others: Any = ShuffledBaselineModel(None, [], predict_overall_average=True, caching=False)
+        others.prediction = log_mean.numpy().copy()
         with np.errstate(invalid="ignore"):
-            shuffled = log_density - others._resize_prediction(log_mean.numpy().copy(), target.size)
+            shuffled = log_density - others.log_density(np.zeros(target.size))
         negatives, repeats = (one.numpy() for one in target.negatives)
         found = {
             "IG": (log_p - self.baseline[rows, columns]).mean() / math.log(2),

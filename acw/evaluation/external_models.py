@@ -51,7 +51,7 @@ class _Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Outside:
+class ExternalModel:
     """A model's predictions on `stimuli`, read when asked for. It holds paths, not data, and can be pickled.
 
     Raises ValueError for another kind than `density` and `saliency`.
@@ -104,7 +104,7 @@ class Outside:
             )
 
 
-def open_maps(spec: str, kind: Kind, dataset: Dataset) -> Outside:
+def open_maps(spec: str, kind: Kind, dataset: Dataset) -> ExternalModel:
     """A model's maps in a folder, `FOLDER` or `NAME=FOLDER`: per stimulus one NPY, PNG or JPEG file of its name.
 
     For the stimulus `Street/001.jpg` that is `Street/001.npy`, `.png`, `.jpg` or `.jpeg`. 16-bit grey is kept; what is
@@ -113,26 +113,26 @@ def open_maps(spec: str, kind: Kind, dataset: Dataset) -> Outside:
     name, folder = _named(spec)
     if not folder.is_dir():
         raise UserError(f"maps {spec}: {folder} is no folder; give FOLDER or NAME=FOLDER")
-    found = [(stimulus, _maps_of(stimulus, folder)) for stimulus in dataset.stimuli]
-    missing = [stimulus for stimulus, paths in found if not paths]
+    maps = [(stimulus, _maps_of(stimulus, folder)) for stimulus in dataset.stimuli]
+    missing = [stimulus for stimulus, paths in maps if not paths]
     if missing:
         stem = _stem(missing[0])
         raise UserError(
-            f"{folder / stem}: no map for the stimulus {missing[0].name} ({len(missing)} of {len(found)} have none); "
+            f"{folder / stem}: no map for the stimulus {missing[0].name} ({len(missing)} of {len(maps)} have none); "
             f"add {stem}.npy, .png, .jpg or .jpeg"
         )
     owner: dict[Path, Stimulus] = {}
-    for stimulus, paths in found:
+    for stimulus, paths in maps:
         if len(paths) > 1:
             raise UserError(f"{paths[0]}: there is {paths[1].name} too; keep the one that is to be scored")
         if other := owner.get(paths[0]):
             raise UserError(f"{paths[0]}: would be the map of {other.name} and {stimulus.name}; rename one stimulus")
         resolve_inside(paths[0], folder)
         owner[paths[0]] = stimulus
-    return Outside(name or folder.name, kind, dataset.stimuli, _Maps(tuple(owner), kind), str(folder))
+    return ExternalModel(name or folder.name, kind, dataset.stimuli, _Maps(tuple(owner), kind), str(folder))
 
 
-def open_predictions(spec: str, dataset: Dataset, kind: Kind | None = None) -> Outside:
+def open_predictions(spec: str, dataset: Dataset, kind: Kind | None = None) -> ExternalModel:
     """A model's predictions in an HDF5 file, `FILE` or `NAME=FILE`, as pysaliency's `export_model_to_hdf5` writes it.
 
     Keys are the stimuli's paths without some of the leading folders that all share. The kind is the file's attribute
@@ -143,37 +143,37 @@ def open_predictions(spec: str, dataset: Dataset, kind: Kind | None = None) -> O
     name, path = _named(spec)
     with open_hdf5(path) as file:
         source = _Predictions(path, _matching(dataset.stimuli, keys_of(file), path))
-        said: Any = file.attrs.get("kind")
-    said = said.decode(errors="replace") if isinstance(said, bytes) else said
-    if said is not None and said not in get_args(Kind):
-        raise UserError(f"{path}: its attribute kind is {said}; correct it to {' or '.join(get_args(Kind))}")
-    if kind is None and said is None:
+        stated: Any = file.attrs.get("kind")
+    stated = stated.decode(errors="replace") if isinstance(stated, bytes) else stated
+    if stated is not None and stated not in get_args(Kind):
+        raise UserError(f"{path}: its attribute kind is {stated}; correct it to {' or '.join(get_args(Kind))}")
+    if kind is None and stated is None:
         where, values = source.read(0)
-        said = "density" if _is_normalised(values) else "saliency"
-        if said == "saliency" and values.max() <= 0:
+        stated = "density" if _is_normalised(values) else "saliency"
+        if stated == "saliency" and values.max() <= 0:
             raise UserError(
                 f"{where}: has no value above 0 as log-densities, but no natural logs that sum to 1 "
                 f"(logsumexp {logsumexp(values):.3g}); write them so, or say --kind saliency if they are none"
             )
-    return Outside(name or path.stem, kind or said, dataset.stimuli, source, str(path))
+    return ExternalModel(name or path.stem, kind or stated, dataset.stimuli, source, str(path))
 
 
-def open_object(spec: str, dataset: Dataset) -> Outside:
+def open_object(spec: str, dataset: Dataset) -> ExternalModel:
     """`MODULE:OBJECT` or `NAME=MODULE:OBJECT`: one of pysaliency's models in a module of the user's (`of_pysaliency`).
 
     The module must be found by this process and by Ray's workers, on PYTHONPATH. Raises UserError where there is no
     such module, object or model.
     """
-    name, _, place = spec.rpartition("=")
-    module, _, attribute = place.partition(":")
+    name, _, path = spec.rpartition("=")
+    module, _, attribute = path.partition(":")
     try:
         model = getattr(importlib.import_module(module), attribute)
-        return dataclasses.replace(of_pysaliency(model, dataset, name or attribute), location=place)
+        return dataclasses.replace(of_pysaliency(model, dataset, name or attribute), location=path)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--object {spec}: {error}; give MODULE:OBJECT, a pysaliency model on PYTHONPATH") from None
 
 
-def of_pysaliency(model: Any, dataset: Dataset, name: str) -> Outside:
+def of_pysaliency(model: Any, dataset: Dataset, name: str) -> ExternalModel:
     """What a pysaliency `Model` (density) or `SaliencyMapModel` (saliency) makes of the stimuli's pixels.
 
     The pixels are uint8 (H, W, 3), also of grey images. The model keeps no cache of these predictions. It is pickled
@@ -186,7 +186,7 @@ def of_pysaliency(model: Any, dataset: Dataset, name: str) -> Outside:
     kind: Kind = "density" if isinstance(model, pysaliency.Model) else "saliency"
     uncached = copy.copy(model)
     uncached.caching = False
-    return Outside(name, kind, dataset.stimuli, _Live(uncached, name, kind, dataset.stimuli))
+    return ExternalModel(name, kind, dataset.stimuli, _Live(uncached, name, kind, dataset.stimuli))
 
 
 # --- Where maps come from ----------------------------------------------------------------------------------------
@@ -270,13 +270,13 @@ def _matching(stimuli: Sequence[Stimulus], keys: Sequence[str], path: Path) -> t
     shared = len(PurePosixPath(os.path.commonpath([file.parent for file in files])).parts)
     there = set(keys)
     for start in range(shared + 1):
-        found = ["/".join(file.parts[start:]) for file in files]
-        if not there.isdisjoint(found):
+        chosen = ["/".join(file.parts[start:]) for file in files]
+        if not there.isdisjoint(chosen):
             break
-    for stimulus, key in zip(stimuli, found, strict=True):
+    for stimulus, key in zip(stimuli, chosen, strict=True):
         if key not in there:
             raise UserError(f"{path}: has no prediction for the stimulus {stimulus.name} (key {key}); add it")
-    return tuple(found)
+    return tuple(chosen)
 
 
 # --- What maps have to be ----------------------------------------------------------------------------------------

@@ -50,13 +50,13 @@ class GoldStandard:
         others, bias, uniform = self.weights
         mixed = others * seen.others(self.bandwidth) + (bias * seen.bias + uniform / seen.bias.size)
         log_densities = torch.from_numpy(np.log(mixed).astype(np.float32))
-        return [(subject == one, density) for one, density in zip(seen.people, log_densities, strict=True)]
+        return [(subject == person, density) for person, density in zip(seen.people, log_densities, strict=True)]
 
 
 def has_subjects(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> bool:
     """Whether every one of these images was seen by at least two known subjects."""
     subjects = [dataset.fixations_of(index)[2] for index in indices]
-    return all(len(one) and one.min() >= 0 and len(np.unique(one)) >= 2 for one in subjects)
+    return all(len(seen) and seen.min() >= 0 and len(np.unique(seen)) >= 2 for seen in subjects)
 
 
 def fit(dataset: Dataset, indices: Sequence[int] | np.ndarray, center_bias: CenterBias) -> GoldStandard:
@@ -69,8 +69,8 @@ def fit(dataset: Dataset, indices: Sequence[int] | np.ndarray, center_bias: Cent
         seen = _Seen.of(dataset, index, center_bias)
         # At the fixations, in the cells that they are in.
         rows, columns = (
-            (place / length * cells).astype(int)
-            for place, length, cells in zip((seen.y, seen.x), seen.size, seen.bias.shape, strict=True)
+            (coordinate / length * cells).astype(int)
+            for coordinate, length, cells in zip((seen.y, seen.x), seen.size, seen.bias.shape, strict=True)
         )
         bias = seen.bias[rows, columns]
         for bandwidth, parts in log_p.items():
@@ -128,8 +128,8 @@ class _Seen:
         not fill where all people look at one place.
         """
         rows, columns = (
-            np.exp(-0.5 * (((np.arange(cells) + 0.5) * (length / cells) - place[:, None]) / bandwidth) ** 2)
-            for place, length, cells in zip((self.y, self.x), self.size, self.bias.shape, strict=True)
+            np.exp(-0.5 * (((np.arange(cells) + 0.5) * (length / cells) - coordinate[:, None]) / bandwidth) ** 2)
+            for coordinate, length, cells in zip((self.y, self.x), self.size, self.bias.shape, strict=True)
         )
         mine = [self.person == number for number in range(len(self.people))]
         return np.stack([rows[some].T @ columns[some] for some in mine])

@@ -69,8 +69,14 @@ def better(name: str) -> int:
 
 
 def added_scores(density: Tensor, target: Target) -> dict[str, float]:
-    """The scores, by their names, that functions of METRICS give a density, float64 (H, W) with sum 1."""
-    return {name: row.function(density, target) for name, row in METRICS.items() if row.function}
+    """The scores, by their names, that functions of METRICS give a density, float64 (H, W) with sum 1.
+
+    Raises ValueError for NaN.
+    """
+    scores = {name: float(row.function(density, target)) for name, row in METRICS.items() if row.function}
+    if undefined := [name for name, value in scores.items() if math.isnan(value)]:
+        raise ValueError(f"the function of {', '.join(undefined)} gives NaN; it must give a number for every density")
+    return scores
 
 
 # The regulariser of the Tuebingen/MIT saliency benchmark, as in pysaliency.metrics.MIT_KLDiv.

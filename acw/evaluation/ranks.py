@@ -34,9 +34,9 @@ class Ranking:
 
     def doubled(self, values: Tensor) -> Tensor:
         """(m,) int32: twice the number of positives above each value, plus the number of its ties; float64 (m,)."""
-        place = values.view(torch.int64) + self.offset
-        place.bitwise_right_shift_(self.shift).clamp_(0, len(self.table) - 1)
-        result = self.table.index_select(0, place)
+        bins = values.view(torch.int64) + self.offset
+        bins.bitwise_right_shift_(self.shift).clamp_(0, len(self.table) - 1)
+        result = self.table.index_select(0, bins)
         unknown = (result < 0).nonzero()[:, 0]
         keys = _keys(values[unknown])
         below, not_above = (torch.searchsorted(self.keys, keys, right=right, out_int32=True) for right in (False, True))

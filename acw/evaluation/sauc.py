@@ -30,10 +30,10 @@ ROUNDING = 1e-15
 def _between(source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
     """scipy's `zoom(order=1)` along one axis, whose first and last cells lie on each other: cells before and after each
     place (int64 (target,)) and the share of the latter (float64)."""
-    place = np.linspace(0, source - 1, target)
-    low = np.minimum(place.astype(np.int64), max(source - 2, 0))
+    position = np.linspace(0, source - 1, target)
+    low = np.minimum(position.astype(np.int64), max(source - 2, 0))
     high = np.minimum(low + 1, source - 1)
-    return torch.from_numpy(low), torch.from_numpy(high), torch.from_numpy(place - low)
+    return torch.from_numpy(low), torch.from_numpy(high), torch.from_numpy(position - low)
 
 
 def reduced(log_densities: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Scores of every model and reference on images: first what each model says of all of them, then image by image."""
+"""Scores of every model and reference on images: first the mean predictions, then image by image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from acw.cluster.costs import Cost, peak_rss
 from acw.cluster.process import compute_with
 from acw.data import Dataset
 from acw.evaluation.exact import ExactTarget
-from acw.evaluation.external_models import Outside
+from acw.evaluation.external_models import ExternalModel
 from acw.evaluation.gold_standard import GoldStandard
 from acw.evaluation.metrics import (
     METRICS,
@@ -45,15 +45,15 @@ MODELS = (
 )
 # Names in `references`: scores that no model could have, or that look at the answer.
 REFERENCES = ("gold_standard", "gold_standard_upper", "optimum", "oracle_weights")
-# For whom the map that is best for SIM is searched, if asked: ten seconds an image and model at full HD.
+# For whom the map that is best for SIM is searched, if asked: a minute an image and model at full HD.
 SIM_OPT_OF = ("center_bias", "category_weights", "inferred_category")
 # Images that Ray knows of at a time: enough for a cluster to see that it should grow.
 TASKS_AT_ONCE = 500
 # Images whose predictions one task adds up. Sums come in this order, so that workers change no digit.
 IMAGES_PER_SUM = 16
 Scores = dict[str, dict[str, float]]
-# What `Densities` says of an image, as arrays, which Ray's workers read where they lie.
-Said = tuple[np.ndarray, np.ndarray]
+# What `Densities.of` gives for an image, as arrays, which Ray's workers read where they lie.
+ComponentPrediction = tuple[np.ndarray, np.ndarray]
 ONE = torch.ones((1, 1), dtype=torch.float64)
 
 
@@ -99,9 +99,10 @@ class ImageDensities:
 
 @dataclass(frozen=True, eq=False)
 class _Maps:
-    """What is said of an image. log_densities: float32 (C, H, W) of the components. weights: name -> (C,) of a mixture.
+    """What is predicted for an image. log_densities: float32 (C, H, W) of the components.
 
-    wrong: those of the other categories. singles: name -> float32 (H, W) log-density of what is no such mixture.
+    weights: name -> (C,) of a mixture. wrong: those of the other categories. singles: name -> float32 (H, W)
+    log-density of what is no such mixture.
     """
 
     log_densities: Tensor
@@ -112,10 +113,10 @@ class _Maps:
     def reduced(self) -> dict[str, Tensor]:
         """Name -> density at the size at which predictions are averaged."""
         # Names may share their weights: global and category weights under an infinite prior.
-        rows, place = np.unique(np.stack(list(self.weights.values())), axis=0, return_inverse=True)
+        rows, row_of = np.unique(np.stack(list(self.weights.values())), axis=0, return_inverse=True)
         small = reduced(self.log_densities, torch.from_numpy(rows))
-        result = {name: small[k] for name, k in zip(self.weights, place.ravel(), strict=True)}
-        return result | {name: reduced(one[None], ONE)[0] for name, one in self.singles.items()}
+        result = {name: small[k] for name, k in zip(self.weights, row_of.ravel(), strict=True)}
+        return result | {name: reduced(single[None], ONE)[0] for name, single in self.singles.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +126,9 @@ class Scoring:
     dataset: whose fixations; `among`: the images whose other fixations are sAUC's negatives.
     by_image: name -> (N, C) weights of a mixture, a row an image of the data set.
     labelled: whether the data set's categories are the model's, so that right and wrong weights exist.
-    outside: other models, scored beside ours. log_mixture: whether to score the paper's own combination too, the
+    external: other models, scored beside ours. log_mixture: whether to score the combination of Galván's ACW too, the
     weighted sum of log-densities, renormalised. exact: densities are scored by pysaliency itself. sim_opt: an image's
-    number of fixations, for SIM_OPT_OF and outside densities; 0 leaves it out.
+    number of fixations, for SIM_OPT_OF and external densities; 0 leaves it out.
     """
 
     dataset: Dataset
@@ -137,48 +138,52 @@ class Scoring:
     by_image: dict[str, np.ndarray]
     labelled: bool
     gold_standard: GoldStandard | None
-    outside: tuple[Outside, ...] = ()
+    external: tuple[ExternalModel, ...] = ()
     log_mixture: bool = False
     exact: bool = False
     sim_opt: int = 0
 
-    def said(self, index: int) -> Said:
-        """What the components say of an image: small, and costly to ask for."""
+    def component_prediction(self, index: int) -> ComponentPrediction:
+        """What the components predict for an image: small, and costly to ask for."""
         log_densities, pooled = self.densities.of(index)
         return log_densities.numpy(), pooled
 
-    def sums(self, indices: Sequence[int], said: Mapping[int, Said] | None = None) -> dict[str, Tensor]:
-        """Name -> sum of a model's reduced densities over images. said: of these, if they were asked about before."""
+    def sums(
+        self, indices: Sequence[int], predictions: Mapping[int, ComponentPrediction] | None = None
+    ) -> dict[str, Tensor]:
+        """Name -> sum of a model's reduced densities over images. predictions: of these, if they were made before."""
         total: dict[str, Tensor] = {}
         for index in indices:
-            for name, one in self._maps(index, said).reduced().items():
-                total[name] = total[name].add_(one) if name in total else one.clone()
+            for name, density in self._maps(index, predictions).reduced().items():
+                total[name] = total[name].add_(density) if name in total else density.clone()
         return total
 
-    def image(self, index: int, means: dict[str, MeanPrediction], said: Mapping[int, Said] | None = None) -> Scores:
-        """Scores of every model and reference on one image; means: of `among`, by name; said: as in `sums`."""
+    def image(
+        self, index: int, means: dict[str, MeanPrediction], predictions: Mapping[int, ComponentPrediction] | None = None
+    ) -> Scores:
+        """Scores of every model and reference on one image; means: of `among`, by name; predictions: as in `sums`."""
         size = self.dataset.stimuli[index].size
         x, y, _ = self.dataset.fixations_of(index)
         _, bias, shuffled = _of_size(self, size)
         among = index in self.among
         target = Target.of(x, y, shuffled.without(x, y) if among else shuffled, bias)
-        maps = self._maps(index, said)
+        maps = self._maps(index, predictions)
         components = Components.of(maps.log_densities, target.blur_sigma)
         own = maps.reduced() if among else None
 
         def of_others(name: str) -> Tensor:
             return means[name].others(None if own is None else own[name])
 
-        rows, place = np.unique(np.stack([*maps.weights.values(), *maps.wrong]), axis=0, return_inverse=True)
+        rows, row_of = np.unique(np.stack([*maps.weights.values(), *maps.wrong]), axis=0, return_inverse=True)
         distinct = score_mixtures(components, torch.from_numpy(rows), target)
-        of_rows = [distinct[k] for k in place.ravel()]
-        result = {name: dict(one) for name, one in zip(maps.weights, of_rows, strict=False)}
+        of_rows = [distinct[k] for k in row_of.ravel()]
+        result = {name: dict(scores) for name, scores in zip(maps.weights, of_rows, strict=False)}
         for name, row in maps.weights.items():
             (result[name]["sAUC"],) = shuffled_aucs(components, torch.tensor(row)[None], target, of_others(name))
         if maps.wrong:
             of_wrong = of_rows[len(maps.weights) :]
-            result["wrong_category"] = {m: float(np.mean([one[m] for one in of_wrong])) for m in of_wrong[0]}
-            # What the model says of the other images, it says by their right categories.
+            result["wrong_category"] = {m: float(np.mean([scores[m] for scores in of_wrong])) for m in of_wrong[0]}
+            # What the model predicts for the other images, it predicts by their right categories.
             wrong = torch.from_numpy(np.stack(maps.wrong))
             values = shuffled_aucs(components, wrong, target, of_others("category_weights"))
             result["wrong_category"]["sAUC"] = float(np.mean(values))
@@ -187,7 +192,7 @@ class Scoring:
             result[name] = _single(single, target, of_others(name))
         if self.gold_standard is not None:
             result["gold_standard"] = self._leave_one_out(index, target, bias, of_others("gold_standard_upper"))
-        for other in self.outside:
+        for other in self.external:
             if other.kind == "saliency":
                 result[other.name] = _saliency(torch.from_numpy(other.of(index)), target)
         if self.exact:
@@ -197,17 +202,17 @@ class Scoring:
                 result[name] = exact.scores(density, of_others(name))
         if self.sim_opt:
             for name, density in self._every_density(maps):
-                if name in SIM_OPT_OF or name in {other.name for other in self.outside}:
+                if name in SIM_OPT_OF or name in {other.name for other in self.external}:
                     best = torch.from_numpy(best_map(density, target.blur_sigma, self.sim_opt))
                     result[name]["SIM_opt"] = score_saliency(best, target)["SIM"]
-        for name in (other.name for other in self.outside):
+        for name in (other.name for other in self.external):
             for metric, value in result[name].items():
                 if not math.isfinite(value):
                     raise UserError(
                         f"{name}: its {metric} on {self.dataset.stimuli[index].name} is {value}, as its density is 0 "
                         "where somebody looked; give densities that are positive everywhere, or --kind saliency"
                     )
-        return {name: {m: one[m] for m in in_order(one)} for name, one in result.items()}
+        return {name: {m: scores[m] for m in in_order(scores)} for name, scores in result.items()}
 
     @staticmethod
     def _every_density(maps: _Maps) -> Iterator[tuple[str, np.ndarray]]:
@@ -218,9 +223,9 @@ class Scoring:
         for name, log_density in maps.singles.items():
             yield name, normalise(log_density.double()).numpy()
 
-    def _maps(self, index: int, said: Mapping[int, Said] | None) -> _Maps:
+    def _maps(self, index: int, predictions: Mapping[int, ComponentPrediction] | None) -> _Maps:
         size = self.dataset.stimuli[index].size
-        log_densities, pooled = self.said(index) if said is None else said[index]
+        log_densities, pooled = self.component_prediction(index) if predictions is None else predictions[index]
         # Copied: Ray's arrays are read-only, of which torch warns.
         full = self.model.finalizer.upsample(torch.tensor(log_densities), size)
         weights, wrong = self._weights(index, pooled)
@@ -241,7 +246,7 @@ class Scoring:
         if not self.labelled:
             return weights, []
         weights["category_weights"] = model.mixing_weights(category, probabilities)
-        return weights, [model.mixing_weights(one, probabilities) for one in model.categories if one != category]
+        return weights, [model.mixing_weights(wrong, probabilities) for wrong in model.categories if wrong != category]
 
     def _singles(self, index: int, full: Tensor, weights: dict[str, np.ndarray]) -> Iterator[tuple[str, Tensor]]:
         size = self.dataset.stimuli[index].size
@@ -254,7 +259,7 @@ class Scoring:
         if self.log_mixture:
             row = weights["category_weights" if self.labelled else "global_weights"]
             yield "log_mixture", log_mixture(full, torch.tensor(row).float(), self.model.systems)
-        for other in self.outside:
+        for other in self.external:
             if other.kind == "density":
                 yield other.name, torch.from_numpy(other.of(index).astype(np.float32))
 
@@ -263,7 +268,7 @@ class Scoring:
         assert self.gold_standard is not None
         total = dict.fromkeys(METRICS, 0.0)
         x, y, _ = self.dataset.fixations_of(index)
-        negatives = ShuffledFixations(target.size, *(one.numpy() for one in target.negatives))
+        negatives = ShuffledFixations(target.size, *(tensor.numpy() for tensor in target.negatives))
         for mine, log_density in self.gold_standard.leave_one_out(self.dataset, index):
             of_subject = Target.of(x[mine], y[mine], negatives, bias)
             components = Components.of(upsample(log_density, bias.size)[None], target.blur_sigma)
@@ -273,8 +278,8 @@ class Scoring:
 
 
 def log_mixture(log_densities: Tensor, weights: Tensor, systems: int) -> Tensor:
-    """(H, W) the paper's combination: of each system the weighted sum of its log-densities, renormalised; then the mean
-    density of the systems. log_densities: (C, H, W), weights: (C,), of backbones, and of each its systems."""
+    """(H, W) the combination of Galván's ACW: of each system the weighted sum of its log-densities, renormalised; then
+    the mean density of the systems. log_densities: (C, H, W), weights: (C,), of backbones, and of each its systems."""
     weight_BS = weights.view(-1, systems)
     share_S = weight_BS.sum(0)
     logs_BSHW = log_densities.unflatten(0, weight_BS.shape)
@@ -323,18 +328,18 @@ def score_images(scoring: Scoring, indices: Sequence[int] | np.ndarray) -> tuple
     chunks = [images[k : k + IMAGES_PER_SUM] for k in range(0, len(images), IMAGES_PER_SUM)]
     survey = ray.remote(num_cpus=1, max_retries=3, num_returns=2)(_survey)
     totals: dict[str, Tensor] = {}
-    said: dict[int, Any] = {}
+    predictions: dict[int, Any] = {}
     asked = _in_order([functools.partial(survey.remote, shared, chunk) for chunk in chunks])
     for chunk, ((sums, memory), [kept]) in zip(chunks, asked, strict=True):
-        totals |= {name: totals[name] + one if name in totals else one for name, one in sums.items()}
-        said |= dict.fromkeys(chunk, kept)
+        totals |= {name: totals[name] + part if name in totals else part for name, part in sums.items()}
+        predictions |= dict.fromkeys(chunk, kept)
         peak = max(peak, memory)
-        print(f"averaging: {len(said)}/{len(images)} images", flush=True)
+        print(f"averaging: {len(predictions)}/{len(images)} images", flush=True)
     assert totals, "none of the images has a say in the means"
     averaged = int(np.isin(images, scoring.among).sum())
     shared.append(ray.put({name: MeanPrediction(total, averaged) for name, total in totals.items()}))
     score = ray.remote(num_cpus=1, max_retries=3, num_returns=1)(_score)
-    asked = _in_order([functools.partial(score.remote, shared, said[index], index) for index in images])
+    asked = _in_order([functools.partial(score.remote, shared, predictions[index], index) for index in images])
     result = {}
     for index, ((scores, memory), _) in zip(images, asked, strict=True):
         result[index] = scores
@@ -356,22 +361,24 @@ def _in_order(tasks: Sequence[Callable[[], Any]]) -> Iterator[tuple[Any, list[An
         out.extend(start() for start in itertools.islice(waiting, 1))
 
 
-def _survey(shared: list[Any], indices: Sequence[int]) -> tuple[tuple[dict[str, Tensor], int], dict[int, Said]]:
+def _survey(
+    shared: list[Any], indices: Sequence[int]
+) -> tuple[tuple[dict[str, Tensor], int], dict[int, ComponentPrediction]]:
     """The sums of the reduced densities of those images that are `among` the negatives', peak memory, and what the
-    components say of all of them."""
+    components predict for all of them."""
     compute_with(1)
     scoring = _received(*shared)
     with torch.inference_mode():
-        said = {index: scoring.said(index) for index in indices}
-        sums = scoring.sums([index for index in indices if index in scoring.among], said)
-    return (sums, peak_rss()), said
+        predictions = {index: scoring.component_prediction(index) for index in indices}
+        sums = scoring.sums([index for index in indices if index in scoring.among], predictions)
+    return (sums, peak_rss()), predictions
 
 
-def _score(shared: list[Any], said: Mapping[int, Said], index: int) -> tuple[Scores, int]:
+def _score(shared: list[Any], predictions: Mapping[int, ComponentPrediction], index: int) -> tuple[Scores, int]:
     compute_with(1)
     scoring, means = map(_received, shared)
     with torch.inference_mode():
-        return scoring.image(index, means, said), peak_rss()
+        return scoring.image(index, means, predictions), peak_rss()
 
 
 @functools.lru_cache(maxsize=2)

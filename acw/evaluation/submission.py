@@ -94,15 +94,15 @@ def export(model: Model, folder: Path, out: Path) -> Report:
     def write(temporary: Path) -> None:
         _check_room(out, BYTES_A_PIXEL * sum(map(math.prod, sizes.values())))
         predictions = model.predict_batch(map(decode_image, files.values()), categories)
-        start = said = time.monotonic()
+        start = shown = time.monotonic()
         with h5py.File(temporary, "w") as file:
-            file.attrs["kind"] = "density"  # for acw.outside.open_predictions
+            file.attrs["kind"] = "density"  # for external_models.open_predictions
             for done, (key, prediction) in enumerate(zip(files, predictions, strict=True), 1):
                 _check_room(out, prediction.log_density.nbytes)
                 file.create_dataset(key, data=prediction.log_density, **COMPRESSION)
-                if (now := time.monotonic()) > said + SECONDS_BETWEEN_LINES:
+                if (now := time.monotonic()) > shown + SECONDS_BETWEEN_LINES:
                     print(f"submission: {done}/{len(files)} images, {done / (now - start):.2f} images/s", flush=True)
-                    said = now
+                    shown = now
         reports.append(_check(temporary, str(out), sizes))
 
     write_atomic(out, write)

@@ -34,8 +34,8 @@ def per_image_csv(dataset: Dataset, scores: dict[int, Scores]) -> str:
 
 def metrics_of(scores: dict[int, Scores]) -> list[str]:
     """The metrics that any model was scored by."""
-    there = {metric for one in next(iter(scores.values())).values() for metric in one}
-    return in_order(there)
+    first = next(iter(scores.values()))
+    return in_order({metric for values in first.values() for metric in values})
 
 
 def summarise(dataset: Dataset, scores: dict[int, Scores], seed: int) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def summarise(dataset: Dataset, scores: dict[int, Scores], seed: int) -> dict[st
     category = np.array([stimulus.category for stimulus in stimuli])
     first = next(iter(scores.values()))
     # A saliency map has no likelihood: its entry lacks those metrics.
-    metrics = {name: [m for m in metrics_of(scores) if m in one] for name, one in first.items()}
+    metrics = {name: [m for m in metrics_of(scores) if m in values] for name, values in first.items()}
     table = {n: np.array([[s[n][m] for m in metrics[n]] for s in scores.values()]) for n in first}
     sources = sorted({stimulus.source for stimulus in stimuli if stimulus.source})
     source = np.array([stimulus.source for stimulus in stimuli])
@@ -104,24 +104,24 @@ def doubts(models: Mapping[str, Any], references: Mapping[str, Any]) -> dict[str
     It looks at the scored images, held-out ones for a run, and only to reject: no model is chosen by it.
     """
     auc = {name: entry["overall"]["AUC"]["mean"] for name, entry in {**models, **references}.items()}
-    people, found = auc.get("gold_standard"), {}
+    people, reasons = auc.get("gold_standard"), {}
     for name in models:
         value = auc[name]
         if name == "center_bias" and value > TOO_GOOD:
-            found[name] = (
+            reasons[name] = (
                 f"the centre bias alone has AUC {value:.4f}: nearly all fixations are in one place, whatever the image "
                 "shows; check unit and origin of x and y"
             )
         elif value < INVERTED:
-            found[name] = f"AUC {value:.4f} is below chance; its map may be inverted, dark where people look"
+            reasons[name] = f"AUC {value:.4f} is below chance; its map may be inverted, dark where people look"
         elif people is None and value > TOO_GOOD:
-            found[name] = f"AUC {value:.4f} is too good to be true; check whether the images show the fixations"
+            reasons[name] = f"AUC {value:.4f} is too good to be true; check whether the images show the fixations"
         elif people is not None and value - people > LEAST_MARGIN and 1 - value < PEOPLES_ERROR * (1 - people):
-            found[name] = (
+            reasons[name] = (
                 f"AUC {value:.4f} is too good to be true, as people predict each other with {people:.4f}; check "
                 "whether the images show the fixations, or are the same ones twice"
             )
-    return found
+    return reasons
 
 
 def _explained(ig: dict[str, np.ndarray], category: np.ndarray, seed: int) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _explained(ig: dict[str, np.ndarray], category: np.ndarray, seed: int) -> di
 
 def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     """The differences that a reader asks for: what each step of the mixture is worth, and against its controls and
-    outside models."""
+    external models."""
     wanted = [
         ("uniform", "center_bias"),
         ("category_weights", "center_bias"),

@@ -1,4 +1,4 @@
-"""Scores of the images that were left out of a fold, by that fold's own heads: the paper's Table 1 has such.
+"""Scores of the images that were left out of a fold, by that fold's own heads: Table 1 of Galván's ACW has such.
 
 They say less than those of held-out images: heads stopped where these images' scores were best.
 """
@@ -44,15 +44,15 @@ def validation_scores(
     for fold, model in enumerate(models):
         images, shared = split.validation(fold).tolist(), ray.put(model)
         out += [some.remote(shared, images[k : k + IMAGES_PER_TASK]) for k in range(0, len(images), IMAGES_PER_TASK)]
-    found: dict[int, dict[str, float]] = {}
+    scores: dict[int, dict[str, float]] = {}
     shown = time.monotonic()
     while out:
         (ready, *_), out = ray.wait(out)
-        found |= ray.get(ready)
+        scores |= ray.get(ready)
         if time.monotonic() - shown > PROGRESS_SECONDS or not out:
             shown = time.monotonic()
-            print(f"validation: {len(found)}/{len(split.development)} images", flush=True)
-    return dict(sorted(found.items()))
+            print(f"validation: {len(scores)}/{len(split.development)} images", flush=True)
+    return dict(sorted(scores.items()))
 
 
 def _scores(dataset: Dataset, index: int, model: Model, stores: Sequence[Store]) -> dict[str, float]:

@@ -176,7 +176,7 @@ def _held_out_scores(
         by_image=controls,
         labelled=True,
         gold_standard=gold,
-        # To show what the paper's own combination costs, where its systems are trained.
+        # To show what the combination of Galván's ACW costs, where its systems are trained.
         log_mixture=job.recipe.joint and job.recipe.category_weights,
     )
     scores, cost = score_images(scoring, held_out)
@@ -189,7 +189,9 @@ def _report(job: Job, predictions: Predictions, curves: dict[str, list[np.ndarra
     from acw.report import figures, page, pictures
 
     dataset, held_out = job.dataset, [job.dataset.stimuli[index] for index in job.split.held_out]
-    first = [next(one.name for one in held_out if one.category == c) for c in dataset.categories[:EXAMPLES]]
+    first = [
+        next(stimulus.name for stimulus in held_out if stimulus.category == c) for c in dataset.categories[:EXAMPLES]
+    ]
     figures.save(pictures.examples_figure([predictions(name) for name in first]), job.folder / "examples.png")
     page.write(job.folder, predictions, curves)
 

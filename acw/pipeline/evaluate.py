@@ -19,15 +19,15 @@ from acw.storage.errors import UserError
 from acw.storage.files import is_model_uri, write_atomic, write_json
 
 if TYPE_CHECKING:
-    from acw.evaluation.external_models import Outside
+    from acw.evaluation.external_models import ExternalModel
 
 SEED = 0  # of the bootstrap
 
 
 def evaluate(
-    location: str, dataset: Dataset, out: Path, outside: tuple[Outside, ...], exact: bool, sim_opt: int
+    location: str, dataset: Dataset, out: Path, external: tuple[ExternalModel, ...], exact: bool, sim_opt: int
 ) -> None:
-    """Scores the model, and the outside ones beside it, on all images and writes the two files; prints the table."""
+    """Scores the model, and the external ones beside it, on all images and writes the two files; prints the table."""
     import numpy as np
 
     from acw.cluster.joining import connect
@@ -62,7 +62,7 @@ def evaluate(
         {},
         labelled,
         gold,
-        outside,
+        external,
         exact=exact,
         sim_opt=sim_opt,
     )
@@ -72,7 +72,7 @@ def evaluate(
         "dataset": dataset.summary() | {"scored": "all images", "images_scored": len(scores)},
         **summarise(dataset, scores, SEED),
         "model": location,
-        "outside": {other.name: {"kind": other.kind, "source": shown(other.location)} for other in outside},
+        "outside": {other.name: {"kind": other.kind, "source": shown(other.location)} for other in external},
         "exact": exact,
         "sim_opt_fixations": sim_opt or None,
         "cost": dataclasses.asdict(cost),
@@ -95,9 +95,8 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--object", action="append", default=[], metavar="[NAME=]MODULE:OBJECT", help=about)
     about = "scores by pysaliency itself, but for controls and saliency maps: slow"
     parser.add_argument("--exact", action="store_true", help=about)
-    parser.add_argument(
-        "--sim-opt", action="store_true", help="SIM of maps optimised for it, too: half a minute a full-HD image"
-    )
+    about = "SIM of maps optimised for it by pysaliency, too: three minutes a full-HD image"
+    parser.add_argument("--sim-opt", action="store_true", help=about)
     add_dataset_options(parser)
 
 
@@ -117,18 +116,18 @@ def main(argv: Sequence[str]) -> None:
     from acw.evaluation.scoring import MODELS, REFERENCES
     from acw.evaluation.sim_opt import fixations_of
 
-    outside = [open_maps(spec, options["kind"], dataset) for spec in options["maps"]]
-    outside += [open_predictions(spec, dataset, options["kind"]) for spec in options["predictions"]]
-    outside += [open_object(spec, dataset) for spec in options["object"]]
-    names = [other.name for other in outside]
+    external = [open_maps(spec, options["kind"], dataset) for spec in options["maps"]]
+    external += [open_predictions(spec, dataset, options["kind"]) for spec in options["predictions"]]
+    external += [open_object(spec, dataset) for spec in options["object"]]
+    names = [other.name for other in external]
     ours = (*MODELS, *REFERENCES)
     taken = [name for name in names if names.count(name) > 1 or name in ours or name.startswith("backbone:")]
     if taken:
         raise UserError(f"{taken[0]}: two models are called so; call yours otherwise: NAME=PATH, NAME=MODULE:OBJECT")
-    for other in outside:
+    for other in external:
         other.check(dataset)
     if len(dataset.stimuli) < 2:
         raise UserError(f"dataset {dataset.location}: has one image, and sAUC needs fixations of a second; add images")
     fixations = fixations_of(dataset) if options["sim_opt"] else 0
-    evaluate(location, dataset, out, tuple(outside), options["exact"], fixations)
+    evaluate(location, dataset, out, tuple(external), options["exact"], fixations)
     print(shown(out), flush=True)

@@ -63,8 +63,7 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     add_reader_options(parser)
     about = "of the images; the width of the Gaussian of CC, KLDiv and SIM (default: what the folder's acw.json says, "
     about += "else a 48th of the width, which is CAT2000's 40)"
-    names = ("--pixels-per-degree", "--blur-sigma")
-    parser.add_argument(*names, dest="pixels_per_degree", type=float, metavar="PX", help=about)
+    parser.add_argument("--pixels-per-degree", type=float, metavar="PX", help=about)
 
 
 def add_reader_options(parser: argparse.ArgumentParser) -> None:

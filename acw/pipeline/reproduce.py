@@ -1,4 +1,4 @@
-"""Reproduces the paper: every system in it, both its tables, with paired intervals between them.
+"""Reproduces Galván's ACW (2024): its systems and DeepGaze IIE (2021), both its tables, with paired intervals.
 
 Runs the recipes acw_v1, acw_v2, acw_v3, deepgaze_iie and acw on one data set and split; fields of a recipe, such as
 `--max-epochs 8`, are given to all of them. acw_v2 takes the heads of acw_v1, of which it is another mixture, to train
@@ -10,7 +10,6 @@ ROOT/reproduction-*; the last line on stdout is the path of reproduction.json.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
 import json
@@ -27,7 +26,7 @@ from acw.pipeline.whole import pipeline
 from acw.recipes import Recipe
 from acw.storage.addresses import shown
 from acw.storage.checksums import fingerprint
-from acw.storage.files import csv_text, fetch, listing, write_atomic, write_json
+from acw.storage.files import csv_rows, csv_text, fetch, listing, write_atomic, write_json
 
 # Recipe -> what changed in it, as every row says.
 SYSTEMS = {
@@ -162,7 +161,7 @@ def _table_1(systems: Sequence[System]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for system in systems:
         scores = list(system.validation.values())
-        means = {metric: float(np.mean([one[metric] for one in scores])) for metric in TABLE_1}
+        means = {metric: float(np.mean([image[metric] for image in scores])) for metric in TABLE_1}
         rows.append({"system": system.name, "measured": "here", **means, "epochs": system.epochs})
         rows[-1]["what changed"] = system.changed
         if system.name in PUBLISHED_1:
@@ -178,7 +177,7 @@ def _table_2(systems: Sequence[System]) -> list[dict[str, Any]]:
         models = system.evaluation["models"]
         rows.append(_scored(system.name, models[HEADLINE], system.changed))
         if "log_mixture" in models:
-            changed = f"{system.name} with the paper's weighted sum of log-densities, renormalised"
+            changed = f"{system.name} with ACW's weighted sum of log-densities, renormalised"
             rows.append(_scored(f"{system.name}, log mixture", models["log_mixture"], changed))
     for name, values in PUBLISHED_2.items():
         row = {"system": name, "measured": "published, other data split", **dict.fromkeys(_columns())}
@@ -188,7 +187,7 @@ def _table_2(systems: Sequence[System]) -> list[dict[str, Any]]:
 
 
 def _columns() -> list[str]:
-    """The paper's metrics, then the others."""
+    """ACW's metrics, then the others."""
     from acw.evaluation.metrics import METRICS
 
     return [*TABLE_2, *(metric for metric in METRICS if metric not in TABLE_2)]
@@ -207,7 +206,7 @@ def _comparisons(systems: Sequence[System]) -> list[dict[str, Any]]:
 
     columns = {system.name: _per_image(system) for system in systems}
     names = list(columns[systems[0].name])
-    assert all(list(one) == names for one in columns.values()), "one data set and split have one held-out set"
+    assert all(list(column) == names for column in columns.values()), "one data set and split have one held-out set"
     category = np.array([columns[systems[0].name][name][0] for name in names])
     result = []
     metrics = (*TABLE_2, "LL")
@@ -222,10 +221,9 @@ def _comparisons(systems: Sequence[System]) -> list[dict[str, Any]]:
 
 def _per_image(system: System) -> dict[str, tuple[str, list[float]]]:
     """Held-out image -> category and scores, in order of their names."""
-    with fetch(system.job.folder / "per_image.csv").open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["model"] == HEADLINE]
-    found = {row["image"]: (row["category"], [float(row[metric]) for metric in (*TABLE_2, "LL")]) for row in rows}
-    return dict(sorted(found.items()))
+    rows = [row for row in csv_rows(system.job.folder / "per_image.csv") if row["model"] == HEADLINE]
+    scores = {row["image"]: (row["category"], [float(row[metric]) for metric in (*TABLE_2, "LL")]) for row in rows}
+    return dict(sorted(scores.items()))
 
 
 def _text(rows: Sequence[dict[str, Any]]) -> str:

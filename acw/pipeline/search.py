@@ -64,52 +64,54 @@ def tune(job: Job, options: Options) -> Path:
     from acw.search.space import load_space
     from acw.tracking import mlflow_store
 
-    found = _search(job, load_space(SPACES, options.space), options)
-    folder, uri = found.folder, mlflow_store.tracking_uri(job.root, job.tracking_uri)
-    unfinished = found.waiting or found.missing
-    if unfinished and found.proposed and not options.resume:
+    search = _search(job, load_space(SPACES, options.space), options)
+    folder, uri = search.folder, mlflow_store.tracking_uri(job.root, job.tracking_uri)
+    unfinished = search.waiting or search.missing
+    if unfinished and search.proposed and not options.resume:
         raise UserError(
-            f"{shown(folder)}: an earlier search has {len(found.trialled)} of these configurations; add --resume "
+            f"{shown(folder)}: an earlier search has {len(search.trialled)} of these configurations; add --resume "
             "to go on with it, or delete the folder"
         )
     print(f"search: {shown(folder)}", flush=True)
-    if unfinished or not _logged(found, uri):
+    if unfinished or not _logged(search, uri):
         with event_log.kept(folder, "search", images=len(job.dataset.stimuli), recipe=dataclasses.asdict(job.recipe)):
-            _complete(job, found, options, uri)
-    print(tuner.table(found.trialled))
+            _complete(job, search, options, uri)
+    print(tuner.table(search.trialled))
     return folder / "overlay.json"
 
 
-def _complete(job: Job, found: Search, options: Options, uri: str) -> None:
-    """Trains what is missing, and writes down and logs what is found."""
+def _complete(job: Job, search: Search, options: Options, uri: str) -> None:
+    """Trains what is missing, and writes down and logs what came out."""
     from mlflow.exceptions import MlflowException
 
     from acw.cluster.joining import address
+    from acw.pipeline.train import record
     from acw.report import search_page
     from acw.search import tuner
     from acw.storage.files import write_json
     from acw.tracking import mlflow_store, searches
 
-    folder, origin = found.folder, _origin(job, options)
+    folder, origin = search.folder, _origin(job, options)
 
     def ended() -> None:
         # A tracking server may be away for a while: at the end all is logged that is not there.
         try:
-            searches.log(uri, found, job.recipe, origin, ended=False)
+            searches.log(uri, search, job.recipe, origin, ended=False)
         except (MlflowException, UserError) as error:
             print(f"not in MLflow yet: {str(error).partition(chr(10))[0]}", flush=True)
 
     # What is wrong with a cluster or an MLflow store is better known now than after the search.
     address()
     mlflow_store.ready(job.root, job.tracking_uri)
-    if found.waiting or found.missing:
-        tuner.search(_work(job, found.space, options, folder), found, ended)
-    write_json(folder / "overlay.json", tuner.overlay(found, origin))
-    write_json(folder / "search.json", found.summary() | _record(job, options))
+    if search.waiting or search.missing:
+        tuner.run(_work(job, search.space, options, folder), search, ended)
+    write_json(folder / "overlay.json", tuner.overlay(search, origin))
+    made_with = {"folds": list(options.folds), "provenance": record(job)}
+    write_json(folder / "search.json", search.summary() | made_with)
     search_page.write(folder)
-    searches.log(uri, found, job.recipe, origin, ended=True)
+    searches.log(uri, search, job.recipe, origin, ended=True)
     # Last: it says that all is done.
-    write_json(folder / "logged.json", _log_entry(found, uri))
+    write_json(folder / "logged.json", _log_entry(search, uri))
 
 
 def _search(job: Job, space: Space, options: Options) -> Search:
@@ -139,12 +141,12 @@ def _work(job: Job, space: Space, options: Options, folder: Path) -> Work:
     connect()
     recipe, dataset = job.recipe, job.dataset
     stores = {}
-    for needed in space.recipes(recipe):
-        views = tuple(needed.views)
+    for configured in space.recipes(recipe):
+        views = tuple(configured.views)
         if views not in stores:
             parts, _ = extract(
                 job.root,
-                needed.backbone_values,
+                configured.backbone_values,
                 dataset.stimuli,
                 dataset.stimuli_fingerprint,
                 recipe.workers,
@@ -171,22 +173,14 @@ def _origin(job: Job, options: Options) -> dict[str, Any]:
     }
 
 
-def _record(job: Job, options: Options) -> dict[str, Any]:
-    """What the search was made with, as a run's recipe.json has it."""
-    from acw.provenance import provenance
-
-    record = provenance(job.recipe) | {"dataset": job.dataset.summary(), "split_hash": job.split.hash}
-    return {"folds": list(options.folds), "provenance": record}
+def _log_entry(search: Search, uri: str) -> dict[str, Any]:
+    return {"store": shown(uri), "configurations": len(search.trialled)}
 
 
-def _log_entry(found: Search, uri: str) -> dict[str, Any]:
-    return {"store": shown(uri), "configurations": len(found.trialled)}
-
-
-def _logged(found: Search, uri: str) -> bool:
-    """Whether all that is found is written and in the MLflow store that was asked for."""
-    path = fetch(found.folder / "logged.json")
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == _log_entry(found, uri)
+def _logged(search: Search, uri: str) -> bool:
+    """Whether all that came out is written and in the MLflow store that was asked for."""
+    path = fetch(search.folder / "logged.json")
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == _log_entry(search, uri)
 
 
 def add_options(parser: Parser, base: Recipe | None = None) -> None:

@@ -35,13 +35,13 @@ def files(folder: Path, fixations: Path | None, **options: Any) -> dict[str, Pat
     table = str(fixations) if fixations else None
     dataset = load_dataset(str(folder), fixations=table, **options)
     images = {stimulus.path for stimulus in dataset.stimuli}
-    found = {}
+    chosen = {}
     for path in listing(folder):
         name = path.relative_to(folder).as_posix()
         image = path.suffix.lower() in SUFFIXES
         if reads(dataset.reader, name) and (not image or str(path) in images):
-            found[name] = path
-    return found | ({fixations.name: fixations} if fixations else {})
+            chosen[name] = path
+    return chosen | ({fixations.name: fixations} if fixations else {})
 
 
 def stage(chosen: Mapping[str, Path], uri: str) -> int:

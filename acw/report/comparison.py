@@ -1,4 +1,6 @@
-"""report.html of a reproduction: the tables of all its systems, and how each one's weights were learned."""
+"""report.html of a reproduction: the tables of all systems of Galván's ACW (2024) and Linardos et al.'s DeepGaze IIE
+(2021), and how each one's weights were learned.
+"""
 
 from __future__ import annotations
 
@@ -11,55 +13,56 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from acw.report import page, weights
-from acw.report.document import Sections, render
+from acw.report import document, page, weights
+from acw.report.document import FILE, Sections
 from acw.report.tables import Interval, Row, Table, Value, table
 from acw.storage.addresses import local
-from acw.storage.files import fetch, write_atomic
+from acw.storage.files import fetch
 
 
 @dataclass(frozen=True)
 class Comparison:
     """What the sections are made of: reproduction.json, the folder that it is in, and the folder of each run."""
 
-    found: dict[str, Any]
+    content: dict[str, Any]
     folder: Path
     runs: dict[str, Path]
 
 
 def write(folder: Path) -> Path:
     """Writes report.html beside a reproduction.json (jobs/reproduce.py) and returns its path."""
-    found = json.loads(fetch(folder / "reproduction.json").read_text(encoding="utf-8"))
-    source = Comparison(found, folder, {name: local(run) for name, run in found["runs"].items()})
-    title = f"The paper's systems on {found['dataset']['name']}"
-    write_atomic(folder / page.FILE, render("comparison.html", title, SECTIONS, source, found=found))
-    return folder / page.FILE
+    content = json.loads(fetch(folder / "reproduction.json").read_text(encoding="utf-8"))
+    source = Comparison(content, folder, {name: local(run) for name, run in content["runs"].items()})
+    title = f"The systems of ACW and DeepGaze IIE on {content['dataset']['name']}"
+    return document.write(folder, "comparison.html", title, SECTIONS, source, reproduction=content)
 
 
-def validation(one: Comparison) -> dict[str, Any]:
+def validation(comparison: Comparison) -> dict[str, Any]:
     """The published table 1."""
-    return {"table": _measured(one.found["table1"])}
+    return {"table": _measured(comparison.content["table1"])}
 
 
-def held_out(one: Comparison) -> dict[str, Any]:
+def held_out(comparison: Comparison) -> dict[str, Any]:
     """The published table 2."""
-    return {"table": _measured(one.found["table2"])}
+    return {"table": _measured(comparison.content["table2"])}
 
 
-def differences(one: Comparison) -> dict[str, Any]:
+def differences(comparison: Comparison) -> dict[str, Any]:
     """Every two systems on the same images."""
-    return {"table": page.differences(one.found["comparisons"])}
+    return {"table": page.differences(comparison.content["comparisons"])}
 
 
-def learned(one: Comparison) -> dict[str, Any]:
+def learned(comparison: Comparison) -> dict[str, Any]:
     """The weights of those that learned any."""
-    return {"charts": weights.progressions({name: run for name, run in one.runs.items() if weights.learned(run)})}
+    return {
+        "charts": weights.progressions({name: run for name, run in comparison.runs.items() if weights.learned(run)})
+    }
 
 
-def runs(one: Comparison) -> dict[str, Any]:
+def runs(comparison: Comparison) -> dict[str, Any]:
     """Each system's own report."""
-    links = {name: quote(os.path.relpath(run / page.FILE, one.folder)) for name, run in one.runs.items()}
-    return {"links": [(name, links[name], str(run)) for name, run in one.runs.items()]}
+    links = {name: quote(os.path.relpath(run / FILE, comparison.folder)) for name, run in comparison.runs.items()}
+    return {"links": [(name, links[name], str(run)) for name, run in comparison.runs.items()]}
 
 
 SECTIONS: Sections[Comparison] = {

@@ -7,20 +7,23 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
 from markupsafe import Markup
 
 from acw.report.numbers import interval, minus, number
+from acw.storage.files import write_atomic
 
+FILE = "report.html"
 T = TypeVar("T")
 # Heading -> a function that gives the data of a section, None if there is nothing to show.
 Sections = Mapping[str, Callable[[T], dict[str, Any] | None]]
 
 
-def render(template: str, title: str, sections: Sections[T], source: T, **values: Any) -> str:
-    """The page as HTML.
+def write(folder: Path, template: str, title: str, sections: Sections[T], source: T, **values: Any) -> Path:
+    """Writes the page as FILE into a folder and returns its path.
 
     A section's function is given `source`; the template's block of the function's name shows what it returns, under
     that name. values: further names for the template.
@@ -30,11 +33,10 @@ def render(template: str, title: str, sections: Sections[T], source: T, **values
     script, style = (files("acw.report").joinpath(name).read_text("utf-8") for name in ("page.js", "page.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     asset = {"script": Markup(script), "style": Markup(style), "digest": digest}
-    return (
-        _environment()
-        .get_template(template)
-        .render(title=title, headings=named, **asset, **dict(made.values()), **values)
-    )
+    page = _environment().get_template(template)
+    text = page.render(title=title, headings=named, **asset, **dict(made.values()), **values)
+    write_atomic(folder / FILE, text)
+    return folder / FILE
 
 
 @functools.cache

@@ -5,7 +5,6 @@ Sizes are in px of the page, which an SVG has as its units and a PNG twice over.
 
 from __future__ import annotations
 
-import csv
 import functools
 import io
 import re
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from acw.report.tables import Interval
     from acw.training.bank import Bank
 
 # Okabe and Ito's palette, which colour-blind people can tell apart, without its yellow.
@@ -127,7 +127,7 @@ def svg(figure: Figure, label: str, titles: Mapping[str, str] | None = None) -> 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
     """A colour for each name, in order; they repeat where there are more names than colours."""
-    return {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(dict.fromkeys(names))}
+    return {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(dict.fromkeys(names))}
 
 
 @styled
@@ -253,14 +253,14 @@ def dots(categories: Sequence[str], marks: Sequence[Marks], *, label: str, width
     """A line a category with a mark for each model, and the legend; what is drawn last lies on top."""
     figure = blank(width, 90 + 24 * len(categories))
     axes = figure.subplots()
-    place = {category: len(categories) - 1 - number for number, category in enumerate(categories)}
+    height = {category: len(categories) - 1 - number for number, category in enumerate(categories)}
     for mark in marks:
         for category, ends in (mark.intervals or {}).items():
-            axes.hlines(place[category], *ends, color=mark.colour, linewidth=1.8)
+            axes.hlines(height[category], *ends, color=mark.colour, linewidth=1.8)
         shown = [category for category in categories if category in mark.values]
         axes.plot(
             [mark.values[category] for category in shown],
-            [place[category] for category in shown],
+            [height[category] for category in shown],
             color=mark.colour,
             marker=mark.marker,
             linestyle="",
@@ -273,7 +273,7 @@ def dots(categories: Sequence[str], marks: Sequence[Marks], *, label: str, width
     axes.set_xlim(padded(min(low, 0.0), max(high, 0.0)))
     axes.axvline(0, color=FAINT, linewidth=1, zorder=0.6)
     names = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in categories]
-    axes.set_yticks([place[category] for category in categories], names, color=INK)
+    axes.set_yticks([height[category] for category in categories], names, color=INK)
     axes.set_ylim(-0.6, len(categories) - 0.4)
     axes.set_xlabel(label)
     axes.grid(axis="x")
@@ -285,31 +285,21 @@ def dots(categories: Sequence[str], marks: Sequence[Marks], *, label: str, width
 
 
 @styled
-def weights_heat_map(weights: Path) -> Figure:
-    """A cell per category and backbone, of a CSV with columns category, backbone, weight, low, high.
-
-    The small number is half the width of the weight's 95 % interval.
-    """
-    with weights.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    categories = list(dict.fromkeys(row["category"] for row in rows))
-    backbones = list(dict.fromkeys(row["backbone"] for row in rows))
-    value = np.full((len(categories), len(backbones)), np.nan)
-    half_width = value.copy()
-    for row in rows:
-        cell = categories.index(row["category"]), backbones.index(row["backbone"])
-        value[cell] = float(row["weight"])
-        half_width[cell] = (float(row["high"]) - float(row["low"])) / 2
-
+def weights_heat_map(weights: Mapping[str, Mapping[str, Interval]]) -> Figure:
+    """A cell per category and backbone; the small number is half the width of the weight's 95 % interval."""
+    categories, backbones = list(weights), list(next(iter(weights.values())))
+    mean = np.array([[row[backbone].mean for backbone in backbones] for row in weights.values()])
     figure = blank(150 + 100 * len(backbones), 50 + 30 * len(categories))
     axes = figure.subplots()
-    highest = max(float(np.nanmax(value)), 1e-9)
-    axes.imshow(value, cmap="Blues", vmin=0, vmax=1.25 * highest, aspect="auto")
-    for (row_index, column), weight in np.ndenumerate(value):
-        colour = "white" if weight > 0.72 * highest else INK
-        axes.text(column - 0.04, row_index, f"{weight:.2f}", ha="right", va="center", color=colour)
-        interval = f"± {half_width[row_index, column]:.2f}"
-        axes.text(column + 0.04, row_index, interval, ha="left", va="center", color=colour, size=9, alpha=0.75)
+    highest = max(float(mean.max()), 1e-9)
+    axes.imshow(mean, cmap="Blues", vmin=0, vmax=1.25 * highest, aspect="auto")
+    for y, row in enumerate(weights.values()):
+        for x, backbone in enumerate(backbones):
+            weight = row[backbone]
+            colour = "white" if weight.mean > 0.72 * highest else INK
+            axes.text(x - 0.04, y, f"{weight.mean:.2f}", ha="right", va="center", color=colour)
+            half_width = f"± {(weight.high - weight.low) / 2:.2f}"
+            axes.text(x + 0.04, y, half_width, ha="left", va="center", color=colour, size=9, alpha=0.75)
     axes.set_xticks(range(len(backbones)), backbones)
     axes.set_yticks(range(len(categories)), categories)
     axes.xaxis.tick_top()
@@ -379,8 +369,8 @@ def parallel(scales: Sequence[Scale], rows: Mapping[str, Polyline]) -> Figure:
         axes.text(k, 1.07, scale.name, ha="center", weight="bold")
         # Those of the last axis are beyond all lines.
         side, align = (1, "left") if k == len(scales) - 1 else (-1, "right")
-        for place, text in scale.ticks():
-            axes.plot((k, k + 0.02 * side), (place, place), color=INK, linewidth=1)
+        for at, text in scale.ticks():
+            axes.plot((k, k + 0.02 * side), (at, at), color=INK, linewidth=1)
             box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1, "alpha": 0.8}
-            axes.text(k + 0.04 * side, place, text, ha=align, va="center", color=SOFT, bbox=box)
+            axes.text(k + 0.04 * side, at, text, ha=align, va="center", color=SOFT, bbox=box)
     return figure

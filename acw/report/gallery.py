@@ -9,14 +9,14 @@ import numpy as np
 
 from acw.report.numbers import number
 from acw.report.pictures import CENTRE_BIAS, GOLD_STANDARD, OURS, Example, Picture, Pictures, colour_bar
-from acw.report.tables import Interval, Row, table
+from acw.report.tables import Row, table
+from acw.report.weights import Weights
 
 HEADLINE = "category_weights"  # the model, of all in per_image.csv
 WORST = 10
 # Examples end here, so that the page stays below 20 MB with any number of categories.
 BYTES = 12_000_000
 MAPS = ("density", "log-density")
-Weights = Mapping[str, Mapping[str, Interval]]  # category -> backbone -> weight
 Gains = Mapping[str, Mapping[str, float]]  # image -> model -> IG
 
 

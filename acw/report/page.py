@@ -6,7 +6,6 @@ come from the files in the run's folder, pictures from the caller, one example a
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections import defaultdict
@@ -22,17 +21,16 @@ from acw.cluster.costs import noted
 from acw.evaluation import bootstrap
 from acw.evaluation.metrics import in_order
 from acw.evaluation.summary import KEYS
-from acw.report import figures, gallery
-from acw.report.document import Sections, render
+from acw.report import document, figures, gallery
+from acw.report.document import Sections
 from acw.report.figures import Marks
-from acw.report.gallery import HEADLINE, Weights
+from acw.report.gallery import HEADLINE
 from acw.report.numbers import interval, number
 from acw.report.pictures import Example
 from acw.report.tables import Interval, Row, Table, Value, table
-from acw.report.weights import progressions
-from acw.storage.files import write_atomic
+from acw.report.weights import Weights, progressions, weights_of
+from acw.storage.files import csv_rows
 
-FILE = "report.html"
 NOTES = {
     "category_weights": "the model: a weight per category and backbone",
     "inferred_category": "the same, the category inferred from the image",
@@ -42,7 +40,7 @@ NOTES = {
     "center_bias": "where people look in any image; the zero of IG",
     "shuffled_labels": "control: weights fitted to labels that mean nothing",
     "source_weights": "control: a weight per source of the images",
-    "log_mixture": "the paper's rule: weighted sum of log-densities, renormalised",
+    "log_mixture": "the rule of ACW (2024): weighted sum of log-densities, renormalised",
     "gold_standard": "how well other people predict a person's fixations",
     "gold_standard_upper": "the same, the person included: an upper bound",
     "oracle_weights": "the best weights for each image, chosen by its fixations",
@@ -83,19 +81,11 @@ class Run:
 
     @cached_property
     def weights(self) -> Weights:
-        rows: dict[str, dict[str, Interval]] = defaultdict(dict)
-        for row in _rows(self.folder / "category_weights.csv"):
-            rows[row["category"]][row["backbone"]] = Interval(*(float(row[k]) for k in ("weight", "low", "high")))
-        return rows
+        return weights_of(self.folder)
 
     @cached_property
     def _per_image(self) -> list[dict[str, str]]:
-        return _rows(self.folder / "per_image.csv")
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return csv_rows(self.folder / "per_image.csv")
 
 
 def write(folder: Path, example: Callable[[str], Example], curves: Mapping[str, Sequence[np.ndarray]]) -> Path:
@@ -111,9 +101,7 @@ def write(folder: Path, example: Callable[[str], Example], curves: Mapping[str, 
     run = Run(folder, evaluation, example, curves)
     title = f"Recipe {recipe['name']} on data set {dataset['name']}"
     values = {"dataset": dataset, "run": folder.name, "evaluation": evaluation, **lead(run)}
-    page = render("run.html", title, SECTIONS, run, **values)
-    write_atomic(folder / FILE, page)
-    return folder / FILE
+    return document.write(folder, "run.html", title, SECTIONS, run, **values)
 
 
 def lead(run: Run) -> dict[str, Any]:
@@ -168,9 +156,11 @@ def categories(run: Run) -> dict[str, Any]:
         for model, of_first in run.scores[images[0]].items():
             values = np.array([list(run.scores[image][model].values()) for image in images])
             ends = zip(*bootstrap.interval(values, np.zeros(len(images))), strict=True)
-            found: dict[str, Value] = {m: Interval(*map(float, end)) for m, end in zip(of_first, ends, strict=True)}
-            groups[KINDS["models" if model in run.evaluation["models"] else "references"]].append({"": model, **found})
-            if model == HEADLINE and isinstance(gain := found["IG"], Interval):
+            intervals: dict[str, Value] = {m: Interval(*map(float, end)) for m, end in zip(of_first, ends, strict=True)}
+            groups[KINDS["models" if model in run.evaluation["models"] else "references"]].append(
+                {"": model, **intervals}
+            )
+            if model == HEADLINE and isinstance(gain := intervals["IG"], Interval):
                 ours[name] = gain.low, gain.high
         for group in groups.values():
             group.sort(key=_by_gain)
@@ -202,7 +192,7 @@ def _by_source(evaluation: dict[str, Any]) -> Table | None:
     for kind, heading in KINDS.items():
         groups[heading] = []
         for name, entry in evaluation[kind].items():
-            gains: dict[str, Value] = {source: one.get("IG") for source, one in entry.get("by_source", {}).items()}
+            gains: dict[str, Value] = {source: means.get("IG") for source, means in entry.get("by_source", {}).items()}
             groups[heading].append({"": name} | gains)
             sources |= dict.fromkeys(gains)
     return table(groups, ["", *sources], notes=NOTES, marked={HEADLINE}) if len(sources) > 1 else None
@@ -210,8 +200,8 @@ def _by_source(evaluation: dict[str, Any]) -> Table | None:
 
 def weights(run: Run) -> dict[str, Any]:
     """The backbones' shares in each category's mixture, and how they were learned."""
-    found = run.evaluation.get("weights", {})
-    strength = found["prior_strength"] if found.get("crossvalidation_nats") else None
+    fit = run.evaluation.get("weights", {})
+    strength = fit["prior_strength"] if fit.get("crossvalidation_nats") else None
     highest = max(weight.mean for row in run.weights.values() for weight in row.values()) or 1.0
     return {"strength": strength, "rows": run.weights, "highest": highest, "learned": progressions({"": run.folder})}
 

@@ -140,7 +140,7 @@ class Pictures:
         import matplotlib
 
         bits = (_log(self._shrunk(a)) - _log(self._shrunk(b))) / math.log(2)
-        scale = next((one for one in DIFFERENCES if one >= np.quantile(np.abs(bits), 0.99)), DIFFERENCES[-1])
+        scale = next((bound for bound in DIFFERENCES if bound >= np.quantile(np.abs(bits), 0.99)), DIFFERENCES[-1])
         return Picture(*self.size, jpeg(matplotlib.colormaps["RdBu_r"](0.5 + bits / (2 * scale)))), scale
 
     def _shrunk(self, log_density: np.ndarray) -> np.ndarray:

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from acw.report import figures
-from acw.report.document import Sections, render
+from acw.report import document, figures
+from acw.report.document import Sections
 from acw.report.figures import INK, PALETTE, Marks, Polyline, Scale
 from acw.report.numbers import number
-from acw.report.page import FILE, origin
+from acw.report.page import origin
 from acw.report.tables import Row, Written, table
-from acw.storage.files import fetch, write_atomic
+from acw.storage.files import fetch
 from acw.training.progress import written, written_fields
 
 # The best configuration, the recipe's own, and, from the worst to the best, all others.
@@ -28,7 +28,7 @@ Entry = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Found:
+class Results:
     """What the sections are made of: the content of search.json, and its configurations, the best first."""
 
     content: dict[str, Any]
@@ -37,7 +37,7 @@ class Found:
     @property
     def own(self) -> Entry:
         """The recipe itself."""
-        return next(one for one in self.entries if one["number"] == 0)
+        return next(entry for entry in self.entries if entry["number"] == 0)
 
     def value(self, entry: Entry, field: str) -> Any:
         return entry["fields"].get(field, self.content["provenance"]["recipe"][field])
@@ -46,70 +46,68 @@ class Found:
 def write(folder: Path) -> Path:
     """Writes the report of the search whose search.json is in the folder; returns its path."""
     content = json.loads(fetch(folder / "search.json").read_text(encoding="utf-8"))
-    found = Found(content, sorted(content["configurations"], key=lambda one: -_ig(one)))
+    results = Results(content, sorted(content["configurations"], key=lambda entry: -_ig(entry)))
     record = content["provenance"]
     title = f"Search of {content['space']['name']}: recipe {record['recipe']['name']} on {record['dataset']['name']}"
-    page = render("search.html", title, SECTIONS, found, found=content, cards=_cards(found))
-    write_atomic(folder / FILE, page)
-    return folder / FILE
+    return document.write(folder, "search.html", title, SECTIONS, results, search=content, cards=_cards(results))
 
 
-def _cards(found: Found) -> list[tuple[str, str]]:
-    best, own = found.entries[0], found.own
+def _cards(results: Results) -> list[tuple[str, str]]:
+    best, own = results.entries[0], results.own
     gain = _ig(best) - _ig(own)
-    trained = sum(one["state"] == "finished" for one in found.entries if one["number"])
+    trained = sum(entry["state"] == "finished" for entry in results.entries if entry["number"])
     return [
         (number(best["ig"]), f"bits per fixation, the best validation IG: {written_fields(best['fields'])}"),
         (number(gain, signed=True), f"bits over the recipe itself, which has {number(own['ig'])}")
         if math.isfinite(gain)
         else ("-", "the recipe itself has no finite loss"),
-        (str(len(found.entries) - 1), f"configurations, of which {trained} were trained to their end"),
+        (str(len(results.entries) - 1), f"configurations, of which {trained} were trained to their end"),
     ]
 
 
-def configurations(found: Found) -> dict[str, Any]:
+def configurations(results: Results) -> dict[str, Any]:
     """All of them, the best first."""
     rows: list[Row] = []
-    for one in found.entries:
-        gain = _ig(one) - _ig(found.own)
-        row: dict[str, Any] = {"configuration": _name(one), "IG": _written(one["ig"], "{:.4f}")}
-        row |= {"gain": _written(gain, "{:+.4f}") if one["number"] and math.isfinite(gain) else None}
-        row |= {"epochs": one["epochs"], "state": one["state"]}
-        for name in found.content["space"]["fields"]:
-            value = found.value(one, name)
+    for entry in results.entries:
+        gain = _ig(entry) - _ig(results.own)
+        row: dict[str, Any] = {"configuration": _name(entry), "IG": _written(entry["ig"], "{:.4f}")}
+        row |= {"gain": _written(gain, "{:+.4f}") if entry["number"] and math.isfinite(gain) else None}
+        row |= {"epochs": entry["epochs"], "state": entry["state"]}
+        for name in results.content["space"]["fields"]:
+            value = results.value(entry, name)
             row[name] = _written(value, "{:.3g}") if isinstance(value, float) else str(value).lower()
         rows.append(row)
     return {"table": table({"": rows}, marked={"recipe"})}
 
 
-def what_matters(found: Found) -> dict[str, Any]:
+def what_matters(results: Results) -> dict[str, Any]:
     """The importance of each field, and a line through the values of each configuration."""
-    importance: dict[str, float] = found.content["importance"]
+    importance: dict[str, float] = results.content["importance"]
     bars: Markup | None = None
     if importance:
         names = sorted(importance, key=lambda name: -importance[name])
         marks = [Marks("importance", "o", PALETTE[0], importance)]
         chart = figures.dots(names, marks, label="share of the variation", width=640)
         bars = figures.svg(chart, "Importance of fields")
-    return {"importance": bars, "parallel": _parallel(found), "best": BEST}
+    return {"importance": bars, "parallel": _parallel(results), "best": BEST}
 
 
-def _parallel(found: Found) -> Markup:
-    fields = found.content["space"]["fields"]
+def _parallel(results: Results) -> Markup:
+    fields = results.content["space"]["fields"]
     scales = [_scale(name, fields[name]["attributes"]) for name in fields]
-    known = [_ig(one) for one in found.entries if math.isfinite(_ig(one))]
+    known = [_ig(entry) for entry in results.entries if math.isfinite(_ig(entry))]
     # What is far below the others lies at the bottom, rather than that all others share the top.
     high = known[0]
     low = max(known[-1], high - 4 * (high - float(np.median(known))))
     scales.append(Scale("IG", low, high))
     rows, titles = {}, {}
-    for rank, one in reversed(list(enumerate(found.entries))):
-        values = [*(found.value(one, name) for name in fields), max(_ig(one), low)]
+    for rank, entry in reversed(list(enumerate(results.entries))):
+        values = [*(results.value(entry, name) for name in fields), max(_ig(entry), low)]
         places = [at for scale, value in zip(scales, values, strict=True) if (at := scale.place(value)) is not None]
         if len(places) == len(scales):
-            gid = f"configuration{one['number']}"
-            rows[gid] = Polyline(places, *_look(one, rank, len(found.entries)))
-            titles[gid] = f"{_name(one)}: IG {_ig(one):.4f}, {written_fields(one['fields'])}"
+            gid = f"configuration{entry['number']}"
+            rows[gid] = Polyline(places, *_look(entry, rank, len(results.entries)))
+            titles[gid] = f"{_name(entry)}: IG {_ig(entry):.4f}, {written_fields(entry['fields'])}"
     return figures.svg(figures.parallel(scales, rows), "Parallel coordinates of all configurations", titles)
 
 
@@ -130,31 +128,31 @@ def _look(entry: Entry, rank: int, count: int) -> tuple[str, float]:
     return "#" + bytes(mixed).hex(), 1.4
 
 
-def curves(found: Found) -> dict[str, Any]:
+def curves(results: Results) -> dict[str, Any]:
     """IG after each epoch: of the mean over backbones, and of each backbone."""
-    trained = [one for one in found.entries if one["curves"]]
-    best, own = trained[0], found.own
+    trained = [entry for entry in results.entries if entry["curves"]]
+    best, own = trained[0], results.own
     named = {f"best, {_name(best)}": best} | ({"recipe": own} if own["curves"] and own is not best else {})
     colour = dict(zip(named, (BEST, OWN), strict=False))
     charts = []
-    for title in ("all backbones", *found.content["provenance"]["recipe"]["backbones"]):
-        every = [one["curves"][title] if title in one["curves"] else _mean(one) for one in trained]
-        series = {name: every[trained.index(one)] for name, one in named.items()}
-        values = np.concatenate([np.array(one) for one in every])
+    for title in ("all backbones", *results.content["provenance"]["recipe"]["backbones"]):
+        every = [entry["curves"][title] if title in entry["curves"] else _mean(entry) for entry in trained]
+        series = {name: every[trained.index(entry)] for name, entry in named.items()}
+        values = np.concatenate([np.array(curve) for curve in every])
         limits = figures.padded(float(np.percentile(values, 10)), float(values.max()))
         chart = figures.lines(series, title=title, x_label="epoch", first=1, limits=limits, colour=colour, faint=every)
         charts.append(figures.svg(chart, f"IG after each epoch, {title}"))
     return {"charts": charts}
 
 
-def the_search(found: Found) -> dict[str, Any]:
+def the_search(results: Results) -> dict[str, Any]:
     """Its space and where it comes from."""
-    space = found.content["space"]
-    ranges = {name: _range(one["attributes"]) for name, one in space["fields"].items()}
-    return {"doc": space["doc"].partition("\n")[0], "ranges": ranges, **origin(found.content["provenance"])}
+    space = results.content["space"]
+    ranges = {name: _range(field["attributes"]) for name, field in space["fields"].items()}
+    return {"doc": space["doc"].partition("\n")[0], "ranges": ranges, **origin(results.content["provenance"])}
 
 
-SECTIONS: Sections[Found] = {
+SECTIONS: Sections[Results] = {
     "Configurations": configurations,
     "What matters": what_matters,
     "Curves": curves,

@@ -1,8 +1,7 @@
-"""How the category weights of runs were learned: a chart a run and category."""
+"""The category weights of runs, and how they were learned: a chart a run and category."""
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,9 +10,19 @@ from pathlib import Path
 from markupsafe import Markup
 
 from acw.report import figures
-from acw.storage.files import fetch
+from acw.report.tables import Interval
+from acw.storage.files import csv_rows, fetch
 
+Weights = Mapping[str, Mapping[str, Interval]]  # category -> backbone -> weight
 History = Mapping[str, Mapping[str, list[float]]]  # category -> backbone -> weight at each step
+
+
+def weights_of(run: Path) -> Weights:
+    """Those that a run's mixture has."""
+    weights: dict[str, dict[str, Interval]] = defaultdict(dict)
+    for row in csv_rows(run / "category_weights.csv"):
+        weights[row["category"]][row["backbone"]] = Interval(*(float(row[k]) for k in ("weight", "low", "high")))
+    return weights
 
 
 def progressions(runs: Mapping[str, Path]) -> dict[str, list[Markup]]:
@@ -44,7 +53,6 @@ def learned(run: Path) -> bool:
 
 def _history(run: Path) -> History:
     result: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    with fetch(run / "category_weights_history.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            result[row["category"]][row["backbone"]].append(float(row["weight"]))
+    for row in csv_rows(run / "category_weights_history.csv"):
+        result[row["category"]][row["backbone"]].append(float(row["weight"]))
     return result

@@ -178,10 +178,12 @@ def _halve(
 
     Done again after an interruption in its midst, it stops the same ones.
     """
-    found = outcomes(recipe, population, folds, states)
-    alive = [n for n, one in enumerate(found) if one.epochs == rung and one.state in ("training", "stopped")]
+    ended = outcomes(recipe, population, folds, states)
+    alive = [
+        n for n, outcome in enumerate(ended) if outcome.epochs == rung and outcome.state in ("training", "stopped")
+    ]
     alive = [number for number in alive if population.first + number > 0]
-    alive.sort(key=lambda number: -(found[number].ig or -math.inf))
+    alive.sort(key=lambda number: -(ended[number].ig or -math.inf))
     stop = [n * folds + k for n in alive[math.ceil(len(alive) / REDUCTION_FACTOR) :] for k in range(folds)]
     for bank, state in states.items():
         if state is not None and stop:

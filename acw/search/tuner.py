@@ -53,12 +53,12 @@ class Work:
     folder: Path
 
 
-def search(work: Work, found: Search, ended: Callable[[], None]) -> None:
+def run(work: Work, search: Search, ended: Callable[[], None]) -> None:
     """Trains all populations that are missing; `ended` is called after each of them.
 
     Raises UserError for what a user can mend, and a trial's own error after too many lost workers.
     """
-    waiting = len(found.waiting) + len(found.missing)
+    waiting = len(search.waiting) + len(search.missing)
     if not waiting:
         return
     from ray import tune
@@ -67,8 +67,8 @@ def search(work: Work, found: Search, ended: Callable[[], None]) -> None:
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     recipe = work.recipe
     allocation = allocate(waiting, recipe.workers, recipe.accelerator, recipe.gpus_per_worker)
-    reporter = ProgressReporter(found, recipe, allocation)
-    proposals = _proposals(found, reporter, ended)
+    reporter = ProgressReporter(search, recipe, allocation)
+    proposals = _proposals(search, reporter, ended)
     # Our own files hold all that is to be kept.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # Tune's own would let Ctrl-C pass for the search's end.
@@ -80,7 +80,7 @@ def search(work: Work, found: Search, ended: Callable[[], None]) -> None:
         ),
         tune_config=tune.TuneConfig(
             search_alg=proposals,
-            scheduler=_scheduler(recipe, found),
+            scheduler=_scheduler(recipe, search),
             num_samples=waiting,
             max_concurrent_trials=allocation.workers,
             reuse_actors=True,
@@ -98,8 +98,8 @@ def search(work: Work, found: Search, ended: Callable[[], None]) -> None:
         raise UserError(proposals.failure)
     if results.num_errors:
         raise results.errors[0]
-    if found.waiting or found.missing:
-        raise UserError(f"{shown(found.folder)}: the search was interrupted; go on with it by --resume")
+    if search.waiting or search.missing:
+        raise UserError(f"{shown(search.folder)}: the search was interrupted; go on with it by --resume")
 
 
 def _trial(config: dict[str, Any], work: Work, allocation: Allocation) -> None:
@@ -137,13 +137,13 @@ def _trial(config: dict[str, Any], work: Work, allocation: Allocation) -> None:
 
 def _report(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {
-        "ig": max((one.ig for one in outcomes if one.ig is not None), default=FAILED),
-        "epoch": max(one.epochs for one in outcomes),
-        "outcomes": [dataclasses.asdict(one) for one in outcomes],
+        "ig": max((outcome.ig for outcome in outcomes if outcome.ig is not None), default=FAILED),
+        "epoch": max(outcome.epochs for outcome in outcomes),
+        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
     }
 
 
-def _proposals(found: Search, reporter: ProgressReporter, ended: Callable[[], None]) -> Any:
+def _proposals(search: Search, reporter: ProgressReporter, ended: Callable[[], None]) -> Any:
     """Tune's view of the search: suggests its populations, interrupted ones first, and tells it their ends."""
     from ray.tune.search import Searcher
 
@@ -151,20 +151,20 @@ def _proposals(found: Search, reporter: ProgressReporter, ended: Callable[[], No
         def __init__(self) -> None:
             super().__init__(metric="ig", mode="max")
             self.failure = ""
-            self._interrupted = found.waiting
+            self._interrupted = search.waiting
             self._population: dict[str, Population] = {}
 
         def suggest(self, trial_id: str) -> Any:
             if self.failure:
                 return Searcher.FINISHED
-            population = self._interrupted.pop(0) if self._interrupted else found.propose()
+            population = self._interrupted.pop(0) if self._interrupted else search.propose()
             self._population[trial_id] = population
             return {"population": dataclasses.asdict(population)}
 
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
             self.failure = self.failure or result.get("failure", "")
             if "outcomes" in result:
-                alive = sum(one["state"] == "training" for one in result["outcomes"])
+                alive = sum(outcome["state"] == "training" for outcome in result["outcomes"])
                 reporter.epoch(self._population[trial_id], result["epoch"], alive, result["ig"], *result["location"])
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -172,7 +172,7 @@ def _proposals(found: Search, reporter: ProgressReporter, ended: Callable[[], No
                 return
             population = self._population[trial_id]
             try:
-                found.finish(population, [Outcome(**one) for one in result["outcomes"]])
+                search.finish(population, [Outcome(**outcome) for outcome in result["outcomes"]])
             except UserError as error:  # which Tune would take for the trial's, and try that again
                 self.failure = str(error)
                 return
@@ -188,7 +188,7 @@ def _proposals(found: Search, reporter: ProgressReporter, ended: Callable[[], No
     return Proposals()
 
 
-def _scheduler(recipe: Recipe, found: Search) -> Any:
+def _scheduler(recipe: Recipe, search: Search) -> Any:
     """ASHA over populations by their best configuration, which knows of those that earlier attempts finished."""
     from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
@@ -204,8 +204,8 @@ def _scheduler(recipe: Recipe, found: Search) -> Any:
         "epoch", "ig", "max", max_t=recipe.max_epochs, grace_period=grace, reduction_factor=REDUCTION_FACTOR
     )
     controller: Any = None  # which ASHA does not ask for anything
-    for number, outcomes in found.finished.items():
-        population = dataclasses.asdict(found.proposed[number])
+    for number, outcomes in search.finished.items():
+        population = dataclasses.asdict(search.proposed[number])
         trial: Any = SimpleNamespace(trial_id=f"earlier-{number}", config={"population": population})
         scheduler.on_trial_add(controller, trial)
         for epoch, ig in enumerate(best_so_far(outcomes), 1):
@@ -215,7 +215,9 @@ def _scheduler(recipe: Recipe, found: Search) -> Any:
 
 def best_so_far(outcomes: Sequence[Outcome]) -> list[float]:
     """The best IG of any of the configurations after each epoch, bits."""
-    means = [[sum(values) / len(values) for values in zip(*one.curves.values(), strict=True)] for one in outcomes]
+    means = [
+        [sum(values) / len(values) for values in zip(*outcome.curves.values(), strict=True)] for outcome in outcomes
+    ]
     best: list[float] = []
     for epoch in range(max(map(len, means), default=0)):
         best.append(max([mean[epoch] for mean in means if len(mean) > epoch] + best[-1:]))
@@ -225,15 +227,15 @@ def best_so_far(outcomes: Sequence[Outcome]) -> list[float]:
 class ProgressReporter:
     """Says how far a search is: a line while populations train, a table of the best configurations after each."""
 
-    def __init__(self, found: Search, recipe: Recipe, allocation: Allocation) -> None:
-        self.found, self.recipe, self.allocation = found, recipe, allocation
+    def __init__(self, search: Search, recipe: Recipe, allocation: Allocation) -> None:
+        self.search, self.recipe, self.allocation = search, recipe, allocation
         self._start = self._shown = time.monotonic()
         self._epochs: dict[int, int] = {}
         self._first: dict[int, int] = {}
         self._alive: dict[int, int] = {}
         self._locations: dict[int, Mapping[str, Any]] = {}
         print(
-            f"searching {found.space.name}: {found.samples} configurations, up to {found.size} in a bank, "
+            f"searching {search.space.name}: {search.samples} configurations, up to {search.size} in a bank, "
             f"on {allocation}",
             flush=True,
         )
@@ -247,7 +249,7 @@ class ProgressReporter:
             print(f"search: population {number} on node {location['node']}, device {location['device']}", flush=True)
         self._first.setdefault(number, epoch - 1)
         self._epochs[number], self._alive[number] = epoch, alive
-        tags = {"run": self.found.folder.name, "bank": f"population {number}", "backbone": ""}
+        tags = {"run": self.search.folder.name, "bank": f"population {number}", "backbone": ""}
         event_log.measure(tags, {"acw_validation_ig": ig})
         if time.monotonic() - self._shown > PROGRESS_SECONDS:
             self._say()
@@ -255,7 +257,7 @@ class ProgressReporter:
     def finished(self, population: Population) -> None:
         self._epochs.pop(population.number, None)
         self._say()
-        print(table(self.found.trialled[:SHOWN]), flush=True)
+        print(table(self.search.trialled[:SHOWN]), flush=True)
 
     def _say(self) -> None:
         self._shown = time.monotonic()
@@ -265,12 +267,12 @@ class ProgressReporter:
 
     def figures(self) -> dict[str, Any]:
         """Configurations done, which populations train, the best so far, time left; for JSON."""
-        trialled = self.found.trialled
-        known = [one for one in trialled if math.isfinite(one.ig)]
+        trialled = self.search.trialled
+        known = [configuration for configuration in trialled if math.isfinite(configuration.ig)]
         best = {"number": known[0].number, "ig": known[0].ig, "fields": known[0].fields} if known else None
         return {
-            "done": sum(1 for one in trialled if one.number),
-            "total": self.found.samples,
+            "done": sum(1 for configuration in trialled if configuration.number),
+            "total": self.search.samples,
             "training": [
                 {"configurations": self._alive[number], "epoch": epoch}
                 for number, epoch in sorted(self._epochs.items())
@@ -282,41 +284,41 @@ class ProgressReporter:
 
     def minutes_left(self) -> float:
         """As if every population that is left were trained for all of the recipe's epochs."""
-        done = {number: len(best_so_far(outcomes)) for number, outcomes in self.found.finished.items()} | self._epochs
+        done = {number: len(best_so_far(outcomes)) for number, outcomes in self.search.finished.items()} | self._epochs
         epochs = sum(done[number] - first for number, first in self._first.items())
-        populations = len(self.found.waiting) + len(self.found.missing)
+        populations = len(self.search.waiting) + len(self.search.missing)
         left = populations * self.recipe.max_epochs - sum(self._epochs.values())
         return (time.monotonic() - self._start) / max(epochs, 1) * left / 60
 
 
 def table(trialled: Sequence[Trialled]) -> str:
     """Configurations, the best first, for people; IG in bits, and the gain over the recipe itself if that is there."""
-    own = next((one.ig for one in trialled if one.number == 0), None)
-    fields = sorted({name for one in trialled for name in one.fields})
+    own = next((entry.ig for entry in trialled if entry.number == 0), None)
+    fields = sorted({name for entry in trialled for name in entry.fields})
     rows = [["", "IG", "gain", "epochs", "state", *fields]]
-    for one in trialled:
-        gain = f"{one.ig - own:+.4f}" if own is not None and math.isfinite(own) and one.number else ""
-        values = [written(one.fields[name]) if one.fields else "" for name in fields]
-        name = str(one.number) if one.number else "recipe"
-        rows.append([name, f"{one.ig:.4f}", gain, str(one.outcome.epochs), one.outcome.state, *values])
+    for entry in trialled:
+        gain = f"{entry.ig - own:+.4f}" if own is not None and math.isfinite(own) and entry.number else ""
+        values = [written(entry.fields[name]) if entry.fields else "" for name in fields]
+        name = str(entry.number) if entry.number else "recipe"
+        rows.append([name, f"{entry.ig:.4f}", gain, str(entry.outcome.epochs), entry.outcome.state, *values])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def overlay(found: Search, facts: Mapping[str, Any]) -> dict[str, Any]:
+def overlay(search: Search, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What `pipeline.py --overlay` takes: the best configuration's fields, and where they come from; for JSON.
 
     facts: of the search, besides its configurations. Where nothing was better than the recipe itself, no field changes.
     """
-    best = found.trialled[0]
+    best = search.trialled[0]
     if not math.isfinite(best.ig):
         raise UserError(
-            f"{shown(found.folder)}: no configuration has a finite loss; lower --learning-rate or the space's"
+            f"{shown(search.folder)}: no configuration has a finite loss; lower --learning-rate or the space's"
         )
-    baseline = next(one for one in found.trialled if one.number == 0)
+    baseline = next(configuration for configuration in search.trialled if configuration.number == 0)
     origin = {
-        "space": found.space.name,
-        "configurations": len(found.trialled) - 1,
+        "space": search.space.name,
+        "configurations": len(search.trialled) - 1,
         "validation_IG": best.ig,
         "validation_IG_of_the_recipe": baseline.ig if math.isfinite(baseline.ig) else None,
         "epochs": best.outcome.epochs,

@@ -7,12 +7,15 @@ it first. For any other path, `fetch` and its like do nothing but look at the di
 
 from __future__ import annotations
 
+import atexit
 import csv
 import errno
 import io
 import json
 import os
 import re
+import secrets
+import shutil
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -91,23 +94,19 @@ def remove(path: Path) -> None:
 
 
 def ray_storage(folder: Path) -> dict[str, Any]:
-    """What ray.train.RunConfig takes so that Ray keeps its own files in `ray` below a folder, wherever that is."""
-    path = folder / "ray"
-    if not in_cache(path):
-        return {"storage_path": str(path)}
-    from acw.storage import cache, s3
+    """What ray.train.RunConfig takes so that Ray keeps its own files where they are of use: on the driver's node, until
+    its exit.
 
-    place = cache.uri(path)
-    return {"storage_path": place.removeprefix("s3://"), "storage_filesystem": s3.ray_filesystem(place)}
+    Our checkpoints are all that outlasts a driver, so no other node reads these files, and none need be in S3. Ray
+    makes the folder, as who may be another user.
+    """
+    path = Path(tempfile.gettempdir()) / f"acw-ray-{secrets.token_hex(4)}"
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return {"storage_path": str(path)}
 
 
 def ray_trouble(folder: Path, error: BaseException) -> tuple[UserError, bool] | None:
-    """What befell Ray's own files below a folder, if an error of Ray's tells of it, and whether that may pass."""
-    if not in_cache(folder):
-        return None
-    from acw.storage import cache, s3_errors
-
-    return s3_errors.trouble_of_ray(error, cache.uri(folder / "ray"))
+    return None
 
 
 def write_atomic(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
@@ -164,6 +163,12 @@ def _full(folder: Path) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON, atomically; NaN and infinities are refused, as JSON has none."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    """Of a CSV file with a header: a dictionary a row, by the columns' names."""
+    with fetch(path).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

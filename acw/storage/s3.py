@@ -7,22 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from acw.storage.addresses import parts
 from acw.storage.checksums import sha256_file
-from acw.storage.s3_errors import away, code_of, explained
-from acw.storage.s3_settings import PARTS_AT_ONCE, Settings, client
-
-if TYPE_CHECKING:
-    from pyarrow.fs import S3FileSystem
+from acw.storage.s3_errors import away, cause_of, code_of, explained
+from acw.storage.s3_settings import client
 
 CHECKSUM = "sha256"  # the objects' metadata that holds it
 # A server may be away for so long, as in a restart, and no job ends: boto3's budget of repeats would not last.
 AWAY_SECONDS = 90.0
 LONGEST_PAUSE = 10.0
-# Larger objects go in parts of this size.
-PART_BYTES = 16 * 2**20
 
 
 def _outlasting(request: Callable[[], Any]) -> Any:
@@ -32,7 +27,7 @@ def _outlasting(request: Callable[[], Any]) -> Any:
         try:
             return request()
         except Exception as error:
-            if not away(getattr(error, "last_exception", error)) or time.monotonic() + pause > end:
+            if not away(cause_of(error)) or time.monotonic() + pause > end:
                 raise
         # Not all of a cluster's workers at the same time.
         time.sleep(pause * random.uniform(0.5, 1.0))
@@ -59,25 +54,6 @@ def reach(uri: str) -> None:
     with explained(uri):
         # Of all requests that need no object, this one has answers that say what is wrong.
         client().list_objects_v2(Bucket=bucket, MaxKeys=1)
-
-
-def ray_filesystem(uri: str) -> S3FileSystem:
-    """pyarrow's file system, with which an object below an address could be written and deleted.
-
-    Ray would say of one that cannot that its workers were lost. Raises UserError.
-    """
-    bucket, key = parts(uri)
-    settings, probe = Settings.from_environment(), f"{bucket}/{key}/.writable"
-
-    def write() -> None:
-        once = settings.filesystem(attempts=1)
-        with once.open_output_stream(probe) as file:
-            file.write(b"\n")
-        once.delete_file(probe)
-
-    with explained(uri):
-        _outlasting(write)
-        return settings.filesystem()
 
 
 def head(uri: str) -> ObjectInfo | None:
@@ -119,14 +95,9 @@ def upload(path: Path, uri: str) -> ObjectInfo | None:
     """
     bucket, key = parts(uri)
     checksum, size = sha256_file(path), path.stat().st_size
-    options = {"ExtraArgs": {"Metadata": {CHECKSUM: checksum}}, "Config": _transfer_config(size)}
-
-    def send() -> None:
-        with path.open("rb") as file:
-            client().upload_fileobj(file, bucket, key, **options)
-
+    metadata = {"Metadata": {CHECKSUM: checksum}}
     with explained(uri):
-        _outlasting(send)
+        _outlasting(lambda: client().upload_file(str(path), bucket, key, ExtraArgs=metadata))
     info = head(uri)
     return info if info and (info.sha256, info.size) == (checksum, size) else None
 
@@ -135,15 +106,13 @@ def replace(path: Path, uri: str, etag: str | None) -> str | None:
     """Uploads a file in the place of an object that still has this ETag, or of none; its new ETag, None if it had
     changed."""
     bucket, key = parts(uri)
-    options = {"Metadata": {CHECKSUM: sha256_file(path)}, **({"IfMatch": etag} if etag else {"IfNoneMatch": "*"})}
-
-    def send() -> str:
-        with path.open("rb") as file:
-            return client().put_object(Bucket=bucket, Key=key, Body=file, **options)["ETag"]
-
+    content, metadata = path.read_bytes(), {CHECKSUM: sha256_file(path)}
+    condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
     with explained(uri):
         try:
-            return _outlasting(send)
+            return _outlasting(
+                lambda: client().put_object(Bucket=bucket, Key=key, Body=content, Metadata=metadata, **condition)
+            )["ETag"]
         except Exception as error:
             if code_of(error) in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
                 return None
@@ -153,13 +122,8 @@ def replace(path: Path, uri: str, etag: str | None) -> str | None:
 def download(uri: str, info: ObjectInfo, path: Path) -> bool:
     """Downloads an object to a file, in parts if it is large; whether its size and checksum are those of the upload."""
     bucket, key = parts(uri)
-
-    def receive() -> None:
-        with path.open("wb") as file:
-            client().download_fileobj(bucket, key, file, Config=_transfer_config(info.size))
-
     with explained(uri):
-        _outlasting(receive)
+        _outlasting(lambda: client().download_file(bucket, key, str(path)))
     return path.stat().st_size == info.size and info.sha256 in ("", sha256_file(path))
 
 
@@ -168,14 +132,3 @@ def delete(uri: str) -> None:
     bucket, key = parts(uri)
     with explained(uri):
         _outlasting(lambda: client().delete_object(Bucket=bucket, Key=key))
-
-
-def _transfer_config(size: int) -> Any:
-    from boto3.s3.transfer import TransferConfig
-
-    return TransferConfig(
-        multipart_threshold=PART_BYTES,
-        multipart_chunksize=PART_BYTES,
-        max_concurrency=PARTS_AT_ONCE,
-        use_threads=size > PART_BYTES,
-    )

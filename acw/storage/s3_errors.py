@@ -1,4 +1,4 @@
-"""What went wrong at S3: the errors of boto3 and pyarrow as one line that names the thing and the remedy."""
+"""What went wrong at S3: boto3's errors as one line that names the thing and the remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from acw.storage import s3_settings
 from acw.storage.errors import UserError
-from acw.storage.s3_settings import CA_BUNDLE, Settings
+from acw.storage.s3_settings import CA_BUNDLE
 
 _WRONG_KEY = {
     "ExpiredToken",
@@ -41,87 +41,61 @@ _REFUSED_CHECKSUM = {
 _KEYS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_SESSION_TOKEN"
 _UPLOADS = {"CreateMultipartUpload", "PutObject", "UploadPart"}
 CALCULATION, VALIDATION = "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"
-# pyarrow's errors, which are an OSError's text: the SDK's name of the error, the operation, the server's code.
-_ARROW = re.compile(r"AWS Error (\w+).*? during (\w+) operation: (?:Unable to parse ExceptionName: (\w+))?")
-# libcurl's numbers for what is wrong with TLS.
-_CURL_TLS = re.compile(r"curlCode: (35|51|53|54|58|59|60|64|66|77|80|82|83|90|91),")
 
 
 def away(error: BaseException) -> bool:
+    """Whether the server cannot be reached or is overloaded, so that it may be there again in a while."""
     from botocore import exceptions
 
     # Time-outs have been waited for long enough.
-    if isinstance(error, exceptions.ConnectTimeoutError | exceptions.ReadTimeoutError) or _of_tls(error):
+    if isinstance(error, exceptions.ConnectTimeoutError | exceptions.ReadTimeoutError | exceptions.SSLError):
         return False
     kinds = exceptions.ConnectionError | exceptions.HTTPClientError
-    return isinstance(error, kinds) or code_of(error) in _OVERLOADED | {"NetworkConnection"}
-
-
-def _of_tls(error: BaseException) -> bool:
-    from botocore import exceptions
-
-    return isinstance(error, exceptions.SSLError) or bool(_CURL_TLS.search(str(error)))
+    return isinstance(error, kinds) or code_of(error) in _OVERLOADED
 
 
 def code_of(error: BaseException) -> str:
-    """S3's, or HTTP's, of an error of boto3's or pyarrow's; empty where there is none."""
-    if isinstance(error, OSError) and (said := _ARROW.search(str(error))):
-        return said[3] or said[1].title().replace("_", "")
+    """S3's, or HTTP's, of an error of boto3's; empty where there is none."""
     # Errors without an answer have the attribute too.
     answer = getattr(error, "response", None) or {}
     return str(answer.get("Error", {}).get("Code", ""))
 
 
-def _operation(error: BaseException) -> str:
-    said = _ARROW.search(str(error))
-    return said[2] if said else getattr(error, "operation_name", "")
+def cause_of(error: BaseException) -> BaseException:
+    """Where a transfer has given up, why it did."""
+    from boto3.exceptions import Boto3Error
+
+    cause = getattr(error, "last_exception", error)
+    return cause.__context__ or cause if isinstance(cause, Boto3Error) else cause
 
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turns whatever boto3 and pyarrow raise of S3 into a UserError of one line; never quotes what might hold a key."""
+    """Turns whatever boto3 raises of S3 into a UserError of one line; never quotes what might hold a key."""
     from boto3.exceptions import Boto3Error
-    from botocore import exceptions
-    from s3transfer.exceptions import RetriesExceededError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
-    except (exceptions.BotoCoreError, exceptions.ClientError, Boto3Error, RetriesExceededError) as error:
-        # Where a transfer has given up, the reason is inside, or before.
-        cause = getattr(error, "last_exception", error)
-        if isinstance(cause, Boto3Error):
-            cause = cause.__context__ or cause
-        raise UserError(f"{uri}: {_explanation(uri, cause)}") from None
-    except OSError as error:
-        if not _ARROW.search(str(error)):
-            raise
-        raise UserError(f"{uri}: {_explanation(uri, error)}") from None
-
-
-def trouble_of_ray(error: BaseException, uri: str) -> tuple[UserError, bool] | None:
-    """What befell pyarrow's requests to S3 inside Ray, and whether it may pass; None where its error, of which only the
-    text is left, tells of none."""
-    if not (said := _ARROW.search(text := str(error))):
-        return None
-    cause = OSError(text[said.start() :].partition("\n")[0])
-    return UserError(f"{uri}: {_explanation(uri, cause)}"), away(cause)
+    except (BotoCoreError, ClientError, Boto3Error) as error:
+        raise UserError(f"{uri}: {_explanation(uri, cause_of(error))}") from None
 
 
 def _explanation(uri: str, error: BaseException) -> str:
     """What is wrong, and the remedy."""
     from botocore import exceptions
 
-    server, bucket = Settings.from_environment().shown, uri.removeprefix("s3://").partition("/")[0]
+    server, bucket = s3_settings.shown(), uri.removeprefix("s3://").partition("/")[0]
     code = code_of(error)
     name = type(error).__name__
-    if _of_tls(error):
+    if isinstance(error, exceptions.SSLError):
         return _explanation_of_tls(server, str(error))
     if isinstance(error, exceptions.FlexibleChecksumError):
         return f"{server} sends other checksums than boto3 computes; set {VALIDATION}=when_required"
     if isinstance(error, exceptions.InvalidChecksumConfigError):
         return f"{CALCULATION} and {VALIDATION} are when_required or when_supported; correct or unset them"
     lenient = (os.environ.get(CALCULATION) or "").lower() == "when_required"
-    if code in _REFUSED_CHECKSUM and _operation(error) in _UPLOADS and not lenient:
+    if code in _REFUSED_CHECKSUM and getattr(error, "operation_name", "") in _UPLOADS and not lenient:
         key = "; if the bucket cannot be listed either, the key is wrong" if code in _WRONG_KEY else ""
         return (
             f"{server} refuses an upload ({code}), as servers do that are older than S3's checksums; set "
@@ -141,13 +115,13 @@ def _explanation(uri: str, error: BaseException) -> str:
         )
     if "Invalid header value" in str(error):
         return f"{_KEYS} hold a line break or another character that no key has; set them again"
-    if Settings.from_environment().endpoint.startswith("http:") and (
+    if s3_settings.endpoint().startswith("http:") and (
         code == "400" or isinstance(error, exceptions.ConnectionClosedError)
     ):
         return (
             f"{server} does not take plain HTTP ({code or name}); write https:// in AWS_ENDPOINT_URL if it speaks TLS"
         )
-    if isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError) or code == "NetworkConnection":
+    if isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError):
         return f"no S3 server answers at {server} ({name}); start it or correct AWS_ENDPOINT_URL"
     if code in _WRONG_KEY:
         return f"{server} refuses the key ({code}); set the right AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -184,8 +158,8 @@ def _explanation_of_settings(error: BaseException) -> str:
 
 
 def _explanation_of_tls(server: str, said: str) -> str:
-    if "certificate verify failed" in said or "curlCode: 60" in said:
-        reason = re.search(r"(?:verify failed|verify result): ([^(]+)", said)
+    if "certificate verify failed" in said:
+        reason = re.search(r"verify failed: ([^(]+)", said)
         why = reason[1].strip() if reason else "it is not trusted"
         if "expired" in why or "not yet valid" in why:
             return (
@@ -195,8 +169,8 @@ def _explanation_of_tls(server: str, said: str) -> str:
             f"the certificate of {server} is of an authority that this machine does not know ({why}); set {CA_BUNDLE} "
             "to the PEM file of that authority, at the same place on all nodes"
         )
-    if "doesn't match" in said or "curlCode: 51" in said:
+    if "doesn't match" in said:
         return f"the certificate of {server} is for another name; correct AWS_ENDPOINT_URL"
-    if "WRONG_VERSION_NUMBER" in said or "RECORD_LAYER" in said or "wrong version number" in said:
+    if "WRONG_VERSION_NUMBER" in said or "RECORD_LAYER" in said:
         return f"{server} speaks no TLS; write http:// in AWS_ENDPOINT_URL"
     return f"{server} and this machine do not agree on TLS; see to the server's certificate and to {CA_BUNDLE}"

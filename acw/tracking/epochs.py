@@ -78,8 +78,8 @@ class Children:
 
     def _known(self) -> dict[str, Run]:
         if self._runs is None:
-            found = self.client.search_runs([self.experiment], f"tags.\"mlflow.parentRunId\" = '{self.parent}'")
-            self._runs = {run.info.run_name: run for run in found}
+            children = self.client.search_runs([self.experiment], f"tags.\"mlflow.parentRunId\" = '{self.parent}'")
+            self._runs = {run.info.run_name: run for run in children}
         return self._runs
 
     def _run(self, part: Part) -> str:

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from acw.storage import s3_errors, secrets
+from acw.storage import s3_errors, s3_settings, secrets
 from acw.storage.addresses import in_cache, local, shown
 from acw.storage.errors import UserError
 from acw.storage.files import give_home
-from acw.storage.s3_settings import Settings
 from acw.tracking import sqlite_in_s3
 
 if TYPE_CHECKING:
@@ -212,7 +211,7 @@ def quiet_mlflow(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    for name, value in Settings.from_environment().mlflow_environment().items():
+    for name, value in s3_settings.mlflow_environment().items():
         os.environ.setdefault(name, value)
     give_home()
     import mlflow

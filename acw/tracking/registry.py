@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import csv
 import importlib.metadata
 import json
 import shutil
@@ -19,7 +18,7 @@ import numpy as np
 
 from acw.evaluation.bootstrap import interval
 from acw.storage.errors import UserError
-from acw.storage.files import fetch, present
+from acw.storage.files import csv_rows, fetch, present
 from acw.tracking import mlflow_store
 from acw.tracking.mlflow_store import NAME
 
@@ -144,8 +143,7 @@ def _compare(
 
 def _read(out_of_fold: Path) -> dict[str, tuple[str, float]]:
     """image -> (category, IG)."""
-    with out_of_fold.open(newline="", encoding="utf-8") as file:
-        return {row["image"]: (row["category"], float(row["IG"])) for row in csv.DictReader(file)}
+    return {row["image"]: (row["category"], float(row["IG"])) for row in csv_rows(out_of_fold)}
 
 
 def download_model(uri: str) -> Path:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from acw.cluster.costs import FILE, noted
 from acw.recipes import Recipe
 from acw.report import figures
+from acw.report.weights import weights_of
 from acw.storage.files import fetch, present
 from acw.tracking import mlflow_store, model_card, registry
 from acw.tracking.epochs import Children, EpochLog, bank_part, system_part
@@ -121,10 +122,10 @@ def _open(client: MlflowClient, experiment: str, run: Path, recipe: Recipe, reco
     attempts = mlflow_store.runs_of(client, experiment, "acw.folder", run.name)
     if not attempts:
         attempts = [client.create_run(experiment, run_name=run.name, tags=_origin(run, record))]
-    found = min(attempts, key=lambda attempt: DECIDED not in attempt.data.tags)
-    if DECIDED in found.data.tags:
-        return found
-    run_id = found.info.run_id
+    opened = min(attempts, key=lambda attempt: DECIDED not in attempt.data.tags)
+    if DECIDED in opened.data.tags:
+        return opened
+    run_id = opened.info.run_id
     from mlflow.entities import RunTag
 
     client.update_run(run_id, status="RUNNING")
@@ -133,9 +134,9 @@ def _open(client: MlflowClient, experiment: str, run: Path, recipe: Recipe, reco
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
     # Fields that say only how to compute may differ from the interrupted job's: those of the first are kept.
     fields = (field.name for field in dataclasses.fields(recipe))
-    log_params(client, run_id, {name: getattr(recipe, name) for name in fields if name not in found.data.params})
+    log_params(client, run_id, {name: getattr(recipe, name) for name in fields if name not in opened.data.params})
     client.log_inputs(run_id, [dataset_input(record["dataset"])])
-    return found
+    return opened
 
 
 def _origin(run: Path, record: Mapping[str, Any]) -> dict[str, str]:
@@ -159,7 +160,7 @@ def _finish(
         version = next(iter(client.search_model_versions(f"run_id = '{parent}'")), None)
         if version is None:
             known = opened.data.metrics  # of an attempt that was killed
-            new = (one for one in (*_scores(evaluation), *_costs(run)) if known.get(one.key) != one.value)
+            new = (point for point in (*_scores(evaluation), *_costs(run)) if known.get(point.key) != point.value)
             log_metrics(client, parent, new)
             _log_files(client, parent, run, banks)
             for model in client.search_logged_models([opened.info.experiment_id], f"source_run_id = '{parent}'"):
@@ -173,7 +174,7 @@ def _finish(
 
 
 def _log_files(client: MlflowClient, parent: str, run: Path, banks: Mapping[Bank, BankState]) -> None:
-    figures.save(figures.weights_heat_map(run / "category_weights.csv"), run / "weights.png")
+    figures.save(figures.weights_heat_map(weights_of(run)), run / "weights.png")
     if banks:
         curves = figures.head_curves({bank: state.history for bank, state in banks.items()})
         figures.save(figures.training_curves(curves), run / "curves.png")

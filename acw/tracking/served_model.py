@@ -73,10 +73,10 @@ def _batch(model_input: np.ndarray | list) -> np.ndarray:
     """uint8 (B, H, W, 3). Raises ValueError for what is none."""
     if not isinstance(model_input, np.ndarray) or model_input.ndim != 4 or not len(model_input):
         if isinstance(model_input, np.ndarray):
-            found = f"{model_input.dtype} {model_input.shape}"
+            given = f"{model_input.dtype} {model_input.shape}"
         else:
-            found = f"{type(model_input).__name__} of {len(model_input)}"
-        raise ValueError(f"input {found}: give a batch of RGB images of one size, uint8 (B, H, W, 3)")
+            given = f"{type(model_input).__name__} of {len(model_input)}"
+        raise ValueError(f"input {given}: give a batch of RGB images of one size, uint8 (B, H, W, 3)")
     return np.stack([as_image(image, f"inputs[{number}]") for number, image in enumerate(model_input)])
 
 

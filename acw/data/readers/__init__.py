@@ -19,6 +19,7 @@ def fitting_reader(folder: Path, has: Callable[[str], bool], fixations: bool) ->
         if reader.fits(has, fixations):
             return name
     raise UserError(
-        f"dataset {folder}: holds neither stimuli.hdf5 and fixations.hdf5, nor CAT2000's Stimuli and FIXATIONLOCS; "
+        f"dataset {folder}: fits none of the readers {', '.join(READERS)}: it holds neither stimuli.hdf5 and "
+        "fixations.hdf5, nor CAT2000's Stimuli and FIXATIONLOCS; "
         "give one of these, or a folder of images together with a CSV of fixations (columns image, x, y)"
     )

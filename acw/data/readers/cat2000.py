@@ -111,8 +111,8 @@ def _stored(path: Path) -> np.ndarray:
     try:
         content: dict[str, Any] = loadmat(path, variable_names=["fixLocs"])
     except Exception as error:  # scipy has no one error for a damaged file
-        found = recognised(path)
-        reason = f"it {found}" if found else f"({error}); replace it"
+        kind = recognised(path)
+        reason = f"it {kind}" if kind else f"({error}); replace it"
         raise UserError(f"{path}: cannot be read as a MATLAB file up to version 7: {reason}") from error
     if "fixLocs" not in content:
         raise UserError(f"{path}: has no variable fixLocs; replace it by CAT2000's file")

@@ -44,10 +44,10 @@ def _read(folder: Path, fixations: str | None) -> Recording:
         stimulus(folder, file, category, source)
         for file, category, source in zip(files, categories, sources, strict=True)
     ]
-    for found, shape in zip(stimuli, described.shapes, strict=True):
-        if tuple(shape[:2]) != found.size:
+    for shown, shape in zip(stimuli, described.shapes, strict=True):
+        if tuple(shape[:2]) != shown.size:
             raise UserError(
-                f"{found.path}: is {found.size[1]}x{found.size[0]} px, but stimuli.hdf5 says "
+                f"{shown.path}: is {shown.size[1]}x{shown.size[0]} px, but stimuli.hdf5 says "
                 f"{shape[1]}x{shape[0]}; restore the image that the fixations belong to"
             )
     numbers = np.asarray(recorded.n)

@@ -122,8 +122,8 @@ def _delimiter(text: str, table: Path) -> tuple[str, int]:
     """What stands between the columns, and how many lines come before the header: one, in which Excel says the former.
     Without that line it is whatever gives the header the most columns that are needed."""
     first = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    if said := re.fullmatch(r'"?sep=(.)"?', first):
-        return said[1], 1
+    if declared := re.fullmatch(r'"?sep=(.)"?', first):
+        return declared[1], 1
 
     def needed(delimiter: str) -> int:
         return sum(name.strip(' "') in NEEDED for name in first.split(delimiter))
