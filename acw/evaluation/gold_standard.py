@@ -3,12 +3,17 @@
 A reference, not a model. It is a KDE of the other subjects' fixations on the image, mixed with the centre bias and a
 uniform component; the bandwidth and the mixture maximise the left-out subjects' likelihood.
 Kuemmerer, Wallis, Bethge, "Information-theoretic model comparison unifies saliency metrics", PNAS 2015.
+
+Kernels of one width blur what people agree on to bridge what they do not, and so understate people. As an option they
+are adaptive: narrower where the others' density is high, wider where it is low, by its square root (Abramson, "On
+bandwidth variation in kernel estimates", Annals of Statistics 1982).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,16 +34,24 @@ FITTING_IMAGES = 200
 
 @dataclass(frozen=True)
 class GoldStandard:
-    """bandwidth: px. weights: (3,) shares of the KDE, the centre bias and the uniform component."""
+    """bandwidth: px; of adaptive kernels, where the density is its geometric mean over the fixations.
+
+    weights: (3,) shares of the KDE, the centre bias and the uniform component.
+    """
 
     bandwidth: float
     weights: np.ndarray
     center_bias: CenterBias
+    adaptive: bool = False
+
+    def described(self) -> dict[str, Any]:
+        """For evaluation.json: what a share of the gold standard is a share of."""
+        return {"kernels": "adaptive" if self.adaptive else "fixed", "bandwidth": self.bandwidth}
 
     def everybody(self, dataset: Dataset, index: int) -> Tensor:
         """Log-density on the grid of all subjects' fixations, those that are scored included: an upper bound."""
         seen = _Seen.of(dataset, index, self.center_bias)
-        smooth = seen.smoothed(self.bandwidth).sum(0)
+        smooth = seen.everybody(self.bandwidth, self.adaptive)
         everybody, bias, uniform = self.weights
         mixed = everybody * smooth / smooth.sum() + bias * seen.bias + uniform / seen.bias.size
         return torch.from_numpy(np.log(mixed / mixed.sum()).astype(np.float32))
@@ -48,7 +61,7 @@ class GoldStandard:
         subject = dataset.fixations_of(index)[2]
         seen = _Seen.of(dataset, index, self.center_bias)
         others, bias, uniform = self.weights
-        mixed = others * seen.others(self.bandwidth) + (bias * seen.bias + uniform / seen.bias.size)
+        mixed = others * seen.others(self.bandwidth, self.adaptive) + (bias * seen.bias + uniform / seen.bias.size)
         log_densities = torch.from_numpy(np.log(mixed).astype(np.float32))
         return [(subject == person, density) for person, density in zip(seen.people, log_densities, strict=True)]
 
@@ -59,7 +72,9 @@ def has_subjects(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> bool:
     return all(len(seen) and seen.min() >= 0 and len(np.unique(seen)) >= 2 for seen in subjects)
 
 
-def fit(dataset: Dataset, indices: Sequence[int] | np.ndarray, center_bias: CenterBias) -> GoldStandard:
+def fit(
+    dataset: Dataset, indices: Sequence[int] | np.ndarray, center_bias: CenterBias, adaptive: bool = False
+) -> GoldStandard:
     """Chooses bandwidth and mixture on the given images, or an even choice of them, each counting equally."""
     assert has_subjects(dataset, indices), "every image needs two known subjects"
     indices = indices[:: -(-len(indices) // FITTING_IMAGES)]
@@ -67,14 +82,10 @@ def fit(dataset: Dataset, indices: Sequence[int] | np.ndarray, center_bias: Cent
     fixations = []
     for index in indices:
         seen = _Seen.of(dataset, index, center_bias)
-        # At the fixations, in the cells that they are in.
-        rows, columns = (
-            (coordinate / length * cells).astype(int)
-            for coordinate, length, cells in zip((seen.y, seen.x), seen.size, seen.bias.shape, strict=True)
-        )
+        rows, columns = seen.cells
         bias = seen.bias[rows, columns]
         for bandwidth, parts in log_p.items():
-            others = seen.others(bandwidth)[seen.person, rows, columns]
+            others = seen.others(bandwidth, adaptive)[seen.person, rows, columns]
             parts.append(np.log(np.stack([others, bias, np.full_like(bias, 1 / seen.bias.size)], 1) + 1e-30))
         fixations.append(len(seen.person))
     image = np.repeat(np.arange(len(indices)), fixations)
@@ -88,7 +99,7 @@ def fit(dataset: Dataset, indices: Sequence[int] | np.ndarray, center_bias: Cent
         if best is None or likelihood > best[0]:
             best = likelihood, bandwidth, weights
     assert best is not None
-    return GoldStandard(best[1], best[2], center_bias)
+    return GoldStandard(best[1], best[2], center_bias, adaptive)
 
 
 @dataclass(frozen=True)
@@ -114,22 +125,54 @@ class _Seen:
         bias = np.exp(center_bias.of_size(FINALIZER.grid(size)).astype(np.float64))
         return cls(size, x.astype(np.int64) + 0.5, y.astype(np.int64) + 0.5, people, person, bias)
 
-    def others(self, bandwidth: float) -> np.ndarray:
+    @property
+    def cells(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) rows and columns of the cells that the fixations are in."""
+        rows, columns = (
+            (place / length * cells).astype(int)
+            for place, length, cells in zip((self.y, self.x), self.size, self.bias.shape, strict=True)
+        )
+        return rows, columns
+
+    def everybody(self, bandwidth: float, adaptive: bool) -> np.ndarray:
+        """(H, W) the sum of the kernels at all fixations."""
+        every = np.full(len(self.x), True)
+        plain = self._sum(every, bandwidth)
+        return self._sum(every, self._widths(plain, every, bandwidth)) if adaptive else plain
+
+    def others(self, bandwidth: float, adaptive: bool) -> np.ndarray:
         """(P, H, W) for each subject: the KDE of all others' fixations, with sum 1."""
-        smooth = self.smoothed(bandwidth)
+        own = np.stack([self._sum(self.person == number, bandwidth) for number in range(len(self.people))])
         # A difference of equal numbers may be below 0 by rounding.
-        others = np.maximum(smooth.sum(0) - smooth, 0)
+        others = np.maximum(own.sum(0) - own, 0)
+        if adaptive:
+            # The widths too are of the others alone: a subject's own fixations must not sharpen what predicts them.
+            for number, density in enumerate(others):
+                rest = self.person != number
+                others[number] = self._sum(rest, self._widths(density, rest, bandwidth))
         return others / others.sum((1, 2), keepdims=True)
 
-    def smoothed(self, bandwidth: float) -> np.ndarray:
-        """(P, H, W) the sum of Gaussians at each subject's fixations, at the cells' centres; none is below 0.
+    def _widths(self, density_HW: np.ndarray, some: np.ndarray, bandwidth: float) -> np.ndarray:
+        """(n,) px, of some fixations' adaptive kernels: bandwidth / sqrt(density / its geometric mean).
 
-        Interpolated, a fixation between two cells would have negative weights beside it, which a narrow Gaussian does
-        not fill where all people look at one place.
+        No narrower than a cell, where a sum at cells' centres would be none any more.
         """
+        rows, columns = self.cells
+        at_fixations = density_HW[rows, columns][some]
+        relative = at_fixations / np.exp(np.log(at_fixations).mean())
+        widths = np.full(len(some), bandwidth)
+        widths[some] = np.maximum(bandwidth / np.sqrt(relative), FINALIZER.cell)
+        return widths
+
+    def _sum(self, some: np.ndarray, widths: float | np.ndarray) -> np.ndarray:
+        """(H, W) the sum of Gaussians of equal mass at some fixations, at the cells' centres; none is below 0.
+
+        widths: px, (n,) or one for all. Interpolated, a fixation between two cells would have negative weights beside
+        it, which a narrow Gaussian does not fill where all people look at one place.
+        """
+        width = np.broadcast_to(widths, self.x.shape)[some, None]
         rows, columns = (
-            np.exp(-0.5 * (((np.arange(cells) + 0.5) * (length / cells) - coordinate[:, None]) / bandwidth) ** 2)
-            for coordinate, length, cells in zip((self.y, self.x), self.size, self.bias.shape, strict=True)
+            np.exp(-0.5 * (((np.arange(cells) + 0.5) * (length / cells) - place[some, None]) / width) ** 2)
+            for place, length, cells in zip((self.y, self.x), self.size, self.bias.shape, strict=True)
         )
-        mine = [self.person == number for number in range(len(self.people))]
-        return np.stack([rows[some].T @ columns[some] for some in mine])
+        return (rows / np.square(width)).T @ columns

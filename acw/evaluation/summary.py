@@ -173,8 +173,15 @@ def table(evaluation: dict[str, Any]) -> str:
             interval_ = "[{:z.4f}, {:z.4f}]".format(*_ig(entry)["ci95"]) if "IG" in overall else "-"
             share = explained.get(name, {}).get("gold_standard")
             lines.append(f"{name:24}{values}   {interval_:18}" + (f"{share['mean']:z10.1%}" if share else ""))
+    if explained:
+        lines.append(f"explained: the share of the IG by which people predict people ({kernels(evaluation)})")
     lines += [f"warning: {name}: {doubt}" for name, doubt in evaluation.get("doubts", {}).items()]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def kernels(evaluation: dict[str, Any]) -> str:
+    """Which density of people the gold standard is, in words."""
+    return f"{evaluation.get('gold_standard', {}).get('kernels', 'fixed')} kernels"
 
 
 def _ig(entry: dict[str, Any]) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def _evaluate(
             "crossvalidation_nats": {str(s): v for s, v in fitted.category.crossvalidation.items()},
             "global": dict(zip(model.names, fitted.category.global_weights.tolist(), strict=True)),
         },
+        **({"gold_standard": gold.described()} if gold else {}),
         **({"refit": {"images": len(dataset.stimuli)}} if refitted else {}),
         "category_inference": {"out_of_fold_accuracy": model.classifier.accuracy, "categories": len(model.categories)},
         "provenance": record,
@@ -145,7 +146,8 @@ def _gold_standard(job: Job, dataset: Any, center_bias: CenterBias) -> Callable[
     from acw.evaluation import gold_standard
 
     if gold_standard.has_subjects(job.dataset, range(len(job.dataset.stimuli))):
-        return submit(gold_standard.fit, dataset, job.split.development, center_bias)
+        adaptive = job.recipe.gold_standard == "adaptive"
+        return submit(gold_standard.fit, dataset, job.split.development, center_bias, adaptive)
     print("no gold_standard: it needs two named subjects for every image", flush=True)
     return lambda: None
 

@@ -25,7 +25,13 @@ SEED = 0  # of the bootstrap
 
 
 def evaluate(
-    location: str, dataset: Dataset, out: Path, external: tuple[ExternalModel, ...], exact: bool, sim_opt: int
+    location: str,
+    dataset: Dataset,
+    out: Path,
+    external: tuple[ExternalModel, ...],
+    exact: bool,
+    sim_opt: int,
+    adaptive: bool,
 ) -> None:
     """Scores the model, and the external ones beside it, on all images and writes the two files; prints the table."""
     import numpy as np
@@ -51,7 +57,7 @@ def evaluate(
     images = np.arange(len(dataset.stimuli))
     gold = None
     if gold_standard.has_subjects(dataset, images):
-        gold = gold_standard.fit(dataset, images, model.center_bias)
+        gold = gold_standard.fit(dataset, images, model.center_bias, adaptive)
     model.load_backbones()
     connect()
     scoring = Scoring(
@@ -71,6 +77,7 @@ def evaluate(
     result = {
         "dataset": dataset.summary() | {"scored": "all images", "images_scored": len(scores)},
         **summarise(dataset, scores, SEED),
+        **({"gold_standard": gold.described()} if gold else {}),
         "model": location,
         "outside": {other.name: {"kind": other.kind, "source": shown(other.location)} for other in external},
         "exact": exact,
@@ -97,6 +104,8 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--exact", action="store_true", help=about)
     about = "SIM of maps optimised for it by pysaliency, too: three minutes a full-HD image"
     parser.add_argument("--sim-opt", action="store_true", help=about)
+    about = "kernels of the density by which people predict people: of one width, or adaptive"
+    parser.add_argument("--gold-standard", choices=("fixed", "adaptive"), default="fixed", help=about)
     add_dataset_options(parser)
 
 
@@ -129,5 +138,6 @@ def main(argv: Sequence[str]) -> None:
     if len(dataset.stimuli) < 2:
         raise UserError(f"dataset {dataset.location}: has one image, and sAUC needs fixations of a second; add images")
     fixations = fixations_of(dataset) if options["sim_opt"] else 0
-    evaluate(location, dataset, out, tuple(external), options["exact"], fixations)
+    adaptive = options["gold_standard"] == "adaptive"
+    evaluate(location, dataset, out, tuple(external), options["exact"], fixations, adaptive)
     print(shown(out), flush=True)

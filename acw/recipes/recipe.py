@@ -106,6 +106,12 @@ class Recipe:
     heads_per_worker: int = field(
         15, "per bank: trained together in one pass over one backbone's features", COUNT, "heads"
     )
+    gold_standard: str = field(
+        "fixed",
+        "kernels of the density by which people predict people: of one width, or adaptive (Abramson 1982)",
+        ("fixed", "adaptive"),
+        later=True,
+    )
     workers: int = field(
         0, "that work side by side; 0: one a GPU, or one a CPU core", NOT_NEGATIVE, "processes", identity=False
     )

@@ -20,7 +20,7 @@ import numpy as np
 from acw.cluster.costs import noted
 from acw.evaluation import bootstrap
 from acw.evaluation.metrics import in_order
-from acw.evaluation.summary import KEYS
+from acw.evaluation.summary import KEYS, kernels
 from acw.report import document, figures, gallery
 from acw.report.document import Sections
 from acw.report.figures import Marks
@@ -116,7 +116,12 @@ def lead(run: Run) -> dict[str, Any]:
     gain = overall["IG"]
     cards = [(number(gain["mean"]), f"bits per fixation of information gain over the centre bias {ends(gain)}")]
     if explained := evaluation.get("explained", {}).get(HEADLINE, {}).get("gold_standard"):
-        cards.append((number(explained["mean"], True), "of what other people's fixations tell (gold standard)"))
+        cards.append(
+            (
+                number(explained["mean"], True),
+                f"of what other people's fixations tell (gold standard, {kernels(evaluation)})",
+            )
+        )
     for other, text in (("uniform", "over an even mixture"), ("global_weights", "over one set of weights for all")):
         for pair in evaluation["comparisons"]:
             if (pair["a"], pair["b"], pair["metric"]) == (HEADLINE, other, "IG"):
