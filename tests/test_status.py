@@ -20,7 +20,7 @@ import pytest
 import torch
 from job_runs import finished
 
-from acw.cluster import event_log
+from acw.cluster import costs, event_log
 from acw.cluster.joining import connect
 from acw.pipeline.job import stage
 from acw.recipes import Recipe
@@ -316,7 +316,7 @@ def test_metrics_and_events_of_a_training(tmp_path: Path, ray_local: None, capsy
         (BANKS[0].name, "f0s0", 0.5),
         (BANKS[0].name, "f0s1", 1.0),
     ]
-    assert "training: 2/8 heads done, 2/4 banks started, epoch 5-9 of at most 20" in capsys.readouterr().out
+    assert "training: 2/8 heads and 1/4 banks done, epoch 5-9 of at most 20" in capsys.readouterr().out
 
     port = ray.nodes()[0]["MetricsExportPort"]
     wanted = {
@@ -369,6 +369,7 @@ def test_a_finished_run(tmp_path_factory: pytest.TempPathFactory) -> None:
         "aggregation",
     ]
     assert {event["step"] for event in events if event["event"] == "cost"} == {"features", "heads", "scores"}
+    assert costs.noted(folder)["scores"]["cores"] >= 1
     epochs = [(event["bank"], event["epoch"]) for event in events if event["event"] == "epoch"]
     assert len(epochs) == len(set(epochs)) == sum(unit["epochs"] for unit in heads["units"])
     assert all(event["run"] == folder.name for event in events)

@@ -49,10 +49,18 @@ def note(run: Path, step: str, cost: Cost) -> None:
     print(f"{step}: {cost}", flush=True)
     event_log.event("cost", step=step, **dataclasses.asdict(cost))
     if cost.images:
-        write_json(run / FILE, noted(run) | {step: dataclasses.asdict(cost)})
+        write_json(run / FILE, noted(run) | {step: dataclasses.asdict(cost) | {"cores": _cores()}})
+
+
+def _cores() -> int:
+    """Of the Ray cluster that this process is on, if CPUs do its work; else 0."""
+    import ray
+
+    resources = ray.cluster_resources() if ray.is_initialized() else {}
+    return 0 if resources.get("GPU") else int(resources.get("CPU", 0))
 
 
 def noted(run: Path) -> dict[str, Any]:
-    """What `note` has kept: step -> fields of its cost; empty where nothing is."""
+    """What `note` has kept: step -> fields of its cost, and the cores that it had; empty where nothing is."""
     path = fetch(run / FILE)
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

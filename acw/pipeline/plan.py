@@ -1,54 +1,49 @@
 """What a recipe will take on a data set, before anything is spent: images, bytes, memory, hours and money.
 
-Seconds come from doing the real thing on this machine, on a few of the data set's own images, one thread, for about
-half a minute: features of some images, two epochs of a bank on them, and the scores of one.
+Bytes and seconds of features come from computing those of some of the data set's own images here, one thread, for some
+seconds a backbone. Seconds of all else come from what earlier runs under the root have measured (`measured`), or, where
+there is none of this kind, from figures of the machine of docs/performance.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
-from acw.cluster.costs import peak_rss
+from acw.cluster import costs
 from acw.cluster.process import compute_with
-from acw.data import Dataset
-from acw.evaluation import gold_standard
-from acw.evaluation.sauc import MeanPrediction
-from acw.evaluation.scoring import Scoring, StoredDensities
-from acw.features.backbone import Backbone, FrozenBackbone, load_backbone
+from acw.data import Dataset, Stimulus
+from acw.features.backbone import Backbone, load_backbone
 from acw.features.batch_size import Pace
 from acw.features.extraction import write_shards
-from acw.features.store import SHARD_IMAGES, FeatureStore, shard_path, store_folder
-from acw.fusion.classifier import CategoryClassifier
-from acw.heads.center_bias import CenterBias
-from acw.heads.readout import new_heads
-from acw.model.model import Model
+from acw.features.store import shard_path, store_folder
+from acw.features.zoo import BACKBONES
 from acw.pipeline.job import Job
 from acw.recipes import Recipe
-from acw.storage.files import present
+from acw.storage.files import fetch, listing, present
 from acw.training.bank import Bank, plan_banks
-from acw.training.batches import Batches, TrainingSet
-from acw.training.joint import JointSet, train_system
-from acw.training.loss import coarsest
+from acw.training.progress import Unit, bank_units, images_per_second, read, recorded_recipe, system_units
 from acw.training.scheduler import soonest_end
-from acw.training.trainer import train_epochs
-from acw.training.training_set import kde_of, training_set
 
-# Of calibration, for each backbone's features; training and scores take about as long again.
-SECONDS_A_BACKBONE = 3.0
+# Of each backbone's features, which are computed three times, as other work here would slow down any one of them.
+SECONDS_A_BACKBONE = 2.0
 MOST_IMAGES = 8
+# An image costs a bank as much whatever its heads as so many heads cost besides: 15 heads together are some four times
+# as fast as one by one.
+OTHER_HEADS = 4
 # Heads stop when their validation IG stands still: on `gaze` they needed 725 of 1,200 head-epochs.
 EXPECTED_SHARE = 0.6
 # A joint training's share of its epochs, on `gaze`.
@@ -57,13 +52,18 @@ JOINT_SHARE = 0.6
 START_UP = 30.0
 # Fitting weights and category inference, drawing and registering: `gaze` on two cores.
 FINISHING = 60.0
+# Where no run has measured it, on a core of the machine of docs/performance.md: `_work` a second; seconds of an image's
+# scores, and for each of its pixels; bytes of a worker, and for each cell and head of a batch.
+WORK_PER_SECOND = 4.5e9
+SCORING, SCORING_PIXEL = 0.3, 0.7e-6
+WORKER, WORKER_CELL = 1.2e9, 4800
 # A doubling of cores that saves less of the time than this does not pay off.
 WORTHWHILE = 0.2
 
 
 @dataclass(frozen=True)
 class BackbonePlan:
-    """One backbone's part. Seconds are of one thread of this machine: per image, and per image and epoch of a bank.
+    """One backbone's part. Seconds are of one thread: per image, and per image and epoch of a full bank.
 
     input_size, readout: (height, width) for the first image. stored: whether the root has its features already.
     """
@@ -80,10 +80,9 @@ class BackbonePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """bank_overhead: seconds an epoch of a bank takes whatever the images. scoring: seconds a held-out image.
-    joint: seconds an image and epoch of one jointly trained system; 0 for a recipe without.
+    """joint: seconds an image and epoch of one jointly trained system; 0 without. scoring: seconds a held-out image.
 
-    worker_bytes: the largest resident memory of the calibration, which did a worker's work; disk_free: bytes.
+    worker_bytes: the largest resident memory of a worker; disk_free: bytes. unknown: backbones that no run has trained.
     """
 
     recipe: Recipe
@@ -92,11 +91,11 @@ class Plan:
     fixations: int
     sizes: int
     backbones: list[BackbonePlan]
-    bank_overhead: float
     joint: float
     scoring: float
     worker_bytes: int
     disk_free: int
+    unknown: list[str]
 
     @property
     def feature_bytes(self) -> int:
@@ -109,14 +108,14 @@ class Plan:
         """Expected wall-clock seconds of each step on so many cores; share: of the most epochs that are trained."""
         extraction = sum(0 if b.stored else self.images * b.extraction for b in self.backbones) / cores
         development = self.images - self.held_out
-        epochs = self.recipe.max_epochs * (EXPECTED_SHARE if share is None else share)
-        of = {backbone.name: backbone for backbone in self.backbones}
-        full = min(self.recipe.heads_per_worker, self.recipe.folds * self.recipe.seeds)
-        costs = [
-            epochs * (development * of[bank.backbone].epoch + self.bank_overhead) * len(bank.members) / full
+        of = {backbone.name: backbone.epoch / (OTHER_HEADS + _full(self.recipe)) for backbone in self.backbones}
+        trained = EXPECTED_SHARE if share is None else share
+        bank_costs = [
+            # A bank goes on until its last head stops.
+            self.recipe.max_epochs * development * of[bank.backbone] * (OTHER_HEADS + trained * len(bank.members))
             for bank in self.banks()
         ]
-        heads = soonest_end(costs, cores) + START_UP / 2
+        heads = soonest_end(bank_costs, cores) + START_UP / 2
         steps = {"features": extraction + START_UP / 2, "heads": heads}
         if self.recipe.joint:
             rounds = math.ceil(self.recipe.folds / cores)
@@ -144,185 +143,160 @@ class Plan:
         return result
 
 
+def _full(recipe: Recipe) -> int:
+    """Heads of the largest bank."""
+    return min(recipe.heads_per_worker, recipe.folds * recipe.seeds)
+
+
+# Whether it was on the same data set, seconds, how much was done.
+Spent = tuple[bool, float, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What earlier runs took, in seconds of one CPU core; nothing, or 0, for what none has measured.
+
+    features: an image, by all backbones. heads: by backbone, an image and epoch of a bank for each of its heads and
+    OTHER_HEADS. system: an image and epoch of one. scoring: a held-out image. worker_bytes: the largest resident memory
+    of a worker.
+    """
+
+    features: float
+    heads: dict[str, float]
+    system: float
+    scoring: float
+    worker_bytes: int
+
+
+def measured(root: Path, recipe: Recipe, dataset: Dataset) -> Measured:
+    """What runs under the root took, by the epochs in their checkpoints and by `costs.FILE`.
+
+    It holds for backbones with the same input, taps and grids; a system's for the same set of them; the scores' for the
+    same data set, too. Otherwise runs on other data sets count where none was on this one. Epochs on GPUs are left out.
+    """
+    kinds = {_kind(backbone) for backbone in recipe.backbone_values}
+    heads: dict[str, list[Spent]] = defaultdict(list)
+    features, systems, scores = (list[Spent]() for _ in range(3))
+    peak = 0
+    for folder, ran, facts in _runs(root):
+        if ran.finalizer != recipe.finalizer:
+            continue
+        same = facts["fingerprint"] == dataset.fingerprint
+        alike = {backbone.name for backbone in ran.backbone_values if _kind(backbone) in kinds}
+        for unit in bank_units(ran, plan_banks(ran), folder):
+            for epoch in _on_cpus(unit) if unit.backbone in alike else ():
+                active = sum(ig is not None for ig in epoch["ig"])
+                images = epoch["seconds"] * (images_per_second(epoch) or 0.0)
+                heads[unit.backbone].append((same, epoch["seconds"], images * (OTHER_HEADS + active)))
+                peak = max(peak, epoch["peak_rss"])
+        if not alike == set(recipe.backbones) == set(ran.backbones):
+            continue
+        for unit in system_units(ran, folder) if ran.joint and ran.seeds == recipe.seeds else ():
+            systems += [(same, epoch["seconds"], facts["images"] * (1 - ran.holdout)) for epoch in _on_cpus(unit)]
+        noted = costs.noted(folder)
+        if noted.get("features", {}).get("images") == facts["images"] * len(alike):  # else some were there already
+            features += _spent(noted["features"], ran, same, facts["images"])
+        if "scores" in noted and same:
+            scores += _spent(noted["scores"], ran, same, noted["scores"]["images"])
+    of_heads = {name: _mean(spent) for name, spent in heads.items()}
+    return Measured(_mean(features), of_heads, _mean(systems), _mean(scores), peak)
+
+
+def _spent(cost: dict[str, Any], ran: Recipe, same: bool, images: int) -> list[Spent]:
+    """What a step on so many images took of one core; empty where its cores are not known."""
+    cores = cost.get("cores", 0)
+    return [(same, cost["seconds"] * min(cores, ran.workers or math.inf), images)] if cores else []
+
+
+def _kind(backbone: Backbone) -> Backbone:
+    return dataclasses.replace(backbone, weights="")
+
+
+def _mean(spent: Sequence[Spent]) -> float:
+    """Seconds for one of what was done, on the data set itself where that was ever done; 0 where it never was."""
+    chosen = [row for row in spent if row[2] and row[0] == max(spent)[0]]
+    return sum(row[1] for row in chosen) / sum(row[2] for row in chosen) if chosen else 0.0
+
+
+def _on_cpus(unit: Unit) -> list[dict[str, Any]]:
+    return [epoch for epoch in read(unit).history if epoch.get("device", "cpu") == "cpu"]
+
+
+def _runs(root: Path) -> Iterator[tuple[Path, Recipe, dict[str, Any]]]:
+    """Runs under a root that have noted what a step took: folder, recipe, and what is recorded of the data set."""
+    for path in listing(root):
+        record = path.with_name("recipe.json")
+        if path.name == costs.FILE and path.parent.parent == root and present(record):
+            facts = json.loads(fetch(record).read_text(encoding="utf-8"))
+            ran = recorded_recipe(facts["recipe"])
+            if set(ran.backbones) <= BACKBONES.keys():
+                yield path.parent, ran, facts["dataset"]
+
+
 def make(job: Job) -> Plan:
-    """Calibrates on this machine and plans the job; writes only into a temporary folder.
+    """Plans the job; computes some features on this machine, and writes only into a temporary folder.
 
     Raises UserError for what the run itself would stop at: weights that cannot be had, damaged images.
     """
     compute_with(1)
     recipe, dataset = job.recipe, job.dataset
-    chosen = np.unique(np.linspace(0, len(dataset.stimuli) - 1, MOST_IMAGES).astype(int))
-    sample = _repeated(dataset, chosen, recipe.folds * recipe.batch_size)
-    fold = (np.arange(len(sample.stimuli)) % recipe.folds).astype(np.int8)
-    split = dataclasses.replace(job.split, fold=fold)
-    training = training_set(sample, split, recipe)
-    plans, stores, overheads = [], [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for backbone in recipe.backbone_values:
-            network = load_backbone(backbone)
-            store, extraction = _extract(network, backbone, sample, len(chosen), Path(folder) / backbone.name)
-            epoch, overhead = _train(recipe, backbone.name, training, store, Path(folder))
-            there = store_folder(job.root, backbone, dataset.stimuli_fingerprint, network.weights_sha256)
-            plans.append(_backbone_plan(dataset, backbone, store, there, extraction, epoch))
-            stores.append(store)
-            overheads.append(overhead)
-        joint = _train_jointly(recipe, training, stores, Path(folder)) if recipe.joint else 0.0
-        scoring = _score(recipe, sample, stores)
-    free = shutil.disk_usage(next(p for p in (job.root, *job.root.parents) if p.exists())).free
+    known = measured(job.root, recipe, dataset)
+    backbones = [_backbone_plan(job, backbone, known) for backbone in recipe.backbone_values]
+    if known.features:
+        factor = known.features / sum(b.extraction for b in backbones)
+        backbones = [dataclasses.replace(b, extraction=factor * b.extraction) for b in backbones]
+    unknown = [name for name in recipe.backbones if name not in known.heads]
+    work = sum(_work(b.image_bytes, b.readout) for b in backbones)
+    joint = known.system or (OTHER_HEADS + recipe.seeds) * work / WORK_PER_SECOND
+    pixels = float(np.mean([math.prod(stimulus.size) for stimulus in dataset.stimuli]))
+    cells = max(math.prod(b.readout) for b in backbones)
     return Plan(
         recipe,
         len(dataset.stimuli),
         len(job.split.held_out),
         len(dataset.x),
         len({stimulus.size for stimulus in dataset.stimuli}),
-        plans,
-        max(overheads),
-        joint,
-        scoring,
-        peak_rss(),
-        free,
+        backbones,
+        joint if recipe.joint else 0.0,
+        known.scoring or SCORING + SCORING_PIXEL * pixels,
+        known.worker_bytes or round(WORKER + WORKER_CELL * cells * recipe.batch_size * _full(recipe)),
+        shutil.disk_usage(next(p for p in (job.root, *job.root.parents) if p.exists())).free,
+        unknown,
     )
 
 
-def _repeated(dataset: Dataset, chosen: np.ndarray, count: int) -> Dataset:
-    """A data set of `count` images, the chosen ones over and over."""
-    order = chosen[np.arange(count) % len(chosen)]
-    mine = [np.flatnonzero(dataset.image == index) for index in order]
-    kept = np.concatenate(mine)
-    image = np.repeat(np.arange(count, dtype=np.int32), [len(part) for part in mine])
-    return dataclasses.replace(
-        dataset,
-        stimuli=tuple(dataset.stimuli[index] for index in order),
-        image=image,
-        x=dataset.x[kept],
-        y=dataset.y[kept],
-        subject=dataset.subject[kept],
-    )
+def _work(image_bytes: int, readout: tuple[int, int]) -> float:
+    """What an image asks of a head, in no unit, by its features (float16) and cells; as `distributed` has it."""
+    return image_bytes / 2 + 1500 * math.prod(readout) + 1_500_000
 
 
-def _extract(
-    network: FrozenBackbone, backbone: Backbone, sample: Dataset, different: int, folder: Path
-) -> tuple[FeatureStore, float]:
-    """A store of the sample, in which only as many images are computed as there is time for; seconds an image."""
-    pace = Pace(torch.device("cpu"))
+def _backbone_plan(job: Job, backbone: Backbone, known: Measured) -> BackbonePlan:
+    """Computes features of as many images as there is time for; the first time, the fastest batch is found."""
+    network, pace, stimuli = load_backbone(backbone), Pace(torch.device("cpu")), job.dataset.stimuli
+    chosen = [stimuli[i] for i in np.unique(np.linspace(0, len(stimuli) - 1, MOST_IMAGES).astype(int))]
+    with tempfile.TemporaryDirectory() as folder:
 
-    def compute(images: Sequence[Any]) -> float:
-        start = time.monotonic()
-        write_shards(network, backbone, images, [0], folder, pace)
-        return time.monotonic() - start
+        def compute(images: Sequence[Stimulus]) -> float:
+            start = time.monotonic()
+            write_shards(network, backbone, images, [0], Path(folder), pace)
+            return time.monotonic() - start
 
-    first = compute(sample.stimuli[:1])
-    count = max(1, min(different, int(SECONDS_A_BACKBONE / first)))
-    compute(sample.stimuli[:count])  # the network's fastest batch is found here
-    seconds = compute(sample.stimuli[:count]) / count
-    # The rest are copies of these: what is trained on them is thrown away.
-    computed = load_file(shard_path(folder, 0))
-    total = len(sample.stimuli)
-    for shard in range(-(-total // SHARD_IMAGES)):
-        indices = range(shard * SHARD_IMAGES, min((shard + 1) * SHARD_IMAGES, total))
-        tensors = {
-            f"{index}.{name.partition('.')[2]}": value
-            for index in indices
-            for name, value in computed.items()
-            if name.startswith(f"{index % count}.")
-        }
-        save_file({name: value.clone() for name, value in tensors.items()}, shard_path(folder, shard))
-    taps = [[name for name in computed if name.startswith(f"{k}.tap")] for k in range(count)]
-    shapes = [[computed[f"{k}.tap{t}"].shape for t in range(len(taps[k]))] for k in range(count)]
-    sizes = [tuple((shape[0], shape[1]) for shape in of_image) for of_image in shapes]
-    readouts = [backbone.readout_size(stimulus.size) for stimulus in sample.stimuli[:count]]
-    return FeatureStore(
-        folder,
-        total,
-        tuple(network.channels),
-        tuple(sizes[k % count] for k in range(total)),
-        tuple(readouts[k % count] for k in range(total)),
-    ), seconds
-
-
-def _train(
-    recipe: Recipe, backbone: str, training: TrainingSet, store: FeatureStore, folder: Path
-) -> tuple[float, float]:
-    """Seconds an image and epoch of the largest bank on a backbone, and seconds an epoch whatever the images."""
-    short = dataclasses.replace(recipe, max_epochs=2)
-    bank = next(bank for bank in plan_banks(recipe) if bank.backbone == backbone)
-    *_, state = train_epochs(short, bank, training, store, folder, torch.device("cpu"))
-    batches = Batches(training, store, recipe.finalizer, torch.device("cpu"))
-    start = time.monotonic()
-    coarsest(state.parameters, bank.members, batches, fresh=False)
-    overhead = time.monotonic() - start
-    seconds = state.history[-1]["seconds"] - overhead
-    return max(seconds, 0.0) / len(training.sizes), overhead
-
-
-def _train_jointly(recipe: Recipe, training: TrainingSet, stores: list[FeatureStore], folder: Path) -> float:
-    """Seconds an image and epoch of one system, trained on its part of the images and validated on the rest."""
-    data = JointSet(
-        training, np.zeros(len(training.sizes), np.int64), 1, dict(zip(recipe.backbones, stores, strict=True))
-    )
-    heads = {
-        name: new_heads(sum(store.channels), recipe.sigma, range(recipe.seeds)) for name, store in data.stores.items()
-    }
-    *_, state = train_system(
-        dataclasses.replace(recipe, joint_max_epochs=1), 0, data, heads, folder, torch.device("cpu")
-    )
-    return state.history[-1]["seconds"] / len(training.sizes)
-
-
-def _score(recipe: Recipe, sample: Dataset, stores: list[FeatureStore]) -> float:
-    """Seconds to score a held-out image under every mixture, by fresh heads: maps are as large as trained ones'."""
-    generator = np.random.default_rng(0)
-    channels = sum(sum(store.channels) for store in stores)
-    groups, backbones = len(sample.categories), len(stores)
-    heads = range(recipe.folds * recipe.seeds)
-    bias: CenterBias = kde_of(sample, np.arange(len(sample.stimuli)))
-    model = Model(
-        backbones=recipe.backbone_values,
-        heads={
-            name: new_heads(sum(store.channels), recipe.sigma, heads)
-            for name, store in zip(recipe.backbones, stores, strict=True)
-        },
-        finalizer=recipe.finalizer,
-        categories=list(sample.categories),
-        weights=generator.dirichlet(np.ones(backbones), groups),
-        global_weights=np.full(backbones, 1 / backbones),
-        center_bias=bias,
-        finalizer_bias=bias,
-        classifier=CategoryClassifier(
-            np.zeros(channels), np.ones(channels), np.zeros((groups, channels)), np.zeros(groups), 0.0
-        ),
-        provenance={},
-    )
-    everything = np.arange(len(sample.stimuli))
-    gold = None
-    if gold_standard.has_subjects(sample, everything):
-        gold = gold_standard.GoldStandard(20.0, np.array([0.8, 0.19, 0.01]), bias)
-    sizes = [stimulus.size for stimulus in sample.stimuli]
-    scoring = Scoring(sample, everything, StoredDensities(model, stores, sizes), model, {}, True, gold)
-    with torch.inference_mode():
-        means = {name: MeanPrediction(total, 2) for name, total in scoring.sums([0, 1]).items()}
-        start = time.monotonic()
-        said = {1: scoring.said(1)}
-        scoring.sums([1], said)
-        scoring.image(1, means, said)
-        return time.monotonic() - start
-
-
-def _backbone_plan(
-    dataset: Dataset, backbone: Backbone, store: FeatureStore, there: Path, extraction: float, epoch: float
-) -> BackbonePlan:
-    tensors = load_file(shard_path(store.folder, 0))
-    images = min(SHARD_IMAGES, store.images)
-    size = dataset.stimuli[0].size
+        count = min(len(chosen), 1 + int(SECONDS_A_BACKBONE / compute(chosen[:1])))
+        compute(chosen[:count])
+        extraction = min(compute(chosen[:count]), compute(chosen[:count])) / count
+        image_bytes = math.ceil(shard_path(Path(folder), 0).stat().st_size / count)
+    size, readout = stimuli[0].size, backbone.readout_size(stimuli[0].size)
+    of_head = known.heads.get(backbone.name) or _work(image_bytes, readout) / WORK_PER_SECOND
+    store = store_folder(job.root, backbone, job.dataset.stimuli_fingerprint, network.weights_sha256)
     return BackbonePlan(
         backbone.name,
         backbone.input_size(size),
-        backbone.readout_size(size),
-        sum(store.channels),
-        math.ceil(sum(value.nbytes for value in tensors.values()) / images),
-        present(there / "manifest.json"),
+        readout,
+        sum(network.channels),
+        image_bytes,
+        present(store / "manifest.json"),
         extraction,
-        epoch,
+        of_head * (OTHER_HEADS + _full(job.recipe)),
     )
 
 
@@ -348,7 +322,7 @@ def text(plan: Plan, price: float | None) -> str:
         f"disk: {wanted / 1e9:.2f} GB of features to write, {plan.disk_free / 1e9:.1f} GB free{enough}",
         f"memory: about {plan.worker_bytes / 2**30:.1f} GiB a worker, whatever the number of images",
         "",
-        "time, measured on this machine's CPU, on so many of its cores:",
+        f"time on so many cores, by {'figures of another machine' if plan.unknown else 'earlier runs of this kind'}:",
         f"{'cores':>9}"
         + "".join(f"{step:>11}" for step in (*plan.seconds(1), "in all", "at most"))
         + ("" if price is None else f"{'cost':>10}"),
@@ -362,6 +336,9 @@ def text(plan: Plan, price: float | None) -> str:
             + ("" if cost is None else f"{cost:>10.2f}")
             + ("  <- more hardly pay off" if cores == paying else "")
         )
+    if plan.unknown:
+        names = ", ".join(plan.unknown)
+        lines.append(f"no run with {names} under --root yet: all but features may take half or twice as long here")
     lines.append(f"expected: heads stop at {EXPECTED_SHARE:.0%} of {recipe.max_epochs} epochs; at most: none does")
     return "\n".join(lines)
 

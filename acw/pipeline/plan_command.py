@@ -1,4 +1,4 @@
-"""What a run of a recipe on a data set will take: bytes, memory, hours and cost, from half a minute of calibration.
+"""What a run of a recipe on a data set will take: bytes, memory, hours and cost; by earlier runs under its root.
 
 Writes nothing but the file that --json names. Here --price-per-hour is that of one core.
 """

@@ -12,7 +12,7 @@ from typing import Any
 
 from acw.cluster import event_log
 from acw.storage.errors import UserError
-from acw.training.progress import Progress, Unit, epoch_fields, in_hand, number, read, summary, time_left
+from acw.training.progress import Progress, Unit, epoch_fields, in_hand, read, summary, summary_line
 
 LOOK_SECONDS = 5.0
 
@@ -66,7 +66,8 @@ class ProgressMonitor:
             figures = (float(progress.done), progress.images_per_second, progress.ig)
             event_log.measure(tags, dict(zip(event_log.METRICS, figures, strict=True)))
         self.report({progress.unit.name: progress.history for progress in self.all_progress})
-        line = self.line(time.time())
+        total = summary(self.all_progress, self.workers, time.time())
+        line = f"{self.what}: {summary_line(self.what, total)}"
         if line != self._shown:
             print(line, flush=True)
             self._shown = line
@@ -88,16 +89,3 @@ class ProgressMonitor:
         elif name not in self._stalled:
             self._stalled.add(name)
             event_log.event("stalled", logging.WARNING, training=self.what, bank=name, epochs=progress.epochs)
-
-    def line(self, now: float) -> str:
-        """Heads done, epoch, validation IG, time left."""
-        total = summary(self.all_progress, self.workers, now)
-        started = [progress.epochs for progress in self.all_progress if progress.epochs]
-        span = f"{min(started)}-{max(started)}" if started else "0"
-        joint = not self.all_progress[0].unit.backbone
-        done = "systems done" if joint else f"heads done, {len(started)}/{len(self.all_progress)} banks started"
-        return (
-            f"{self.what}: {total['done']}/{total['total']} {done}, "
-            f"epoch {span} of at most {self.all_progress[0].unit.rule.max_epochs}, "
-            f"validation IG {number(total['validation_ig'], '.4f')} bit, {time_left(total)}"
-        )

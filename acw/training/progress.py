@@ -6,6 +6,7 @@ needs torch or Ray, so that a look at a run is quick.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,56 +33,53 @@ BANK_STARTED = ("bank started", "bank begun")
 
 
 @dataclass(frozen=True)
-class Rule:
-    """When training stops: after `max_epochs`, or when the rate falls to `min_rate`. After more than `patience` epochs
-    without a better validation IG it falls by `factor`."""
-
-    max_epochs: int
-    rate: float
-    min_rate: float
-    patience: int
-    factor: float
-
-    def falls(self, rate: float) -> int:
-        """How often a rate may fall until it ends the training."""
-        falls = 0
-        while above(rate, self.min_rate):
-            rate, falls = rate * self.factor, falls + 1
-        return falls
-
-
-@dataclass(frozen=True)
 class Unit:
-    """A bank or a system: its name, its heads' names, its checkpoint, and when its training ends."""
+    """A bank or a system: its name, its heads' names, its checkpoint.
+
+    rule: when its training ends, by the fields of a recipe that say so for banks.
+    """
 
     name: str
     backbone: str
     heads: tuple[str, ...]
     path: Path
-    rule: Rule
+    rule: Recipe
+
+    def falls(self, rate: float) -> int:
+        """How often a rate may fall until it ends the training."""
+        falls = 0
+        while above(rate, self.rule.min_learning_rate):
+            rate, falls = rate * self.rule.lr_factor, falls + 1
+        return falls
+
+
+def recorded_recipe(fields: Mapping[str, Any]) -> Recipe:
+    """A recipe as a run has recorded it, perhaps with another version's fields."""
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items() if n in known}
+    return Recipe(**values)
 
 
 def bank_units(recipe: Recipe, banks: Iterable[Bank], folder: Path) -> list[Unit]:
-    rule = Rule(recipe.max_epochs, recipe.learning_rate, recipe.min_learning_rate, recipe.lr_patience, recipe.lr_factor)
     return [
         Unit(
             bank.name,
             bank.backbone,
             tuple(f"f{head.fold}s{head.seed}" for head in bank.members),
             checkpoint_path(folder, bank),
-            rule,
+            recipe,
         )
         for bank in banks
     ]
 
 
 def system_units(recipe: Recipe, folder: Path) -> list[Unit]:
-    rule = Rule(
-        recipe.joint_max_epochs,
-        recipe.joint_learning_rate,
-        recipe.joint_min_learning_rate,
-        recipe.joint_patience,
-        recipe.lr_factor,
+    rule = dataclasses.replace(
+        recipe,
+        max_epochs=recipe.joint_max_epochs,
+        learning_rate=recipe.joint_learning_rate,
+        min_learning_rate=recipe.joint_min_learning_rate,
+        lr_patience=recipe.joint_patience,
     )
     return [Unit(f"fold{f}", "", (f"f{f}",), system_path(folder, f), rule) for f in range(recipe.folds)]
 
@@ -109,7 +107,7 @@ class Progress:
         """Which heads train no more."""
         if self.epochs >= self.unit.rule.max_epochs:
             return [True] * len(self.unit.heads)
-        return [not above(rate, self.unit.rule.min_rate) for rate in self.rates]
+        return [not above(rate, self.unit.rule.min_learning_rate) for rate in self.rates]
 
     @property
     def done(self) -> int:
@@ -157,12 +155,12 @@ class Progress:
         rule, most = self.unit.rule, self.unit.rule.max_epochs - self.epochs
         count = len(self.unit.heads)
         found: list[tuple[float, float]] = []
-        for rate, bad in zip(self.rates or [rule.rate] * count, self.bad_epochs or [0] * count, strict=True):
-            falls = rule.falls(rate)
+        for rate, bad in zip(self.rates or [rule.learning_rate] * count, self.bad_epochs or [0] * count, strict=True):
+            falls = self.unit.falls(rate)
             # It ends soonest if it never gets better again; half-way between that and the latest end at first, and
             # nearer the soonest with each fall.
-            soonest = min(most, max(1, falls * (rule.patience + 1) - bad)) if falls else 0
-            found.append((soonest, soonest + (most - soonest) / 2 * (falls / rule.falls(rule.rate)) ** 2))
+            soonest = min(most, max(1, falls * (rule.lr_patience + 1) - bad)) if falls else 0
+            found.append((soonest, soonest + (most - soonest) / 2 * (falls / self.unit.falls(rule.learning_rate)) ** 2))
         return found
 
     def stalled(self, now: float, started: float, usual: float | None = None) -> bool:
@@ -247,16 +245,15 @@ def summary(all_progress: Sequence[Progress], workers: int, now: float | None) -
     now: None where nobody works.
     """
     left = seconds_left(all_progress, workers, now)
-    rates = [
-        progress.images_per_second
-        for progress in all_progress
-        if not progress.finished and progress.images_per_second is not None
-    ]
+    under_way = [progress.images_per_second for progress in all_progress if not progress.finished]
+    rates = [rate for rate in under_way if rate is not None]
     return {
         "done": sum(progress.done for progress in all_progress),
         "total": sum(len(progress.unit.heads) for progress in all_progress),
         "banks_done": sum(progress.finished for progress in all_progress),
         "banks": len(all_progress),
+        "epochs": sorted({progress.epochs for progress in all_progress if progress.epochs}),
+        "max_epochs": all_progress[0].unit.rule.max_epochs,
         "images_per_second": sum(rates) if rates and now else None,
         "validation_ig": mean(gain for progress in all_progress for gain in progress.gains),
         "minutes_left": left and left[0] / 60,
@@ -264,9 +261,19 @@ def summary(all_progress: Sequence[Progress], workers: int, now: float | None) -
     }
 
 
-def time_left(figures: dict[str, Any]) -> str:
-    about, most = figures["minutes_left"], figures["minutes_at_most"]
-    return f"about {number(about, '.1f')} min left, at most {number(most, '.1f')}"
+def summary_line(what: str, figures: Mapping[str, Any], *, ended: bool = False) -> str:
+    """The `summary` of a training of heads or of a joint training, for people."""
+    banks = f"heads and {figures['banks_done']}/{figures['banks']} banks"
+    parts = [f"{figures['done']}/{figures['total']} {'systems' if what == 'joint training' else banks} done"]
+    if epochs := figures["epochs"]:
+        parts.append(f"epoch {epochs[0]}-{epochs[-1]} of at most {figures['max_epochs']}")
+    if figures["images_per_second"] is not None:
+        parts.append(f"{figures['images_per_second']:.1f} images/s")
+    if figures["validation_ig"] is not None:
+        parts.append(f"validation IG {figures['validation_ig']:.4f} bit")
+    if not ended and figures["minutes_left"] is not None:
+        parts.append(f"about {figures['minutes_left']:.1f} min left, at most {figures['minutes_at_most']:.1f}")
+    return ", ".join(parts)
 
 
 def number(value: float | None, form: str) -> str:

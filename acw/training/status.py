@@ -5,7 +5,6 @@ It asks neither Ray nor MLflow, so it also tells of a run that has ended, was in
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import socket
@@ -23,18 +22,17 @@ from acw.storage.files import fetch, present
 from acw.training.bank import plan_banks
 from acw.training.progress import (
     BANK_STARTED,
-    STALLED_EPOCHS,
-    STALLED_SECONDS,
     Progress,
     bank_units,
     in_hand,
     mean,
     number,
     read,
+    recorded_recipe,
     search_line,
     summary,
+    summary_line,
     system_units,
-    time_left,
     written_fields,
 )
 
@@ -42,105 +40,106 @@ from acw.training.progress import (
 MISSED_HEARTBEATS = 4
 # Checkpoints may be in S3, where an answer takes its time.
 READERS = 16
+FEATURE_FIGURES = ("done", "total", "backbone", "images_per_second", "minutes_left")
 SEARCH_FIGURES = ("done", "total", "best", "training", "max_epochs", "minutes_left")
 
 
 @dataclass(frozen=True)
 class Driver:
-    """Who works, or worked last, on a run.
+    """Who works, or worked last, on a run; of a run without a log, nobody who could be known.
 
-    stage: that it is or was in. since: when it began with it; seen: its last event; both seconds since 1970.
+    stage: that it is or was in; events: since it began with that. since, seen: its first and last event, seconds since
+    1970.
     """
 
-    stage: str
-    since: float
-    seen: float
-    node: str
-    pid: int
-    alive: bool
-    finished: bool
-    error: str
-    events: list[dict[str, Any]]
+    stage: str = "training"
+    since: float = 0.0
+    seen: float = 0.0
+    node: str = ""
+    pid: int = 0
+    alive: bool = False
+    finished: bool = False
+    error: str = ""
+    events: Sequence[dict[str, Any]] = ()
+
+    def last(self, event: str, names: Sequence[str]) -> dict[str, Any]:
+        """What its last event of that name says; empty before the first."""
+        found = [entry for entry in self.events if entry["event"] == event]
+        return {name: found[-1][name] for name in names} if found else {}
+
+    @property
+    def workers(self) -> int | None:
+        counts = [event["workers"] for event in self.events if "workers" in event]
+        return counts[-1] if counts else None
+
+    @property
+    def state(self) -> str:
+        """Of its work, if there is any left."""
+        ended = "failed" if self.error else "waiting" if self.finished else "interrupted"
+        return "running" if self.alive else ended
 
 
 def status(folder: Path, now: float) -> dict[str, Any]:
     """All that `acw status` says, as JSON's values. Raises UserError for a folder that is no run's and no search's."""
     events = event_log.events(folder)
     driver = _driver(events, now)
-    if driver and driver.stage == "search":
-        return _search(folder, driver, now)
+    who: dict[str, Any] = {"run": shown(folder), "error": driver.error, "node": driver.node, "pid": driver.pid}
+    who |= {"since": _iso(driver.since), "seen": _iso(driver.seen)}
+    who["seen_seconds"] = round(now - driver.seen, 1) if driver.seen else None
+    if driver.stage == "search":
+        return who | _search(driver, now)
     recipe = _recipe(folder, events)
     units = [] if recipe.heads else bank_units(recipe, plan_banks(recipe), folder)
-    count = len(units)
-    units += system_units(recipe, folder) if recipe.joint else []
     with ThreadPoolExecutor(READERS) as pool:
-        all_progress = list(pool.map(read, units))
-    banks, systems = all_progress[:count], all_progress[count:]
-    driver = driver or _unlogged(all_progress, now)
+        banks = list(pool.map(read, units))
+        systems = list(pool.map(read, system_units(recipe, folder) if recipe.joint else []))
     stages = _stages(folder, recipe, driver, banks, systems, now)
+    running = [at for at, stage in enumerate(stages) if stage["state"] == "running"]
     return {
-        "run": shown(folder),
+        **who,
         "recipe": recipe.name,
-        **_who(driver, now),
-        "state": _state(driver, stages),
-        "workers": _workers(driver),
+        "state": "finished" if all(stage["state"] == "done" for stage in stages) else driver.state,
+        "workers": driver.workers,
         "stages": stages,
-        **_end(driver, stages, now),
+        **_end(stages[running[0]].get("minutes_left") if running else None, now),
+        "then": [stage["name"] for stage in stages[running[0] + 1 :]] if running else [],
     }
 
 
-def _who(driver: Driver, now: float) -> dict[str, Any]:
-    return {
-        "error": driver.error,
-        "node": driver.node,
-        "pid": driver.pid,
-        "since": _iso(driver.since),
-        "seen": _iso(driver.seen),
-        "seen_seconds": round(now - driver.seen, 1) if driver.seen else None,
-    }
-
-
-def _search(folder: Path, driver: Driver, now: float) -> dict[str, Any]:
+def _search(driver: Driver, now: float) -> dict[str, Any]:
     """A search's figures: what its driver said last of its configurations, or before that of their features."""
     alive = driver.alive and not driver.finished  # pipeline.py goes on to train
-    over = "finished" if driver.finished else "failed" if driver.error else "interrupted"
-    told = [event for event in driver.events if event["event"] == "search"]
-    configurations = {name: told[-1][name] for name in SEARCH_FIGURES} if told else {}
-    features = {} if told else _extraction(driver)
-    left = (configurations or features).get("minutes_left") if alive else None
+    configurations = driver.last("search", SEARCH_FIGURES)
+    features = {} if configurations else driver.last("features", FEATURE_FIGURES)
     return {
-        "run": shown(folder),
         "recipe": driver.events[0]["recipe"]["name"],
-        **_who(driver, now),
-        "state": "running" if alive else over,
+        "state": "finished" if driver.finished else driver.state,
         "features": features,
         "configurations": configurations,
-        "minutes_left": left,
-        "ends": _iso(now + 60 * left) if left is not None else None,
+        **_end((configurations or features).get("minutes_left") if alive else None, now),
     }
+
+
+def _end(minutes: float | None, now: float) -> dict[str, Any]:
+    """When what is running ends."""
+    return {"minutes_left": minutes, "ends": None if minutes is None else _iso(now + 60 * minutes)}
 
 
 def _recipe(folder: Path, events: Sequence[dict[str, Any]]) -> Recipe:
     path = fetch(folder / "recipe.json")
     if path.exists():
-        fields = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-    elif started := [event["recipe"] for event in events if "recipe" in event]:
-        fields = started[-1]
-    else:
-        below = sorted(
-            {file.parent.name for name in ("recipe.json", event_log.FILE) for file in folder.glob(f"*/{name}")}
-        )
-        hint = f"runs in it are {', '.join(below)}" if below else "jobs print theirs as `run: FOLDER`"
-        raise UserError(f"{shown(folder)}: no run's folder; {hint}")
-    known = {field.name for field in dataclasses.fields(Recipe)}
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-    return Recipe(**{name: value for name, value in values.items() if name in known})
+        return recorded_recipe(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+    if started := [event["recipe"] for event in events if "recipe" in event]:
+        return recorded_recipe(started[-1])
+    below = sorted({file.parent.name for name in ("recipe.json", event_log.FILE) for file in folder.glob(f"*/{name}")})
+    hint = f"runs in it are {', '.join(below)}" if below else "jobs print theirs as `run: FOLDER`"
+    raise UserError(f"{shown(folder)}: no run's folder; {hint}")
 
 
-def _driver(events: list[dict[str, Any]], now: float) -> Driver | None:
+def _driver(events: list[dict[str, Any]], now: float) -> Driver:
     starts = [position for position, event in enumerate(events) if event["event"] == "stage started"]
     if not starts:
-        return None
+        return Driver()
     own = events[starts[-1] :]
     first, last = own[0], own[-1]
     # Earlier versions wrote `born`.
@@ -157,15 +156,6 @@ def _driver(events: list[dict[str, Any]], now: float) -> Driver | None:
     return Driver(
         first["stage"], event_log.seconds(first), seen, first["node"], first["pid"], alive, finished, error, own
     )
-
-
-def _unlogged(all_progress: Sequence[Progress], now: float) -> Driver:
-    """What checkpoints tell of the driver of a run without a log."""
-    seen = max((progress.written for progress in all_progress if progress.written), default=0.0)
-    longest = max((entry["seconds"] for progress in all_progress for entry in progress.history), default=0.0)
-    finished = all(progress.finished for progress in all_progress)
-    alive = not finished and now - seen < max(STALLED_SECONDS, STALLED_EPOCHS * longest)
-    return Driver("training", 0.0, seen, "", 0, alive, finished, "", [])
 
 
 def _stages(
@@ -189,11 +179,11 @@ def _stages(
         state = "running" if runs else "done" if is_done else "interrupted" if interrupted else "waiting"
         stage: dict[str, Any] = {"name": name, "state": state}
         if name == "features" and runs:
-            stage |= _extraction(driver)
+            stage |= driver.last("features", FEATURE_FIGURES)
         if name == "heads" and recipe.heads:
             stage["taken_from"] = recipe.heads
         elif units:
-            workers = _workers(driver) or sum(unit.epochs > 0 and not unit.finished for unit in units)
+            workers = driver.workers or sum(unit.epochs > 0 and not unit.finished for unit in units)
             stage |= summary(units, workers, now if runs else None)
             usual = mean(unit.epoch_seconds for unit in units)
             stage["units"] = [_unit(unit, driver, runs, usual, now) for unit in units]
@@ -203,7 +193,7 @@ def _stages(
 
 def _current(driver: Driver, done: dict[str, bool]) -> str | None:
     """The stage that the driver is in, or was when it ended too early."""
-    if driver.finished:
+    if driver.finished or not driver.events:
         return None
     if driver.stage == "training":
         return "joint training" if done["heads"] and "joint training" in done else "heads"
@@ -212,18 +202,10 @@ def _current(driver: Driver, done: dict[str, bool]) -> str | None:
     return driver.stage
 
 
-def _extraction(driver: Driver) -> dict[str, Any]:
-    """How far the extraction is."""
-    told = [event for event in driver.events if event["event"] == "features"]
-    names = ("done", "total", "backbone", "images_per_second", "minutes_left")
-    return {name: told[-1][name] for name in names} if told else {}
-
-
 def _unit(progress: Progress, driver: Driver, runs: bool, usual: float | None, now: float) -> dict[str, Any]:
     """A bank, or a fold's system; usual: what an epoch of one takes, seconds."""
-    events = [
-        event for event in driver.events if event["event"] in BANK_STARTED and event["bank"] == progress.unit.name
-    ]
+    unit = progress.unit
+    events = [event for event in driver.events if event["event"] in BANK_STARTED and event["bank"] == unit.name]
     started = [event_log.seconds(event) for event in events]
     if progress.written and progress.written > driver.since:
         started.append(driver.since)
@@ -232,51 +214,24 @@ def _unit(progress: Progress, driver: Driver, runs: bool, usual: float | None, n
         state = "done"
     elif not runs:
         state = "interrupted" if progress.epochs and not driver.alive else "waiting"
-    elif not started or (hands and progress.unit.name not in hands):
+    elif not started or (hands and unit.name not in hands):
         state = "waiting"  # for a worker, or for its turn
     else:
         state = "stalled" if progress.stalled(now, max(started), usual) else "running"
     last = [{}, *events, *progress.history][-1]
     return {
-        "name": progress.unit.name,
-        "backbone": progress.unit.backbone,
+        "name": unit.name,
+        "backbone": unit.backbone,
         "state": state,
         "done": progress.done,
-        "total": len(progress.unit.heads),
+        "total": len(unit.heads),
         "epochs": progress.epochs,
-        "max_epochs": progress.unit.rule.max_epochs,
+        "max_epochs": unit.rule.max_epochs,
         "images_per_second": progress.images_per_second,
         "validation_ig": progress.ig,
         "written": _iso(progress.written),
         "silent_seconds": round(now - progress.written, 1) if progress.written else None,
         **{name: last.get(name) for name in ("node", "gpus", "device")},
-    }
-
-
-def _workers(driver: Driver) -> int | None:
-    counts = [event["workers"] for event in driver.events if "workers" in event]
-    return counts[-1] if counts else None
-
-
-def _state(driver: Driver, stages: Sequence[dict[str, Any]]) -> str:
-    if all(stage["state"] == "done" for stage in stages):
-        return "finished"
-    if driver.alive:
-        return "running"
-    if driver.error:
-        return "failed"
-    return "waiting" if driver.finished else "interrupted"
-
-
-def _end(driver: Driver, stages: Sequence[dict[str, Any]], now: float) -> dict[str, Any]:
-    """When the stage that is running ends, and what comes after it."""
-    names = [stage["name"] for stage in stages]
-    running = next((stage for stage in stages if stage["state"] == "running"), None)
-    left = running.get("minutes_left") if running else None
-    return {
-        "minutes_left": left,
-        "ends": _iso(now + 60 * left) if left is not None else None,
-        "then": names[names.index(running["name"]) + 1 :] if running else [],
     }
 
 
@@ -291,56 +246,41 @@ def _iso(seconds: float | None) -> str | None:
 
 def text(figures: dict[str, Any]) -> str:
     """The same for people."""
-    lines = [f"{figures['run']}: {_headline(figures)}"]
-    if "configurations" in figures:
-        return "\n".join([*lines, *_search_text(figures)])
-    for stage in figures["stages"]:
-        lines.append(f"{stage['name']:16}{stage['state']:13}{_stage_text(stage)}")
-        lines += [f"  {unit['name']:30}{unit['state']:13}{_unit_text(unit)}" for unit in stage.get("units", [])]
+    by = f"by process {figures['pid']} on {figures['node']}" if figures["node"] else "it keeps no log"
+    seen = "" if figures["seen_seconds"] is None else f", last sign of life {_ago(figures['seen_seconds'])}"
+    error = f": {figures['error']}" if figures["error"] else ""
+    lines = [f"{figures['run']}: {figures['state']}, {by}{seen}{error}"]
+    lines += _search_text(figures) if "configurations" in figures else _stages_text(figures["stages"])
     return "\n".join(line.rstrip() for line in [*lines, *_last_line(figures)])
 
 
 def _search_text(figures: dict[str, Any]) -> Iterator[str]:
     if figures["features"]:
-        yield f"{'features':16}{_stage_text(figures['features'] | {'name': 'features', 'state': figures['state']})}"
+        yield f"{'features':16}{_features_text(figures['features'])}"
     if known := figures["configurations"]:
         yield f"{'search':16}{search_line(known)}"
         if known["best"]:
             yield f"{'best so far':16}{written_fields(known['best']['fields'])}"
-    if figures["state"] in ("interrupted", "failed"):
-        yield "nothing is running: the same command, with --resume for a search, goes on where it stopped"
-    elif figures["ends"] is not None:
-        at = datetime.datetime.fromisoformat(figures["ends"]).astimezone().strftime("%H:%M")
-        yield f"it will end in at most {figures['minutes_left']:.1f} min, at {at}"
 
 
-def _headline(figures: dict[str, Any]) -> str:
-    who = f", by process {figures['pid']} on {figures['node']}" if figures["node"] else " (a guess: it keeps no log)"
-    result = figures["state"] + who
-    if figures["seen_seconds"] is not None:
-        result += f", last sign of life {_ago(figures['seen_seconds'])}"
-    return result + (f": {figures['error']}" if figures["error"] else "")
+def _features_text(figures: dict[str, Any]) -> str:
+    rate, left = figures["images_per_second"], figures["minutes_left"]
+    return f"{figures['done']}/{figures['total']} shards, {rate:.1f} images/s, {left:.1f} min left"
+
+
+def _stages_text(stages: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for stage in stages:
+        yield f"{stage['name']:16}{stage['state']:13}{_stage_text(stage)}"
+        for unit in stage.get("units", []):
+            yield f"  {unit['name']:30}{unit['state']:13}{_unit_text(unit)}"
 
 
 def _stage_text(stage: dict[str, Any]) -> str:
     if "taken_from" in stage:
         return f"those of {stage['taken_from']}"
-    if "total" not in stage:
-        return ""
-    parts = [f"{stage['done']}/{stage['total']} {_what(stage)}"]
-    if "banks" in stage and stage["name"] == "heads":
-        parts.append(f"{stage['banks_done']}/{stage['banks']} banks")
-    if stage["images_per_second"] is not None:
-        parts.append(f"{stage['images_per_second']:.1f} images/s")
-    if stage.get("validation_ig") is not None:
-        parts.append(f"validation IG {stage['validation_ig']:.4f} bit")
-    if stage["state"] != "done" and stage["minutes_left"] is not None:
-        parts.append(time_left(stage) if "minutes_at_most" in stage else f"{stage['minutes_left']:.1f} min left")
-    return ", ".join(parts)
-
-
-def _what(stage: dict[str, Any]) -> str:
-    return {"features": "shards", "heads": "heads"}.get(stage["name"], "systems")
+    if "units" in stage:
+        return summary_line(stage["name"], stage, ended=stage["state"] == "done")
+    return _features_text(stage) if "total" in stage else ""
 
 
 def _unit_text(unit: dict[str, Any]) -> str:
@@ -356,16 +296,17 @@ def _unit_text(unit: dict[str, Any]) -> str:
 
 
 def _last_line(figures: dict[str, Any]) -> list[str]:
+    search = "configurations" in figures
     if figures["state"] in ("interrupted", "failed", "waiting"):
-        return ["nothing is running: the same command goes on where it stopped"]
-    running = [stage for stage in figures["stages"] if stage["state"] == "running"]
-    if not running:
-        return []
-    then = f"; then {', '.join(figures['then'])}" if figures["then"] else ""
+        how = ", with --resume for a search," if search else ""
+        return [f"nothing is running: the same command{how} goes on where it stopped"]
+    running = [stage["name"] for stage in figures.get("stages", []) if stage["state"] == "running"]
+    then = f"; then {', '.join(figures['then'])}" if figures.get("then") else ""
     if figures["ends"] is None:
-        return [f"{running[0]['name']}: no estimate yet{then}"]
+        return [f"{running[0]}: no estimate yet{then}"] if running else []
     at = datetime.datetime.fromisoformat(figures["ends"]).astimezone().strftime("%H:%M")
-    return [f"{running[0]['name']} will end in about {figures['minutes_left']:.1f} min, at {at}{then}"]
+    end = f"will end in {'at most' if search else 'about'} {figures['minutes_left']:.1f} min, at {at}"
+    return [f"{running[0] if running else 'it'} {end}{then}"]
 
 
 def _ago(seconds: float) -> str:
