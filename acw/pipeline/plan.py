@@ -29,7 +29,9 @@ from acw.data import Dataset, Stimulus
 from acw.features.backbone import Backbone, load_backbone
 from acw.features.batch_size import Pace
 from acw.features.extraction import write_shards
-from acw.features.store import shard_path, store_folder
+from acw.features.joined import parts_beside_others
+from acw.features.store import MANIFEST, shard_path, store_folder
+from acw.features.view import JOIN, View
 from acw.features.zoo import BACKBONES
 from acw.pipeline.job import Job
 from acw.recipes import Recipe
@@ -63,7 +65,7 @@ WORTHWHILE = 0.2
 
 @dataclass(frozen=True)
 class BackbonePlan:
-    """One backbone's part. Seconds are of one thread: per image, and per image and epoch of a full bank.
+    """One backbone's part. extraction: seconds of one thread, per image.
 
     input_size, readout: (height, width) for the first image. stored: whether the root has its features already.
     """
@@ -75,14 +77,14 @@ class BackbonePlan:
     image_bytes: int
     stored: bool
     extraction: float
-    epoch: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """joint: seconds an image and epoch of one jointly trained system; 0 without. scoring: seconds a held-out image.
+    """epochs: by view, seconds of one thread for an image and epoch of a full bank.
 
-    worker_bytes: the largest resident memory of a worker; disk_free: bytes. unknown: backbones that no run has trained.
+    joint: seconds an image and epoch of one jointly trained system; 0 without. scoring: seconds a held-out image.
+    worker_bytes: the largest resident memory of a worker; disk_free: bytes. unknown: views that no run has trained.
     """
 
     recipe: Recipe
@@ -91,6 +93,7 @@ class Plan:
     fixations: int
     sizes: int
     backbones: list[BackbonePlan]
+    epochs: dict[str, float]
     joint: float
     scoring: float
     worker_bytes: int
@@ -106,22 +109,29 @@ class Plan:
 
     def seconds(self, cores: int, share: float | None = None) -> dict[str, float]:
         """Expected wall-clock seconds of each step on so many cores; share: of the most epochs that are trained."""
-        extraction = sum(0 if b.stored else self.images * b.extraction for b in self.backbones) / cores
+        mirrored = self.held_out if self.recipe.mirrored else 0
+        images = self.images + mirrored
+        extraction = sum(0 if b.stored else images * b.extraction for b in self.backbones) / cores
         development = self.images - self.held_out
-        of = {backbone.name: backbone.epoch / (OTHER_HEADS + _full(self.recipe)) for backbone in self.backbones}
-        trained = EXPECTED_SHARE if share is None else share
-        bank_costs = [
-            # A bank goes on until its last head stops.
-            self.recipe.max_epochs * development * of[bank.backbone] * (OTHER_HEADS + trained * len(bank.members))
-            for bank in self.banks()
-        ]
-        heads = soonest_end(bank_costs, cores) + START_UP / 2
-        steps = {"features": extraction + START_UP / 2, "heads": heads}
+        steps = {"features": extraction + START_UP / 2, "heads": self._training(development, cores, share)}
+        if self.recipe.refit:
+            steps["refit"] = self._training(self.images, cores, share)
         if self.recipe.joint:
             rounds = math.ceil(self.recipe.folds / cores)
             of_joint = JOINT_SHARE if share is None else share
             steps["systems"] = rounds * development * self.joint * self.recipe.joint_max_epochs * of_joint
         return steps | {"scores": self.held_out * self.scoring / cores + FINISHING}
+
+    def _training(self, images: int, cores: int, share: float | None) -> float:
+        """Seconds in which all banks train on so many images."""
+        trained = EXPECTED_SHARE if share is None else share
+        of = {name: epoch / (OTHER_HEADS + _full(self.recipe)) for name, epoch in self.epochs.items()}
+        bank_costs = [
+            # A bank goes on until its last head stops.
+            self.recipe.max_epochs * images * of[bank.backbone] * (OTHER_HEADS + trained * len(bank.members))
+            for bank in self.banks()
+        ]
+        return soonest_end(bank_costs, cores) + START_UP / 2
 
     def table(self, price: float | None) -> list[tuple[int, float, float, float | None]]:
         """(cores, expected seconds, at most, cost) for 1, 2, 4, ... cores up to those that all banks can use."""
@@ -156,7 +166,7 @@ Spent = tuple[bool, float, float]
 class Measured:
     """What earlier runs took, in seconds of one CPU core; nothing, or 0, for what none has measured.
 
-    features: an image, by all backbones. heads: by backbone, an image and epoch of a bank for each of its heads and
+    features: an image, by all backbones. heads: by view, an image and epoch of a bank for each of its heads and
     OTHER_HEADS. system: an image and epoch of one. scoring: a held-out image. worker_bytes: the largest resident memory
     of a worker.
     """
@@ -174,7 +184,7 @@ def measured(root: Path, recipe: Recipe, dataset: Dataset) -> Measured:
     It holds for backbones with the same input, taps and grids; a system's for the same set of them; the scores' for the
     same data set, too. Otherwise runs on other data sets count where none was on this one. Epochs on GPUs are left out.
     """
-    kinds = {_kind(backbone) for backbone in recipe.backbone_values}
+    kinds = {_kind(view) for view in recipe.views}
     heads: dict[str, list[Spent]] = defaultdict(list)
     features, systems, scores = (list[Spent]() for _ in range(3))
     peak = 0
@@ -182,7 +192,7 @@ def measured(root: Path, recipe: Recipe, dataset: Dataset) -> Measured:
         if ran.finalizer != recipe.finalizer:
             continue
         same = facts["fingerprint"] == dataset.fingerprint
-        alike = {backbone.name for backbone in ran.backbone_values if _kind(backbone) in kinds}
+        alike = {view.name for view in ran.views if _kind(view) in kinds}
         for unit in bank_units(ran, plan_banks(ran), folder):
             for epoch in _on_cpus(unit) if unit.backbone in alike else ():
                 active = sum(ig is not None for ig in epoch["ig"])
@@ -194,9 +204,10 @@ def measured(root: Path, recipe: Recipe, dataset: Dataset) -> Measured:
         for unit in system_units(ran, folder) if ran.joint and ran.seeds == recipe.seeds else ():
             systems += [(same, epoch["seconds"], facts["images"] * (1 - ran.holdout)) for epoch in _on_cpus(unit)]
         noted = costs.noted(folder)
-        if noted.get("features", {}).get("images") == facts["images"] * len(alike):  # else some were there already
-            features += _spent(noted["features"], ran, same, facts["images"])
-        if "scores" in noted and same:
+        parts = len(ran.backbone_values)
+        if (computed := noted.get("features", {}).get("images", 0)) >= facts["images"] * parts:  # else some were there
+            features += _spent(noted["features"], ran, same, computed // parts)
+        if "scores" in noted and same and ran.mirrored == recipe.mirrored:
             scores += _spent(noted["scores"], ran, same, noted["scores"]["images"])
     of_heads = {name: _mean(spent) for name, spent in heads.items()}
     return Measured(_mean(features), of_heads, _mean(systems), _mean(scores), peak)
@@ -208,8 +219,8 @@ def _spent(cost: dict[str, Any], ran: Recipe, same: bool, images: int) -> list[S
     return [(same, cost["seconds"] * min(cores, ran.workers or math.inf), images)] if cores else []
 
 
-def _kind(backbone: Backbone) -> Backbone:
-    return dataclasses.replace(backbone, weights="")
+def _kind(view: View) -> View:
+    return View(tuple(dataclasses.replace(part, weights="") for part in view.parts))
 
 
 def _mean(spent: Sequence[Spent]) -> float:
@@ -229,7 +240,7 @@ def _runs(root: Path) -> Iterator[tuple[Path, Recipe, dict[str, Any]]]:
         if path.name == costs.FILE and path.parent.parent == root and present(record):
             facts = json.loads(fetch(record).read_text(encoding="utf-8"))
             ran = recorded_recipe(facts["recipe"])
-            if set(ran.backbones) <= BACKBONES.keys():
+            if {part for view in ran.backbones for part in view.split(JOIN)} <= BACKBONES.keys():
                 yield path.parent, ran, facts["dataset"]
 
 
@@ -241,15 +252,18 @@ def make(job: Job) -> Plan:
     compute_with(1)
     recipe, dataset = job.recipe, job.dataset
     known = measured(job.root, recipe, dataset)
-    backbones = [_backbone_plan(job, backbone, known) for backbone in recipe.backbone_values]
+    joined = parts_beside_others(recipe.views)
+    backbones = [_backbone_plan(job, backbone, backbone.name in joined) for backbone in recipe.backbone_values]
     if known.features:
         factor = known.features / sum(b.extraction for b in backbones)
         backbones = [dataclasses.replace(b, extraction=factor * b.extraction) for b in backbones]
     unknown = [name for name in recipe.backbones if name not in known.heads]
-    work = sum(_work(b.image_bytes, b.readout) for b in backbones)
-    joint = known.system or (OTHER_HEADS + recipe.seeds) * work / WORK_PER_SECOND
+    work = {view.name: _view_work(view, backbones, dataset.stimuli[0].size) for view in recipe.views}
+    of_heads = {name: known.heads.get(name) or amount / WORK_PER_SECOND for name, amount in work.items()}
+    joint = known.system or (OTHER_HEADS + recipe.seeds) * sum(work.values()) / WORK_PER_SECOND
     pixels = float(np.mean([math.prod(stimulus.size) for stimulus in dataset.stimuli]))
-    cells = max(math.prod(b.readout) for b in backbones)
+    cells = max(math.prod(view.readout_size(dataset.stimuli[0].size)) for view in recipe.views)
+    scoring = SCORING + SCORING_PIXEL * pixels * (2 if recipe.mirrored else 1)
     return Plan(
         recipe,
         len(dataset.stimuli),
@@ -257,8 +271,9 @@ def make(job: Job) -> Plan:
         len(dataset.x),
         len({stimulus.size for stimulus in dataset.stimuli}),
         backbones,
+        {name: seconds * (OTHER_HEADS + _full(recipe)) for name, seconds in of_heads.items()},
         joint if recipe.joint else 0.0,
-        known.scoring or SCORING + SCORING_PIXEL * pixels,
+        known.scoring or scoring,
         known.worker_bytes or round(WORKER + WORKER_CELL * cells * recipe.batch_size * _full(recipe)),
         shutil.disk_usage(next(p for p in (job.root, *job.root.parents) if p.exists())).free,
         unknown,
@@ -270,7 +285,12 @@ def _work(image_bytes: int, readout: tuple[int, int]) -> float:
     return image_bytes / 2 + 1500 * math.prod(readout) + 1_500_000
 
 
-def _backbone_plan(job: Job, backbone: Backbone, known: Measured) -> BackbonePlan:
+def _view_work(view: View, backbones: Sequence[BackbonePlan], size: tuple[int, int]) -> float:
+    image_bytes = {backbone.name: backbone.image_bytes for backbone in backbones}
+    return _work(sum(image_bytes[part.name] for part in view.parts), view.readout_size(size))
+
+
+def _backbone_plan(job: Job, backbone: Backbone, joined: bool) -> BackbonePlan:
     """Computes features of as many images as there is time for; the first time, the fastest batch is found."""
     network, pace, stimuli = load_backbone(backbone), Pace(torch.device("cpu")), job.dataset.stimuli
     chosen = [stimuli[i] for i in np.unique(np.linspace(0, len(stimuli) - 1, MOST_IMAGES).astype(int))]
@@ -286,17 +306,15 @@ def _backbone_plan(job: Job, backbone: Backbone, known: Measured) -> BackbonePla
         extraction = min(compute(chosen[:count]), compute(chosen[:count])) / count
         image_bytes = math.ceil(shard_path(Path(folder), 0).stat().st_size / count)
     size, readout = stimuli[0].size, backbone.readout_size(stimuli[0].size)
-    of_head = known.heads.get(backbone.name) or _work(image_bytes, readout) / WORK_PER_SECOND
-    store = store_folder(job.root, backbone, job.dataset.stimuli_fingerprint, network.weights_sha256)
+    store = store_folder(job.root, backbone, job.dataset.stimuli_fingerprint, network.weights_sha256, joined)
     return BackbonePlan(
         backbone.name,
         backbone.input_size(size),
         readout,
         sum(network.channels),
         image_bytes,
-        present(store / "manifest.json"),
+        present(store / MANIFEST),
         extraction,
-        of_head * (OTHER_HEADS + _full(job.recipe)),
     )
 
 
