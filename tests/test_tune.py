@@ -225,6 +225,14 @@ def test_a_search_knows_what_its_folder_knows(tmp_path: Path) -> None:
     assert sum(Search(tmp_path, _space(), 4, 20, seed=0).missing) == 20 - 3 - 4
 
 
+def test_an_interruption_does_not_change_what_is_proposed(tmp_path: Path) -> None:
+    at_once = Search(tmp_path / "at once", _space(), 4, 11, seed=0)
+    _run(at_once, 3)
+    for _ in range(3):
+        _run(Search(tmp_path / "again", _space(), 4, 11, seed=0), 1)
+    assert Search(tmp_path / "again", _space(), 4, 11, seed=0).proposed == at_once.proposed
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in SPACES.glob("*.py")))
 def test_every_space_can_be_searched_and_says_how(tmp_path: Path, name: str) -> None:
     space = _space(name)

@@ -129,11 +129,10 @@ class Search:
 
     def __init__(self, folder: Path, space: Space, size: int, samples: int, seed: int) -> None:
         """size: configurations a population at most; samples: how many are wanted in all, besides the recipe's own."""
-        self.folder, self.space, self.samples = folder, space, samples
+        self.folder, self.space, self.samples, self.seed = folder, space, samples, seed
         self.size = 1 if not space.own else size
         self.proposed: dict[int, Population] = {}
         self.finished: dict[int, list[Outcome]] = {}
-        self._trials: dict[int, optuna.Trial] = {}
         for number in itertools.count():
             if not (path := fetch(self._path(number))).exists():
                 break
@@ -142,12 +141,6 @@ class Search:
             self.proposed[number] = population
             if entry["outcomes"]:
                 self.finished[number] = [Outcome(**outcome) for outcome in entry["outcomes"]]
-        # What is asked again draws no random numbers: only another seed proposes anything else than the first time.
-        self._study = _study(seed + len(self.proposed))
-        for population in self.proposed.values():
-            self._ask_again(population)
-        for number, outcomes in self.finished.items():
-            self._tell(self.proposed[number], outcomes)
 
     @property
     def waiting(self) -> list[Population]:
@@ -186,11 +179,11 @@ class Search:
         first = sum(len(one.own) for one in self.proposed.values())
         own: list[dict[str, Any]] = [] if number else [{}]
         common: dict[str, Any] = {}
-        for k in range(first + len(own), first + len(own) + size):
+        study = self._study()
+        for _ in range(size):
             if common:
-                self._study.enqueue_trial(common)
-            trial = self._study.ask(self.space.distributions)
-            self._trials[k] = trial
+                study.enqueue_trial(common)
+            trial = study.ask(self.space.distributions)
             common = {name: trial.params[name] for name in self.space.common}
             own.append({name: trial.params[name] for name in self.space.own})
         population = Population(number, first, common, own)
@@ -203,7 +196,6 @@ class Search:
         ended = [dataclasses.replace(one, state="stopped") if one.state == "training" else one for one in outcomes]
         self._write(population, ended)
         self.finished[population.number] = ended
-        self._tell(population, ended)
 
     def summary(self) -> dict[str, Any]:
         """The space, its configurations in the order of their numbers, and how much each field matters; for JSON."""
@@ -234,26 +226,30 @@ class Search:
         found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
         return {name: float(value) for name, value in found.items()}
 
-    def _ask_again(self, population: Population) -> None:
-        for k, fields in enumerate(population.fields, population.first):
-            if k:
-                self._study.enqueue_trial(fields)
-                self._trials[k] = self._study.ask(self.space.distributions)
+    def _study(self) -> optuna.Study:
+        """All configurations proposed so far but the recipe's own; of those that still train, the searcher keeps away.
 
-    def _tell(self, population: Population, outcomes: Sequence[Outcome]) -> None:
-        from optuna.trial import TrialState
+        The seed goes by their populations: one proposes the same after an interruption as without.
+        """
+        study = _study(self.seed + len(self.proposed))
+        for number, population in self.proposed.items():
+            outcomes: Sequence[Outcome | None] = self.finished.get(number) or [None] * len(population.own)
+            for k, (fields, outcome) in enumerate(zip(population.fields, outcomes, strict=True), population.first):
+                if k:
+                    study.add_trial(self._trial(fields, outcome))
+        return study
 
-        for k, outcome in enumerate(outcomes, population.first):
-            if not k:
-                continue
-            trial = self._trials.pop(k)
-            if outcome.ig is None or outcome.state == "diverged":
-                self._study.tell(trial, state=TrialState.FAIL)
-            elif outcome.state == "finished":
-                self._study.tell(trial, outcome.ig)
-            else:
-                trial.report(outcome.ig, outcome.epochs)
-                self._study.tell(trial, state=TrialState.PRUNED)
+    def _trial(self, fields: dict[str, Any], outcome: Outcome | None) -> optuna.trial.FrozenTrial:
+        from optuna.trial import TrialState, create_trial
+
+        result: dict[str, Any] = {"state": TrialState.RUNNING}
+        if outcome and (outcome.ig is None or outcome.state == "diverged"):
+            result["state"] = TrialState.FAIL
+        elif outcome:
+            pruned = outcome.state == "stopped"
+            result = {"state": TrialState.PRUNED if pruned else TrialState.COMPLETE, "value": outcome.ig}
+            result["intermediate_values"] = {outcome.epochs: outcome.ig} if pruned else {}
+        return create_trial(params=fields, distributions=self.space.distributions, **result)
 
     def _path(self, number: int) -> Path:
         return self.folder / "populations" / f"{number:03d}.json"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 FILES = ("overlay.json", "search.json", "report.html")
+RUNS_AT_ONCE = 50_000  # the most that MLflow gives; no search has as many configurations
 
 
 def log(uri: str, found: Search, recipe: Recipe, origin: Mapping[str, Any], *, ended: bool) -> None:
@@ -54,7 +55,8 @@ def _parent(client: MlflowClient, experiment: str, found: Search, recipe: Recipe
 
 def _children(client: MlflowClient, experiment: str, parent: str, found: Search) -> None:
     there: set[str] = set()
-    for run in _runs(client, experiment, f"tags.\"mlflow.parentRunId\" = '{parent}'"):
+    condition = f"tags.\"mlflow.parentRunId\" = '{parent}'"
+    for run in client.search_runs([experiment], condition, max_results=RUNS_AT_ONCE):
         if run.info.status == "FINISHED":
             there.add(run.data.tags["acw.configuration"])
         else:
@@ -68,16 +70,6 @@ def _children(client: MlflowClient, experiment: str, parent: str, found: Search)
             mlflow_store.log_params(client, child, one.fields)
             mlflow_store.log_metrics(client, child, _curves(one))
             client.set_terminated(child, "FINISHED")
-
-
-def _runs(client: MlflowClient, experiment: str, condition: str) -> Iterator[Any]:
-    token = None
-    while True:
-        page = client.search_runs([experiment], condition, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _curves(one: Trialled) -> Iterator[Metric]:
