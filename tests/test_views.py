@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from acw.features.backbone import Backbone, load_backbone
 from acw.features.joined import JoinedStore
 from acw.features.network import tap_outputs, truncate
 from acw.features.onnx_network import OnnxNetwork, readable
-from acw.features.store import describe, moments_of
+from acw.features.store import FeatureStore, describe, moments_of
 from acw.features.tensors import Features, Standard
 from acw.features.view import View
 from acw.features.weights import timm_vit_names
@@ -173,6 +175,14 @@ def test_constants_bring_channels_to_mean_0_and_variance_1_over_training_images(
     torch.testing.assert_close(every.square().mean((0, 2, 3)), torch.ones(24), rtol=0, atol=1e-3)
     assert store.channels == (6,) * 4
     assert len(store.tap_sizes[0]) == 4
+
+
+def test_a_channel_that_is_silent_in_training_has_no_say_elsewhere() -> None:
+    moments = torch.zeros(2, 5)
+    moments[1] = torch.tensor([4.0, 1.0, 1.0, 1e-14, 0.0])
+    whispering = SimpleNamespace(channels=(5,), moments=lambda _: moments[None])
+    standard = joined.standard_of([cast(FeatureStore, whispering)], [0])
+    torch.testing.assert_close(standard.scale, torch.tensor([2.0, 1.0, 1.0, 0.05, 0.05]))
 
 
 def test_heads_of_a_joined_view_do_not_depend_on_who_shares_their_bank(store: JoinedStore) -> None:

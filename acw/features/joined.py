@@ -25,8 +25,10 @@ from acw.features.view import View, finest
 from acw.storage.files import fetch, write_atomic
 
 FILE = "standards.safetensors"  # in a run's folder
-# Of a channel's standard deviation, below which it counts as constant.
-SMALLEST_SCALE = 1e-6
+# Of the median of its layer, which a channel's scale is at least: some channels are all but silent on the training
+# images, and a whisper of theirs on another image must not drown the rest.
+LEAST_SCALE = 0.05
+SMALLEST_SCALE = 1e-6  # where a whole layer is silent
 
 
 def standard_of(stores: Sequence[FeatureStore], images: Sequence[int] | np.ndarray) -> Standard:
@@ -35,7 +37,10 @@ def standard_of(stores: Sequence[FeatureStore], images: Sequence[int] | np.ndarr
     for index in images:
         total_2C += torch.cat([store.moments([index])[0] for store in stores], 1)
     mean_C, square_C = total_2C / len(images)
-    scale_C = (square_C - mean_C.square()).clamp_min(0).sqrt().clamp_min(SMALLEST_SCALE)
+    deviation_C = (square_C - mean_C.square()).clamp_min(0).sqrt()
+    layers = deviation_C.split([count for store in stores for count in store.channels])
+    floors = [layer.median().mul(LEAST_SCALE).clamp_min(SMALLEST_SCALE) for layer in layers]
+    scale_C = torch.cat([layer.maximum(floor) for layer, floor in zip(layers, floors, strict=True)])
     return Standard(mean_C.float(), scale_C.float())
 
 
