@@ -77,6 +77,18 @@ def test_no_imports_go_in_circles() -> None:
     assert not waiting, "these, or some of them, import each other"
 
 
+def test_nothing_is_imported_that_a_dependency_keeps_to_itself() -> None:
+    """It may be gone in the dependency's next version."""
+    private = [
+        f"{name} imports {node.module}"
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and any(part.startswith("_") for part in (node.module or "").split("."))
+        if node.module != "__future__"
+    ]
+    assert not private, private
+
+
 # --- Changes, each in one place: what these tests do is what docs/development.md says -----------------------------
 
 

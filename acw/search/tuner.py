@@ -88,7 +88,7 @@ def run(work: Work, search: Search, ended: Callable[[], None]) -> None:
         run_config=tune.RunConfig(
             # Named anew each time: what an earlier attempt left there is of no use, and has pickles.
             name=time.strftime("%Y%m%d-%H%M%S"),
-            **ray_storage(work.folder),
+            **ray_storage(),
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,
         ),

@@ -93,7 +93,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def ray_storage(folder: Path) -> dict[str, Any]:
+def ray_storage() -> dict[str, Any]:
     """What ray.train.RunConfig takes so that Ray keeps its own files where they are of use: on the driver's node, until
     its exit.
 
@@ -103,11 +103,6 @@ def ray_storage(folder: Path) -> dict[str, Any]:
     path = Path(tempfile.gettempdir()) / f"acw-ray-{secrets.token_hex(4)}"
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return {"storage_path": str(path)}
-
-
-def ray_trouble(folder: Path, error: BaseException) -> tuple[UserError, bool] | None:
-    """None, as Ray's own files are never in S3: for whoever still asks."""
-    return None
 
 
 def write_atomic(path: Path, content: bytes | str | Callable[[Path], None]) -> None:

@@ -19,7 +19,6 @@ from acw.cluster.process import compute_with
 from acw.features.joined import Store
 from acw.heads.readout import Parameters
 from acw.recipes import Recipe
-from acw.storage.errors import UserError
 from acw.storage.files import fetch
 from acw.training.bank import Bank, plan_banks, system_path, unfinished
 from acw.training.batches import TrainingSet
@@ -85,7 +84,7 @@ def train(
         return sum(read(unit).epochs for unit in units)
 
     with ProgressMonitor("training", units, folder, workers, report):
-        complete(run_worker, {"work": work}, left, epochs, coordinator, allocation, folder)
+        complete(run_worker, {"work": work}, left, epochs, coordinator, allocation)
     after, peak = _work(units)
     return Cost(time.monotonic() - start, after - before, max(peak, peak_rss()), UNIT)
 
@@ -167,13 +166,9 @@ def run_worker(config: dict) -> None:
     event_log.to_stderr(work.folder.name)
     compute_with(work.allocation.cpus)
     banks = {bank.name: bank for bank in plan_banks(work.recipe)}
-    try:
-        name = ray.get(work.coordinator.next_unit.remote(rank))
-        while name:
-            name = _train_while_scheduled(work, banks[name], device, location, rank)
-    except UserError as error:
-        # Raised, it would be tried again with the same end, as if a node had been lost.
-        ray.get(work.coordinator.report_error.remote(str(error)))
+    name = ray.get(work.coordinator.next_unit.remote(rank))
+    while name:
+        name = _train_while_scheduled(work, banks[name], device, location, rank)
 
 
 def _train_while_scheduled(work: Work, bank: Bank, device: torch.device, location: dict[str, Any], rank: int) -> str:

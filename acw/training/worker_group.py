@@ -1,7 +1,8 @@
 """A group of Ray Train workers that share the work until none is left, on a cluster whose nodes come and go.
 
 What is done is in the workers' checkpoints, so a new group is started, as large as the cluster has room for, whenever
-one of its workers is lost, and at the end of an epoch when there is room for more.
+one of its workers is lost, and at the end of an epoch when there is room for more. Ray Train's own elastic workers are
+as fast, but wait where others work on the cluster, too (docs/log.md, 2026-11-30).
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from acw.cluster import event_log
 from acw.cluster.allocation import Allocation, Demand, capacity, wait_for_capacity
 from acw.storage.errors import UserError
-from acw.storage.files import ray_storage, ray_trouble
+from acw.storage.files import ray_storage
 from acw.training.scheduler import Scheduler
 
 # Groups lost in a row before any of their workers has finished an epoch. Spot machines are lost often in a long run.
@@ -33,6 +33,8 @@ class Coordinator:
     def __init__(self) -> None:
         self._starts: list[tuple[str, dict[str, Any]]] = []
         self._error = ""
+        self._raised = False
+        self._at_work = False
         self._regroup = False
         self._scheduler = Scheduler({})
 
@@ -44,15 +46,29 @@ class Coordinator:
         """A worker says what only the user can mend."""
         self._error = self._error or error
 
+    def report_exception(self) -> None:
+        """A worker says that an error of the program's ends it."""
+        self._raised = True
+
     def error(self) -> str:
         return self._error
+
+    def raised(self) -> bool:
+        """Whether an error of the program's has ended a worker of this group; others were lost."""
+        return self._raised
+
+    def at_work(self) -> bool:
+        """Whether a worker of this group has asked for work."""
+        return self._at_work
 
     def schedule(self, left: dict[str, float]) -> None:
         """The driver has a new worker group for these units; how much is left of each, in any unit of work."""
         self._scheduler, self._regroup = Scheduler(left), False
+        self._raised = self._at_work = False
 
     def next_unit(self, worker: int, left: float = 0.0, epoch: float = 0.0) -> str:
         """The unit whose next epoch a worker trains (`Scheduler.next`), or "" where it should stop."""
+        self._at_work = True
         return "" if self._regroup or self._error else self._scheduler.next(worker, left, epoch)
 
     def regroup(self) -> None:
@@ -97,20 +113,17 @@ def complete(
     epochs: Callable[[], int],
     coordinator: Any,
     allocation: Allocation,
-    folder: Path,
 ) -> None:
     """Has a worker group work until nothing is left.
 
     loop: what each worker does, given the `config`; it asks the coordinator before each epoch. left: of each
-    unit that has epochs left, how much, in any unit of work. epochs: how many are behind all units. folder: the run's,
-    for Ray Train's own notes.
+    unit that has epochs left, how much, in any unit of work. epochs: how many are behind all units.
     Raises UserError for errors that workers report and for groups that are lost again and again; an error of the
     program's comes as Ray Train's.
     """
     import ray
     from ray.exceptions import RayActorError
-    from ray.train import TrainingFailedError
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train import ControllerError, TrainingFailedError
 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PLACES_SECONDS))
     failures, divisor, starts = 0, 1, StartReporter(coordinator, "training")
@@ -122,27 +135,43 @@ def complete(
         event_log.event("worker group started", training="training", workers=workers)
         try:
             with _GroupMonitor(coordinator, starts, allocation, workers, left):
-                _trainer(loop, config, allocation, workers, folder).fit()
+                _trainer(_reporting(loop, coordinator), config, allocation, workers).fit()
             divisor = 1
         except (TrainingFailedError, RayActorError) as error:
             failures = 1 if epochs() > before else failures + 1
-            refused, passes = ray_trouble(folder, error) or (None, True)
-            if refused and (failures > MAX_FAILURES or not passes):
-                raise refused from error
             if failures > MAX_FAILURES:
+                if ray.get(coordinator.raised.remote()):
+                    raise
                 raise _given_up(error) from error
-            unplaced = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
-            # Where no node has been lost, others work on this cluster too.
-            divisor = 2 * divisor if unplaced and capacity(allocation) >= workers else 1
-            what = str(refused or (f"no room for {workers} workers" if unplaced else "a worker was lost"))
+            # Others work on this cluster too, where a group found no places in time though no node has been lost.
+            unplaced = isinstance(error, ControllerError) and not ray.get(coordinator.at_work.remote())
+            crowded = unplaced and capacity(allocation) >= workers
+            divisor = 2 * divisor if crowded else 1
+            what = f"no room for {workers} workers" if crowded else "a worker was lost"
             print(f"training: {what}; goes on from the checkpoints", flush=True)
         if told := ray.get(coordinator.error.remote()):
             raise UserError(told)
 
 
-def _trainer(
-    loop: Callable[[dict], None], config: dict[str, Any], allocation: Allocation, workers: int, folder: Path
-) -> Any:
+def _reporting(loop: Callable[[dict], None], coordinator: Any) -> Callable[[dict], None]:
+    """The loop, which tells the coordinator of its errors: those that Ray raises do not part them from lost workers."""
+
+    def run(config: dict) -> None:
+        import ray
+
+        try:
+            loop(config)
+        except UserError as error:
+            # Raised, it would be tried again with the same end, as if a node had been lost.
+            ray.get(coordinator.report_error.remote(str(error)))
+        except Exception:
+            ray.get(coordinator.report_exception.remote())
+            raise
+
+    return run
+
+
+def _trainer(loop: Callable[[dict], None], config: dict[str, Any], allocation: Allocation, workers: int) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -159,7 +188,7 @@ def _trainer(
         run_config=ray.train.RunConfig(
             # Checkpoints are ours, so Ray needs no memory of earlier groups; an old name would bring back its result.
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}",
-            **ray_storage(folder),
+            **ray_storage(),
             # Ray itself would gather the same group again, for which there may be no room now.
             failure_config=ray.train.FailureConfig(
                 max_failures=0,
@@ -169,13 +198,9 @@ def _trainer(
     )
 
 
-def _given_up(error: Exception) -> Exception:
-    """One line where all workers were lost or found no place; a program's own error as it is."""
-    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
-
+def _given_up(error: Exception) -> UserError:
+    """One line where all workers were lost or found no place."""
     lost = getattr(error, "worker_failures", {})
-    if any(isinstance(one, UserExceptionWithTraceback) for one in lost.values()):
-        return error
     reason = " ".join(str(next(iter(lost.values()), error)).split())[:300]
     return UserError(
         f"training: {MAX_FAILURES + 1} times in a row the workers were lost before one had finished an epoch; see `ray "
