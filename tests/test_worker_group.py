@@ -43,7 +43,6 @@ def ending(how: str) -> Callable[[dict], None]:
 )
 def test_a_group_s_end_is_told(
     ray_local: None,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     how: str,
