@@ -136,9 +136,9 @@ def test_the_bucket_s_policy_allows_what_is_asked_of_s3_and_no_more() -> None:
         "list_objects_v2": {"s3:ListBucket"},
         "get_paginator": {"s3:ListBucket"},
         "head_object": {"s3:GetObject"},
-        "download_fileobj": {"s3:GetObject"},
+        "download_file": {"s3:GetObject"},
         "put_object": {"s3:PutObject"},
-        "upload_fileobj": {"s3:PutObject", "s3:AbortMultipartUpload"},
+        "upload_file": {"s3:PutObject", "s3:AbortMultipartUpload"},
         "delete_object": {"s3:DeleteObject"},
     }
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "acw").rglob("*.py"))

@@ -355,6 +355,7 @@ def test_the_table_ends_each_part_with_its_best(dataset: Dataset) -> None:
     scores = made_up_scores(["center_bias", "uniform", "category_weights", "gold_standard"])
     summary = summarise(dataset, scores, seed=0)
     lines = table(summary | {"doubts": {}}).splitlines()[1:]
+    assert lines.pop() == "explained: the share of the IG by which people predict people (fixed kernels)"
     printed = [line.split()[0] for line in lines if not line.startswith("-")]
     ranked = sorted(printed[:3], key=lambda name: summary["models"][name]["overall"]["IG"]["mean"])
     assert printed == [*ranked, "gold_standard"]
