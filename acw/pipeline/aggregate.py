@@ -94,8 +94,8 @@ def _evaluate(
     gold = people()
     stored = _stored(job, model, stores)
     scores = _held_out_scores(job, stored, fitted.controls, gold)
-    refitted = refit(job, model, job.stores()) if recipe.refit else None
     write_atomic(folder / "per_image.csv", per_image_csv(dataset, scores))
+    refitted = refit(job, model, job.stores()) if recipe.refit else None
     evaluation: dict[str, Any] = {
         "dataset": dataset.summary() | {"scored": "held-out images", "images_scored": len(scores)},
         **summarise(dataset, scores, recipe.seed),
