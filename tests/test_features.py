@@ -40,6 +40,7 @@ class Stub:
 
     weights_sha256 = "0" * 64
     backbone = BACKBONE
+    half = False
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale

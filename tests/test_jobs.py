@@ -427,8 +427,8 @@ def test_a_spoilt_csv(call: Callable[..., tuple[int, str, str]], tmp_path: Path)
 
 BELOW_A_FILE = "FILE/below"
 TYPED = {
-    "no recipe": ([], "first argument is a recipe: acw, gaze, demo, cat2000"),
-    "unknown recipe": (["gazes"], "no recipe 'gazes'; recipes are acw, gaze, demo, cat2000"),
+    "no recipe": ([], "first argument is a recipe: acw, gaze, gaze_small, demo, cat2000"),
+    "unknown recipe": (["gazes"], "no recipe 'gazes'; recipes are acw, gaze, gaze_small, demo, cat2000"),
     "unknown field": (["demo", "--sigmaa", "3"], "--sigmaa 3"),
     "abbreviated field": (["demo", "--learn", "3"], "--learn"),
     "field without a value": (["demo", "--sigma"], "--sigma"),

