@@ -40,7 +40,7 @@ def gaze() -> Recipe:
 
     Cost and score: COSTS
     """
-    return dataclasses.replace(acw(), name="gaze", backbones=BACKBONE_SETS["registry"], mirrored=True, refit=True)
+    return dataclasses.replace(acw(), name="gaze", backbones=BACKBONE_SETS["registry"], refit=True)
 
 
 @recipe
