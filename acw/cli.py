@@ -105,3 +105,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

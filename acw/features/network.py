@@ -19,15 +19,15 @@ def tap_outputs(network: torch.nn.Module, taps: Sequence[str], inputs: torch.Ten
     """Outputs (B, h_t, w_t, C_t) of the modules `taps` for inputs (B, 3, h, w); what follows the last is not run."""
     import torch
 
-    found: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
 
     def hook(tap: str) -> Any:
         def keep(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
             # A copy, as an in-place ReLU may follow; made outside inference mode, as autograd refuses its tensors.
             with torch.inference_mode(False), torch.no_grad():
                 cells = tokens_on_grid(network, output, inputs) if output.ndim == 3 else output.permute(0, 2, 3, 1)
-                found[tap] = cells.clone(memory_format=torch.contiguous_format)
-            if len(found) == len(taps):
+                outputs[tap] = cells.clone(memory_format=torch.contiguous_format)
+            if len(outputs) == len(taps):
                 raise _LastTap
 
         return keep
@@ -36,11 +36,11 @@ def tap_outputs(network: torch.nn.Module, taps: Sequence[str], inputs: torch.Ten
     try:
         network(inputs)
     except _LastTap:
-        return [found[tap] for tap in taps]
+        return [outputs[tap] for tap in taps]
     finally:
         for handle in handles:
             handle.remove()
-    raise AssertionError(f"taps that no forward pass reaches: {set(taps) - set(found)}")
+    raise AssertionError(f"taps that no forward pass reaches: {set(taps) - set(outputs)}")
 
 
 def tokens_on_grid(network: Any, tokens: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

@@ -53,21 +53,21 @@ def out_of_fold(
     import ray
 
     finalizer, shared = recipe.finalizer, ray.put(dataset)
-    said: dict[tuple[int, int], Callable[[], dict[int, np.ndarray]]] = {}
+    pending: dict[tuple[int, int], Callable[[], dict[int, np.ndarray]]] = {}
     for fold, number in itertools.product(range(recipe.folds), range(len(stores))):
         bank = heads[fold % len(heads)][recipe.backbones[number]]
         groups = group_by_shape([stores[number]], training.sizes, split.validation(fold), finalizer)
         arguments = groups, stores[number], bank, training.finalizer_bias[fold], finalizer
-        said[fold, number] = submit(_log_densities, shared, *arguments)
-    found = {task: result() for task, result in said.items()}
+        pending[fold, number] = submit(_log_densities, shared, *arguments)
+    predicted = {task: result() for task, result in pending.items()}
     fold_of = {int(index): fold for fold in range(recipe.folds) for index in split.validation(fold)}
     images = np.array(sorted(fold_of))
-    log_p = [np.stack([found[fold_of[i], number][i] for number in range(len(stores))], 1) for i in images.tolist()]
+    log_p = [np.stack([predicted[fold_of[i], number][i] for number in range(len(stores))], 1) for i in images.tolist()]
     baseline = {}
     for index, fold in fold_of.items():
         bias = torch.from_numpy(training.baseline[fold].of_size(finalizer.grid(dataset.stimuli[index].size)))
         baseline[index] = float(_at_fixations(dataset, index, bias, finalizer).mean())
-    image = np.repeat(np.arange(len(images)), [len(one) for one in log_p])
+    image = np.repeat(np.arange(len(images)), [len(of_image) for of_image in log_p])
     likelihoods = Likelihoods(np.concatenate(log_p), image, len(images))
     return OutOfFold(images, likelihoods, np.array([baseline[index] for index in images]))
 
@@ -82,14 +82,14 @@ def _log_densities(
     finalizer: Finalizer,
 ) -> dict[int, np.ndarray]:
     """Image -> log-densities at its fixations, by a bank's heads; groups: the images, by shape."""
-    found = {}
+    at_fixations = {}
     for group in groups:
         bias = torch.from_numpy(center_bias.of_size(finalizer.grid(dataset.stimuli[group[0]].size)))
         for start in range(0, len(group), EVALUATION_BATCH):
             some = group[start : start + EVALUATION_BATCH]
             for index, log_density in zip(some, ensemble(bank, store.load(some), bias, finalizer), strict=True):
-                found[index] = _at_fixations(dataset, index, log_density, finalizer)
-    return found
+                at_fixations[index] = _at_fixations(dataset, index, log_density, finalizer)
+    return at_fixations
 
 
 def _at_fixations(dataset: Dataset, index: int, log_density: torch.Tensor, finalizer: Finalizer) -> np.ndarray:

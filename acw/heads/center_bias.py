@@ -20,8 +20,8 @@ class CenterBias:
     """A log-density over relative coordinates.
 
     log_density: (GRID, GRID) float32, rows are y and columns x, normalised over its cells.
-    bandwidth: of the KDE, as a share of the image's width and height; None for the paper's Gaussian.
-    uniform_weight: share of the uniform component mixed in; None for the paper's Gaussian.
+    bandwidth: of the KDE, as a share of the image's width and height; None for Galván's Gaussian.
+    uniform_weight: share of the uniform component mixed in; None for Galván's Gaussian.
     """
 
     log_density: np.ndarray
@@ -92,8 +92,8 @@ def _best_uniform_weight(densities: np.ndarray, counts: np.ndarray) -> tuple[flo
     def loss(log10_weight: float) -> float:
         return -float((count * np.log(_mix(density, 10**log10_weight))).sum() / count.sum())
 
-    found = minimize_scalar(loss, bounds=(-6, -0.05), method="bounded", options={"xatol": 0.01})
-    return 10**found.x, -found.fun
+    optimum = minimize_scalar(loss, bounds=(-6, -0.05), method="bounded", options={"xatol": 0.01})
+    return 10**optimum.x, -optimum.fun
 
 
 def fixed_gaussian() -> CenterBias:

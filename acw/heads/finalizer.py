@@ -39,7 +39,7 @@ class Finalizer:
     upsampling: from the readout's grid to the density's, and from there to the image's pixels.
         `bilinear`: bilinear, then a cubic spline through the log-density: the density has no steps.
         `nearest`: nearest both times, as in DeepGaze IIE: the density is constant within a cell.
-        `bicubic`: through the grids of `steps`, bicubic each time, as in the paper's third iteration; then a spline.
+        `bicubic`: through the grids of `steps`, bicubic each time, as in Galván's third iteration; then a spline.
     cell: of the density's grid, in image px.
     steps: (rows, columns) of the grids between, for an image of STEPS_IMAGE; for another image they are scaled with its
         long side. Those finer than the density's grid are left out.

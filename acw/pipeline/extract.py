@@ -29,16 +29,16 @@ def extract(job: Job) -> None:
     stores, cost = _fill(job, dataset.stimuli, dataset.stimuli_fingerprint)
     for name, store in stores.items():
         print(f"features {name}: {store.images} images in {shown(store.folder)}", flush=True)
-    found = {name: store.folder.name for name, store in stores.items()}
+    folders = {name: store.folder.name for name, store in stores.items()}
     if recipe.mirrored:
         print("features: of the held-out images' mirror images", flush=True)
         mirrored = [MirrorImage(**vars(dataset.stimuli[index])) for index in job.split.held_out]
         of_these = fingerprint([dataset.stimuli_fingerprint, "mirrored", job.split.hash])
         mirror_stores, more = _fill(job, mirrored, of_these)
-        found |= {MIRRORED + name: store.folder.name for name, store in mirror_stores.items()}
+        folders |= {MIRRORED + name: store.folder.name for name, store in mirror_stores.items()}
         cost = cost + more
     path = fetch(job.folder / "features.json")
-    if path.exists() and listing(job.folder / "banks") and json.loads(path.read_text(encoding="utf-8")) != found:
+    if path.exists() and listing(job.folder / "banks") and json.loads(path.read_text(encoding="utf-8")) != folders:
         raise UserError(
             f"{path}: a backbone's weights have changed since this run's heads were trained on the old ones; "
             f"bring those back, or delete {job.folder}"
@@ -50,7 +50,7 @@ def extract(job: Job) -> None:
     else:
         constants = joined.standards(recipe.views, stores, job.split.development)
     joined.write_standards(job.folder / joined.FILE, constants)
-    write_json(path, found)
+    write_json(path, folders)
     note(job.folder, "features", cost)
 
 

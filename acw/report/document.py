@@ -34,6 +34,8 @@ def write(folder: Path, template: str, title: str, sections: Sections[T], source
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     asset = {"script": Markup(script), "style": Markup(style), "digest": digest}
     page = _environment().get_template(template)
+    lacking = {name: heading for heading, name in named.items() if name not in page.blocks}
+    assert not lacking, f"{template} has no block for these sections: {lacking}"
     text = page.render(title=title, headings=named, **asset, **dict(made.values()), **values)
     write_atomic(folder / FILE, text)
     return folder / FILE

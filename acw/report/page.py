@@ -19,7 +19,7 @@ import numpy as np
 
 from acw.cluster.costs import noted
 from acw.evaluation import bootstrap
-from acw.evaluation.metrics import in_order
+from acw.evaluation.metrics import METRICS, in_order
 from acw.evaluation.summary import KEYS, kernels
 from acw.report import document, figures, gallery
 from acw.report.document import Sections
@@ -148,7 +148,12 @@ def scores(run: Run) -> dict[str, Any]:
     columns = ["", *metrics(entry["overall"] for kind in KINDS for entry in evaluation[kind].values())]
     columns += ["explained"] if shares else []
     shown = table(groups, columns, notes=NOTES, marked={HEADLINE}, percent={"explained"})
-    return {"table": shown, "explained": bool(shares), "differences": differences(evaluation["comparisons"])}
+    units: dict[str, list[str]] = defaultdict(list)
+    for metric in METRICS.values():
+        if metric.unit:
+            units[metric.unit].append(metric.name)
+    compared = differences(evaluation["comparisons"])
+    return {"table": shown, "explained": bool(shares), "units": units, "differences": compared}
 
 
 def categories(run: Run) -> dict[str, Any]:

@@ -150,18 +150,18 @@ class Search:
     @property
     def trialled(self) -> list[Trialled]:
         """All configurations that have ended, the best first."""
-        found = [
+        ended = [
             Trialled(population.first + k, fields, self.finished[number][k])
             for number, population in self.proposed.items()
             if number in self.finished
             for k, fields in enumerate(population.fields)
         ]
-        return sorted(found, key=lambda one: (-one.ig, one.number))
+        return sorted(ended, key=lambda configuration: (-configuration.ig, configuration.number))
 
     @property
     def missing(self) -> list[int]:
         """The sizes of the populations that are still to be proposed, without the recipe's own configuration."""
-        left = self.samples - max(sum(len(one.own) for one in self.proposed.values()) - 1, 0)
+        left = self.samples - max(sum(len(population.own) for population in self.proposed.values()) - 1, 0)
         sizes: list[int] = []
         if not self.proposed:
             # Where it fits, the recipe's own configuration is trained among others, as one of them.
@@ -176,7 +176,7 @@ class Search:
     def propose(self) -> Population:
         """The next population, which is noted in the folder."""
         number, size = len(self.proposed), self.missing[0]
-        first = sum(len(one.own) for one in self.proposed.values())
+        first = sum(len(population.own) for population in self.proposed.values())
         own: list[dict[str, Any]] = [] if number else [{}]
         common: dict[str, Any] = {}
         study = self._study()
@@ -193,7 +193,10 @@ class Search:
 
     def finish(self, population: Population, outcomes: Sequence[Outcome]) -> None:
         """Notes what became of a population; what still trained was stopped for better ones elsewhere."""
-        ended = [dataclasses.replace(one, state="stopped") if one.state == "training" else one for one in outcomes]
+        ended = [
+            dataclasses.replace(outcome, state="stopped") if outcome.state == "training" else outcome
+            for outcome in outcomes
+        ]
         self._write(population, ended)
         self.finished[population.number] = ended
 
@@ -202,8 +205,8 @@ class Search:
         return {
             "space": {"name": self.space.name, "doc": self.space.doc, "fields": self.space.identity},
             "configurations": [
-                {"number": one.number, "fields": one.fields} | dataclasses.asdict(one.outcome)
-                for one in sorted(self.trialled, key=lambda one: one.number)
+                {"number": tried.number, "fields": tried.fields} | dataclasses.asdict(tried.outcome)
+                for tried in sorted(self.trialled, key=lambda tried: tried.number)
             ],
             "best": self.trialled[0].number,
             "importance": self.importance(),
@@ -218,13 +221,14 @@ class Search:
         from optuna.trial import create_trial
 
         study = _study(0)
-        for one in self.trialled:
-            if one.number and math.isfinite(one.ig):
-                study.add_trial(create_trial(params=one.fields, distributions=self.space.distributions, value=one.ig))
+        for tried in self.trialled:
+            if tried.number and math.isfinite(tried.ig):
+                trial = create_trial(params=tried.fields, distributions=self.space.distributions, value=tried.ig)
+                study.add_trial(trial)
         if len({trial.value for trial in study.trials}) < 2:
             return {}
-        found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
-        return {name: float(value) for name, value in found.items()}
+        shares = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+        return {name: float(value) for name, value in shares.items()}
 
     def _study(self) -> optuna.Study:
         """All configurations proposed so far but the recipe's own; of those that still train, the searcher keeps away.

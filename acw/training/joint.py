@@ -177,7 +177,7 @@ def _train_epoch(recipe: Recipe, state: SystemState, batches: _Batches) -> float
 
 
 def _adam(state: SystemState, learning: dict[str, Tensor]) -> torch.optim.Adam:
-    """PyTorch's Adam with the paper's two groups, as far as it had come."""
+    """PyTorch's Adam with the two groups of Galván's ACW, as far as it had come."""
     groups: list[dict[str, Any]] = [{"params": [value for name, value in learning.items() if name != LOGITS]}]
     if LOGITS in learning:
         groups.append({"params": [learning[LOGITS]], "lr": WEIGHTS_RATE * state.rate})
