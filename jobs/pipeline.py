@@ -2,7 +2,7 @@
 
 python jobs/pipeline.py demo                                # the embedded displays, on a CPU, in minutes
 python jobs/pipeline.py gaze --dataset FOLDER               # your images and fixations, small backbones
-python jobs/pipeline.py gaze --dataset FOLDER --tune sigma_lr --samples 32    # searches, trains with the best
+python jobs/pipeline.py gaze_small --dataset FOLDER --tune sigma_lr --samples 32    # searches, trains with the best
 ray job submit --address URL --working-dir . -- python jobs/pipeline.py cat2000 --dataset D --root R
 """
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from job_runs import displays, succeed
+from safetensors.torch import save_file
 from test_heads import LayerNorm
 from tiny_training import IMAGES, MEMBERS, RECIPE, make_store, make_training_set
 from torch import Tensor
@@ -30,8 +31,8 @@ from acw.features import joined, wheels
 from acw.features.backbone import Backbone, load_backbone
 from acw.features.joined import JoinedStore
 from acw.features.network import tap_outputs, truncate
-from acw.features.onnx_network import OnnxNetwork, readable
-from acw.features.store import FeatureStore, describe, moments_of
+from acw.features.onnx_network import GRAPH, OnnxNetwork, readable
+from acw.features.store import MANIFEST, PLAIN_FORMAT, FeatureStore, describe, moments_of, store_folder
 from acw.features.tensors import Features, Standard
 from acw.features.view import View
 from acw.features.weights import timm_vit_names
@@ -42,8 +43,11 @@ from acw.heads.center_bias import fixed_gaussian
 from acw.heads.finalizer import Finalizer
 from acw.model import files
 from acw.model.model import Model
+from acw.pipeline.aggregate import _seen_by_heads as seen_by_heads
+from acw.pipeline.extract import _leave_constants as leave_constants
 from acw.pipeline.job import parse
 from acw.recipes import derive, named_recipe
+from acw.storage.checksums import fingerprint
 from acw.storage.errors import UserError
 from acw.tracking import model_card
 from acw.training.bank import Bank
@@ -284,6 +288,46 @@ def test_what_is_no_such_graph_is_refused(tmp_path: Path, weights: str, message:
         load_backbone(dataclasses.replace(DETECTOR, weights=source))
 
 
+def test_a_strangers_graph_is_refused_where_it_is_damaged_or_asks_for_other_files(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="networks in ONNX need the extra `lite`")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        OnnxNetwork(b"nonsense", ["end"])
+    elsewhere = onnx.load_from_string(detector(WEIGHT))
+    (weight,) = elsewhere.graph.initializer
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="secret.bin")
+    weight.ClearField("raw_data")
+    (tmp_path / "elsewhere.onnx").write_bytes(elsewhere.SerializeToString())
+    with pytest.raises(UserError, match="keeps weights in another file"):
+        load_backbone(dataclasses.replace(DETECTOR, weights=str(tmp_path / "elsewhere.onnx")))
+    save_file(
+        {GRAPH: torch.frombuffer(bytearray(elsewhere.SerializeToString()), dtype=torch.uint8)},
+        tmp_path / "stored.safetensors",
+    )
+    with pytest.raises(UserError, match="keeps weights in another file"):
+        load_backbone(dataclasses.replace(DETECTOR, weights=str(tmp_path / "stored.safetensors")))
+
+
+def test_a_run_keeps_to_the_store_that_it_has_read(tmp_path: Path) -> None:
+    """One of the format before, which no joined view can read; a new run takes the new one where it is there."""
+
+    def folder(joined: bool = False, known: str = "") -> Path:
+        return store_folder(tmp_path, BACKBONES["lite0"], "stimuli", "weights", joined, known)
+
+    new = folder()
+    identity = {"stimuli": "stimuli", "backbone": BACKBONES["lite0"].fingerprint_fields(), "weights": "weights"}
+    old = tmp_path / "features" / f"lite0-{fingerprint({'format': PLAIN_FORMAT, **identity})}"
+    assert folder(joined=True) == new != old
+    old.mkdir(parents=True)
+    (old / MANIFEST).write_text("{}", encoding="utf-8")
+    assert folder() == folder(known=old.name) == old
+    assert folder(joined=True) == folder(known=new.name) == new
+    new.mkdir()
+    (new / MANIFEST).write_text("{}", encoding="utf-8")
+    assert folder() == new
+    assert folder(known=old.name) == old
+
+
 def test_a_model_of_joined_views_is_saved_with_its_networks_and_predicts_the_same(
     onnx_file: Path, tmp_path: Path
 ) -> None:
@@ -520,6 +564,19 @@ def test_a_pipeline_of_views_scores_mirror_images_too_and_refits_on_every_image(
     )
     from_image, _ = scored.component_log_densities(stimulus.pixels())
     torch.testing.assert_close(from_stores, from_image, rtol=0, atol=5e-3)
+    # Heads that were trained by the constants keep them; features of an old format that a run has read stay its own.
+    kept = (folder / joined.FILE).read_bytes()
+    leave_constants(job, {}, trained=True)
+    assert (folder / joined.FILE).read_bytes() == kept
+    (folder / joined.FILE).rename(folder / "elsewhere")
+    with pytest.raises(UserError, match=r"standards\.safetensors: is missing, by which"):
+        leave_constants(job, {}, trained=True)
+    (folder / "elsewhere").rename(folder / joined.FILE)
+    # Another run with these heads knows the views, trains nothing, and does not believe scores on the same images.
+    taken = parse([arguments[0], "--heads", str(folder), *arguments[arguments.index("--dataset") :]], "")
+    assert taken.recipe.backbones == ("lite0+lite1", "lite1")
+    assert not taken.recipe.refit
+    assert "were trained on images of this very data set" in seen_by_heads(taken)
     again = succeed("pipeline", *arguments)
     assert again[-1] == lines[-1] == str(folder / "evaluation.json")
     assert not any("refit" in line for line in again)

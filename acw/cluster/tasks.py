@@ -20,7 +20,10 @@ def submit(function: Callable[..., T], *arguments: Any) -> Callable[[], T]:
 
 
 def _call(function: Callable[..., T], *arguments: Any) -> T:
-    from acw.cluster.process import compute_with
+    from acw.cluster.process import compute_with, give_back_when_idle
 
     compute_with(1)
-    return function(*arguments)
+    try:
+        return function(*arguments)
+    finally:
+        give_back_when_idle()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from acw.cluster.costs import Cost, peak_rss
-from acw.cluster.process import compute_with
+from acw.cluster.process import compute_with, give_back_when_idle
 from acw.data import Dataset
 from acw.evaluation.exact import ExactTarget
 from acw.evaluation.external_models import ExternalModel
@@ -371,6 +371,7 @@ def _survey(
     with torch.inference_mode():
         predictions = {index: scoring.component_prediction(index) for index in indices}
         sums = scoring.sums([index for index in indices if index in scoring.among], predictions)
+    give_back_when_idle()
     return (sums, peak_rss()), predictions
 
 
@@ -378,7 +379,9 @@ def _score(shared: list[Any], predictions: Mapping[int, ComponentPrediction], in
     compute_with(1)
     scoring, means = map(_received, shared)
     with torch.inference_mode():
-        return scoring.image(index, means, predictions), peak_rss()
+        scores = scoring.image(index, means, predictions)
+    give_back_when_idle()
+    return scores, peak_rss()
 
 
 @functools.lru_cache(maxsize=2)

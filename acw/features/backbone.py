@@ -163,7 +163,6 @@ class FrozenBackbone:
 
         self.backbone = backbone
         self.device = device
-        self.half = backbone.half and _quick_at_bfloat16(device)
         self._network = network if isinstance(network, OnnxNetwork) else network.to(device)
         strides = network.strides if isinstance(network, OnnxNetwork) else [backbone.stride] * len(channels)
         self._finer = [backbone.pooled and stride < backbone.stride for stride in strides]
@@ -176,6 +175,11 @@ class FrozenBackbone:
             for values in (backbone.mean, backbone.std)
         )
         self.weights_sha256 = _hash(state)
+
+    @property
+    def half(self) -> bool:
+        """Whether it computes in bfloat16, here: a copy on another machine may not."""
+        return self.backbone.half and _quick_at_bfloat16(self.device)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The used weights, float32 on the CPU, contiguous; a .safetensors file of them is a weights source."""
@@ -227,6 +231,7 @@ class FrozenBackbone:
         return pixels.flip(1) if self.backbone.bgr else pixels
 
 
+@functools.lru_cache
 def _quick_at_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 itself; a CPU that does not takes six to ten times as long as in float32.
 

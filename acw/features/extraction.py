@@ -12,9 +12,10 @@ import functools
 import itertools
 import time
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ def extract(
     accelerator: str = "auto",
     gpus_per_worker: float = 1.0,
     joined: Collection[str] = (),
+    known: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, FeatureStore], Cost]:
     """Fills the backbones' stores by tasks on the Ray cluster, on GPUs or parts of them where `cluster.wants_gpus`.
 
@@ -68,28 +70,29 @@ def extract(
     ETag) is not read for that: files are replaced whole and flushed before they are noted, so that only a disk that
     returns other bytes than it was given could deceive, and that is for file systems to detect. Any other shard is
     read, by the tasks.
-    joined: names of those that views of several parts read.
+    joined: names of those that views of several parts read. known: by name, the folders that a run has read before.
     Returns the stores by the backbones' names, and what it cost. Raises UserError for weights that cannot be had, an
     image that cannot be decoded, or a root that cannot be written.
     """
     start = time.monotonic()
-    hashes, precisions = {}, {}
-    for backbone in backbones:
-        network = load_backbone(backbone)
-        hashes[backbone.name] = network.weights_sha256
-        precisions[backbone.name] = "bfloat16" if network.half else "float32"
-    folders = {b.name: store_folder(root, b, stimuli_fingerprint, hashes[b.name], b.name in joined) for b in backbones}
+    hashes = {backbone.name: load_backbone(backbone).weights_sha256 for backbone in backbones}
+    folders = {
+        b.name: store_folder(root, b, stimuli_fingerprint, hashes[b.name], b.name in joined, known.get(b.name, ""))
+        for b in backbones
+    }
     shards = range(-(-len(stimuli) // SHARD_IMAGES))
     doubtful = {b: _doubtful(folders[b.name], shards) for b in backbones}
     images, peak = 0, 0
+    precisions: dict[str, set[str]] = defaultdict(set)
     if any(doubtful.values()):
-        images, peak = _extract_shards(doubtful, stimuli, folders, hashes, workers, accelerator, gpus_per_worker)
+        how = workers, accelerator, gpus_per_worker
+        images, peak = _extract_shards(doubtful, stimuli, folders, hashes, precisions, *how)
         open_shard.cache_clear()
     stores = {}
     for backbone in backbones:
         manifest = folders[backbone.name] / MANIFEST
         if not fetch(manifest).exists():
-            made = {"weights_sha256": hashes[backbone.name], "computed_in": precisions[backbone.name]}
+            made = {"weights_sha256": hashes[backbone.name], "computed_in": sorted(precisions[backbone.name])}
             write_json(manifest, made | _manifest(manifest.parent, backbone, stimuli))
         stores[backbone.name] = open_store(manifest.parent)
     return stores, Cost(time.monotonic() - start, images, max(peak, peak_rss()))
@@ -123,6 +126,7 @@ def _extract_shards(
     stimuli: Sequence[Stimulus],
     folders: dict[str, Path],
     hashes: dict[str, str],
+    precisions: dict[str, set[str]],
     workers: int,
     accelerator: str,
     gpus_per_worker: float,
@@ -130,7 +134,7 @@ def _extract_shards(
     """Has Ray tasks check shards and write those that are missing, backbone by backbone; prints how far they are.
 
     Tasks take whatever nodes the cluster has or starts; at most `workers` are out at a time, unless that is 0.
-    Returns how many images were computed and the largest memory of a worker, in bytes.
+    Returns how many images were computed and the largest memory of a worker, in bytes; notes in which precisions.
     """
     import ray
 
@@ -139,19 +143,21 @@ def _extract_shards(
     gpus = allocation.gpus
 
     @ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3, max_calls=0)
-    def write(stimuli: Sequence[Stimulus], backbone: Backbone, shards: Sequence[int]) -> tuple[str, int, int, int]:
+    def write(stimuli: Sequence[Stimulus], backbone: Backbone, shards: Sequence[int]) -> tuple[str, int, int, int, str]:
         compute_with(1)
-        missing = [shard for shard in shards if not verify(folders[backbone.name], shard)]
+        missing, precision = [shard for shard in shards if not verify(folders[backbone.name], shard)], ""
         if missing:
             # A GPU that Ray only pretends to have, as in tests, is no CUDA device.
             cuda = gpus > 0 and torch.cuda.is_available()
             model, pace = _loaded_backbone(backbone, "cuda" if cuda else "cpu")
             if model.weights_sha256 != hashes[backbone.name]:
                 raise UserError(f"{backbone.name}: the weights on this node differ from those on the head node")
+            precision = "bfloat16" if model.half else "float32"
             decoders = max(1, int(gpus * _cores_per_gpu())) if cuda else 1
             write_shards(model, backbone, stimuli, missing, folders[backbone.name], pace, decoders)
             give_back_when_idle()
-        return backbone.name, len(shards), sum(len(_indices(stimuli, shard)) for shard in missing), peak_rss()
+        computed = sum(len(_indices(stimuli, shard)) for shard in missing)
+        return backbone.name, len(shards), computed, peak_rss(), precision
 
     size = min(SHARDS_PER_TASK["GPU" if gpus else "CPU"], -(-total // (2 * allocation.workers)))
     waiting = [(b, part[at : at + size]) for b, part in doubtful.items() for at in range(0, len(part), size)][::-1]
@@ -166,7 +172,8 @@ def _extract_shards(
         while waiting and (not workers or len(out) < workers):
             out.append(write.remote(shared, *waiting.pop()))
         (ready, *_), out = ray.wait(out)
-        name, shards, computed, memory = ray.get(ready)
+        name, shards, computed, memory, precision = ray.get(ready)
+        precisions[name] |= {precision} - {""}
         done, images, peak = done + shards, images + computed, max(peak, memory)
         if time.monotonic() - shown > PROGRESS_SECONDS or done == total:
             shown = time.monotonic()

@@ -22,6 +22,7 @@ from torch import Tensor
 from acw.features.store import FeatureStore
 from acw.features.tensors import Features, Standard
 from acw.features.view import View, finest
+from acw.storage.errors import UserError
 from acw.storage.files import fetch, write_atomic
 
 FILE = "standards.safetensors"  # in a run's folder
@@ -130,9 +131,8 @@ def standards(
 
 
 def write_standards(path: Path, constants: Mapping[str, Standard]) -> None:
-    """Leaves the constants of a run's views in a file, atomically; none where no view has several parts."""
-    if constants:
-        write_atomic(path, functools.partial(save_file, as_tensors(constants)))
+    """Leaves the constants of a run's views in a file, atomically."""
+    write_atomic(path, functools.partial(save_file, as_tensors(constants)))
 
 
 def read_standards(path: Path) -> dict[str, Standard]:
@@ -151,9 +151,13 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Standard]:
 
 
 def of_views(
-    views: Iterable[View], stores: Mapping[str, FeatureStore], constants: Mapping[str, Standard]
+    views: Sequence[View], stores: Mapping[str, FeatureStore], constants: Mapping[str, Standard]
 ) -> dict[str, Store]:
-    """The stores of views, by name, from those of their parts."""
+    """The stores of views, by name, from those of their parts; raises UserError where constants are missing."""
+    if lacking := [view.name for view in views if len(view.parts) > 1 and view.name not in constants]:
+        raise UserError(
+            f"{FILE}: has no constants of {', '.join(lacking)}; run jobs/extract.py with the same arguments"
+        )
     return {
         view.name: stores[view.name]
         if len(view.parts) == 1

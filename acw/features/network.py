@@ -117,10 +117,13 @@ def fill_constants(network: torch.nn.Module, create: Callable[[], torch.nn.Modul
 
     No file of weights has them; create: makes the network off "meta", which is done only where there are any.
     """
+    import torch
+
     stored = network.state_dict().keys()
     names = [name for name, buffer in network.named_buffers() if name not in stored and buffer.is_meta]
     if names:
-        values = dict(create().named_buffers())
+        with torch.random.fork_rng(devices=[]):
+            values = dict(create().named_buffers())
         for name in names:
             module, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(module), leaf, values[name])

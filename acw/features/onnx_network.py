@@ -44,8 +44,11 @@ class OnnxNetwork:
         options.log_severity_level = 3
         # Images come in many sizes, and an arena would keep the memory of each.
         options.enable_cpu_mem_arena = False
-        self._session = onnxruntime.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
-        (self._input,) = (entry.name for entry in self._session.get_inputs())
+        try:
+            self._session = onnxruntime.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
+            (self._input,) = (entry.name for entry in self._session.get_inputs())
+        except Exception as error:  # of onnxruntime's, which have no class in common
+            raise UserError(f"an ONNX graph of {', '.join(self.outputs)} cannot be loaded ({_line(error)})") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_session"}
@@ -60,7 +63,10 @@ class OnnxNetwork:
 
         # One image at a time: a result then never depends on which images it was computed with.
         single = [image.contiguous().numpy() for image in inputs.cpu().split(1)]
-        images = [self._session.run(self.outputs, {self._input: image}) for image in single]
+        try:
+            images = [self._session.run(self.outputs, {self._input: image}) for image in single]
+        except Exception as error:
+            raise UserError(f"an ONNX graph of {', '.join(self.outputs)} does not run ({_line(error)})") from error
         layers = (torch.cat([torch.from_numpy(output) for output in outputs]) for outputs in zip(*images, strict=True))
         return [layer.permute(0, 2, 3, 1).contiguous() for layer in layers]
 
@@ -70,12 +76,8 @@ def readable(content: bytes, source: str, outputs: Sequence[str]) -> bytes:
 
     source: where it is from, for errors. Raises UserError for what is no such graph.
     """
-    onnx = _library("onnx")
-    try:
-        model = onnx.load_from_string(content)
-        produced = {name for node in model.graph.node for name in node.output}
-    except Exception as error:  # of protobuf's, which has no class in common
-        raise UserError(f"{source}: is no ONNX graph; give the file as it was published") from error
+    onnx, model = _library("onnx"), parsed(content, source)
+    produced = {name for node in model.graph.node for name in node.output}
     if lacking := [name for name in outputs if name not in produced]:
         raise UserError(f"{source}: has no layer {', '.join(lacking)}; give the graph that the table of networks names")
     stored = {tensor.name for tensor in model.graph.initializer}
@@ -90,6 +92,31 @@ def readable(content: bytes, source: str, outputs: Sequence[str]) -> bytes:
     return model.SerializeToString()
 
 
+def parsed(content: bytes, source: str) -> Any:
+    """The model of a file's bytes. Raises UserError for what is none, or asks for other files than itself.
+
+    A stranger's could name any file of this machine as the place of its weights.
+    """
+    onnx = _library("onnx")
+    try:
+        model = onnx.load_from_string(content)
+        waiting = [model.graph]
+    except Exception as error:  # of protobuf's, which have no class in common
+        raise UserError(f"{source}: is no ONNX graph; give the file as it was published") from error
+    while waiting:
+        graph = waiting.pop()
+        inner = [attribute for node in graph.node for attribute in node.attribute]
+        tensors = [*graph.initializer, *(a.t for a in inner), *(tensor for a in inner for tensor in a.tensors)]
+        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
+            raise UserError(f"{source}: keeps weights in another file; give a graph that has all of its own")
+        waiting += [a.g for a in inner if a.HasField("g")] + [graph for a in inner for graph in a.graphs]
+    return model
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
 def tensors_of(content: bytes, source: str) -> dict[str, torch.Tensor]:
     """The graph's weights by name, as a state dict.
 
@@ -97,11 +124,7 @@ def tensors_of(content: bytes, source: str) -> dict[str, torch.Tensor]:
     """
     import torch
 
-    onnx = _library("onnx")
-    try:
-        graph = onnx.load_from_string(content).graph
-    except Exception as error:
-        raise UserError(f"{source}: is no ONNX graph; give the file as it was published") from error
+    onnx, graph = _library("onnx"), parsed(content, source).graph
     tensors = {entry.name: torch.from_numpy(onnx.numpy_helper.to_array(entry).copy()) for entry in graph.initializer}
     products = {n.output[0]: n.input[1] for n in graph.node if n.op_type == "MatMul" and n.input[1] in tensors}
     for node in graph.node:

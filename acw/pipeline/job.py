@@ -182,6 +182,7 @@ def _with_heads(recipe: Recipe) -> Recipe:
         "taps": trained_with.get("taps", "own"),
         "backbones": [JOIN.join(parts) for parts in model["views"]],
         "weights": [f"{backbone['name']}={shown(folder / backbone['weights'])}" for backbone in model["backbones"]],
+        "refit": False,
         "upsampling": model["finalizer"]["upsampling"],
         "density_cell": model["finalizer"]["cell"],
         "upsampling_steps": ["x".join(map(str, step)) for step in model["finalizer"]["steps"]],

@@ -333,7 +333,8 @@ def text(plan: Plan, price: float | None) -> str:
             f"{b.image_bytes / 1e6:>10.2f}{b.image_bytes * plan.images / 1e9:>8.2f}{1 / b.extraction:>8.1f}  "
             f"{'are there' if b.stored else 'to be computed'}"
         )
-    wanted = sum(b.image_bytes for b in plan.backbones if not b.stored) * plan.images
+    images = plan.images + (plan.held_out if recipe.mirrored else 0)
+    wanted = sum(b.image_bytes for b in plan.backbones if not b.stored) * images
     enough = "" if wanted < plan.disk_free else "  <- NOT ENOUGH: free the disk or choose another --root"
     lines += [
         "",

@@ -250,9 +250,9 @@ def check(recipe: Recipe) -> None:
     )
     require(not recipe.mirrored or recipe.upsampling != "nearest", "mirrored", "false with --upsampling nearest")
     require(
-        not recipe.refit or not (recipe.joint or recipe.heads),
+        not (recipe.refit and recipe.joint),
         "refit",
-        "false with --joint or with another model's --heads",
+        "false with --joint: add --refit false",
     )
     require(
         recipe.joint_min_learning_rate < recipe.joint_learning_rate,

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from acw.evaluation.bootstrap import interval
+from acw.model.description import describe
 from acw.storage.errors import UserError
 from acw.storage.files import csv_rows, fetch, present
 from acw.tracking import mlflow_store
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 DEFAULT_ROOT = Path("runs")
 HEADLINE = "category_weights"  # the registered model, among those that a run scores
+# What networks in ONNX need, too.
+ONNX_REQUIREMENTS = ("onnx", "onnxruntime")
 # What loading and prediction import; pinned to the versions in use, with which the scores were measured.
 REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "scipy", "timm", "torch", "torchvision")
 
@@ -57,6 +60,8 @@ def log_model(run: Path) -> str:
         params=ParamSchema([ParamSpec("category", DataType.string, "")]),
     )
     package = Path(__file__).parents[1]
+    in_onnx = any(not backbone["timm_name"] for backbone in describe(run / "model")["backbones"])
+    needed = REQUIREMENTS + (ONNX_REQUIREMENTS if in_onnx else ())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature is written, not inferred
         logged = mlflow.pyfunc.log_model(
@@ -64,7 +69,7 @@ def log_model(run: Path) -> str:
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={"model": (run / "model").absolute().as_uri()},  # of a path, MLflow would read `#` and `%20`
             code_paths=[str(package)],
-            pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
+            pip_requirements=[f"{name}=={_public_version(name)}" for name in needed],
             signature=signature,
         )
     return logged.model_uri

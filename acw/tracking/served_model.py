@@ -49,6 +49,8 @@ class DensityModel(PythonModel):
     def load_context(self, context: Any) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = files.load(Path(context.artifacts["model"]), device)
+        # Now: what is missing for one of them should not come up with the first request.
+        self.model.load_backbones()
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
         """Densities of a batch, an array or what JSON makes of one; params["category"] is the images' category, "" to

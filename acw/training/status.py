@@ -269,10 +269,12 @@ def _features_text(figures: dict[str, Any]) -> str:
 
 
 def _stages_text(stages: Sequence[dict[str, Any]]) -> Iterator[str]:
+    names = [unit["name"] for stage in stages for unit in stage.get("units", [])]
+    width = max([28, *map(len, names)]) + 2
     for stage in stages:
         yield f"{stage['name']:16}{stage['state']:13}{_stage_text(stage)}"
         for unit in stage.get("units", []):
-            yield f"  {unit['name']:30}{unit['state']:13}{_unit_text(unit)}"
+            yield f"  {unit['name']:{width}}{unit['state']:13}{_unit_text(unit)}"
 
 
 def _stage_text(stage: dict[str, Any]) -> str:
