@@ -161,7 +161,8 @@ def table(evaluation: dict[str, Any]) -> str:
     entries = [entry for kind in ("models", "references") for entry in evaluation[kind].values()]
     metrics = in_order({metric for entry in entries for metric in entry["overall"]})
     explained = evaluation.get("explained", {})
-    header = f"{'':24}" + "".join(f"{metric:>9}" for metric in metrics) + "   IG 95 % interval"
+    width = max(24, *(len(name) + 2 for kind in ("models", "references") for name in evaluation[kind]))
+    header = f"{'':{width}}" + "".join(f"{metric:>9}" for metric in metrics) + "   IG 95 % interval"
     header += "     explained" if explained else ""
     lines = [header]
     for kind in ("models", "references"):
@@ -172,7 +173,7 @@ def table(evaluation: dict[str, Any]) -> str:
             values = "".join(f"{overall[m]['mean']:z9.4f}" if m in overall else f"{'-':>9}" for m in metrics)
             interval_ = "[{:z.4f}, {:z.4f}]".format(*_ig(entry)["ci95"]) if "IG" in overall else "-"
             share = explained.get(name, {}).get("gold_standard")
-            lines.append(f"{name:24}{values}   {interval_:18}" + (f"{share['mean']:z10.1%}" if share else ""))
+            lines.append(f"{name:{width}}{values}   {interval_:18}" + (f"{share['mean']:z10.1%}" if share else ""))
     if explained:
         lines.append(f"explained: the share of the IG by which people predict people ({kernels(evaluation)})")
     lines += [f"warning: {name}: {doubt}" for name, doubt in evaluation.get("doubts", {}).items()]

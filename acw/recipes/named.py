@@ -38,7 +38,9 @@ def gaze() -> Recipe:
 
     acw run gaze --dataset FOLDER [--pixels-per-degree PX]
 
-    Cost and score: COSTS
+    Cost: 959 photographs of 800x600 px in some 23 minutes and 7 GiB on 2 cores, of which the refit is 8. There it
+    reached 1.57 bit per fixation over the centre bias on the 192 held-out images, where other people's fixations reach
+    1.58.
     """
     return dataclasses.replace(acw(), name="gaze", backbones=BACKBONE_SETS["registry"], refit=True)
 
@@ -50,7 +52,7 @@ def gaze_small() -> Recipe:
     acw run gaze_small --dataset FOLDER [--pixels-per-degree PX]
 
     Cost: 959 photographs of 800x600 px in some 12 minutes and 4 GiB on 2 cores. There it reached 1.52 bit per
-    fixation over the centre bias on the 192 held-out images, where other people's fixations reach 1.59.
+    fixation over the centre bias on the 192 held-out images, where other people's fixations reach 1.58.
     """
     return dataclasses.replace(acw(), name="gaze_small", backbones=BACKBONE_SETS["lite"])
 
