@@ -25,7 +25,6 @@ from acw.training import checkpoints, training_set
 if TYPE_CHECKING:
     from acw.evaluation.gold_standard import GoldStandard
     from acw.evaluation.scoring import StoredDensities
-    from acw.features.backbone import FrozenBackbone
     from acw.fusion.category_weights import CategoryWeights
     from acw.fusion.out_of_fold import OutOfFold
     from acw.fusion.weights import Fusion
@@ -66,7 +65,6 @@ def _evaluate(
     from acw.cluster.tasks import submit
     from acw.evaluation.summary import per_image_csv, summarise
     from acw.features import joined
-    from acw.features.backbone import load_backbone
     from acw.fusion import out_of_fold
     from acw.pipeline.refit import refit
     from acw.report import figures
@@ -80,14 +78,13 @@ def _evaluate(
     classifier = submit(out_of_fold.fit_classifier, shared, split, stores)
     center_bias = training_set.kde_of(dataset, split.development)
     people = _gold_standard(job, shared, center_bias)
-    networks = [load_backbone(backbone) for backbone in recipe.backbone_values]
     training = training_set.training_set(dataset, split, recipe)
     predictions = out_of_fold.out_of_fold(recipe, dataset, training, split, heads, stores)
     fitted = _weights(job, predictions, systems)
     standards = joined.read_standards(folder / joined.FILE)
     model = assembly.assemble(recipe, dataset, split, heads, center_bias, classifier(), fitted, standards, record)
     if not recipe.refit:
-        _save(folder, model, networks)
+        _save(folder, model)
     _write_weights(folder, model, fitted.category)
     write_atomic(folder / "out_of_fold.csv", _out_of_fold_csv(job, predictions, fitted.category.left_out))
 
@@ -110,7 +107,7 @@ def _evaluate(
         "provenance": record,
     }
     if refitted:
-        _save(folder, refitted, networks)
+        _save(folder, refitted)
     if recipe.heads and (seen := _seen_by_heads(job)):
         evaluation["doubts"] |= {"category_weights": seen}
     write_json(folder / "evaluation.json", evaluation)
@@ -132,8 +129,11 @@ def _seen_by_heads(job: Job) -> str:
     return f"the heads of {job.recipe.heads} were trained on images of this very data set; see that model's own scores"
 
 
-def _save(folder: Path, model: Model, networks: Sequence[FrozenBackbone]) -> None:
+def _save(folder: Path, model: Model) -> None:
     """The model as a folder, and as a plain PyTorch file."""
+    from acw.features.backbone import load_backbone
+
+    networks = [load_backbone(backbone) for backbone in model.backbones]
     files.save(model, folder / "model", networks)
     state = files.state_dict(model, networks)
     write_atomic(folder / "model.pth", lambda temporary: torch.save(state, temporary))
