@@ -38,7 +38,7 @@ def gaze() -> Recipe:
 
     acw run gaze --dataset FOLDER [--pixels-per-degree PX]
 
-    Cost: 959 photographs of 800x600 px in some 23 minutes and 7 GiB on 2 cores, of which the refit is 8. There it
+    Cost: 959 photographs of 800x600 px in some 23 minutes and 6 GiB on 2 cores, of which the refit is 8. There it
     reached 1.57 bit per fixation over the centre bias on the 192 held-out images, where other people's fixations reach
     1.58.
     """
