@@ -159,11 +159,8 @@ def _extract_shards(
         computed = sum(len(_indices(stimuli, shard)) for shard in missing)
         return backbone.name, len(shards), computed, peak_rss(), precision
 
-    size = min(SHARDS_PER_TASK["GPU" if gpus else "CPU"], -(-total // (2 * allocation.workers)))
-    waiting = [(b, part[at : at + size]) for b, part in doubtful.items() for at in range(0, len(part), size)][::-1]
-    # The last ones are small, lest all wait for one worker's.
-    last = [(b, [shard]) for b, part in waiting[: allocation.workers] for shard in part[::-1]]
-    waiting = last + waiting[allocation.workers :]
+    most = SHARDS_PER_TASK["GPU" if gpus else "CPU"]
+    waiting = _parts(doubtful, min(most, -(-total // (2 * allocation.workers))), allocation.workers)
     shared = ray.put(stimuli)
     out: list[Any] = []
     start = shown = time.monotonic()
@@ -182,6 +179,14 @@ def _extract_shards(
             figures = {"done": done, "total": total, "images_per_second": rate, "minutes_left": left}
             event_log.event("features", backbone=name, **figures)
     return images, peak
+
+
+def _parts(doubtful: dict[Backbone, list[int]], size: int, workers: int) -> list[tuple[Backbone, list[int]]]:
+    """The shards in parts of that size, the first to be done at the end; the last ones single, lest all wait for one
+    worker's."""
+    parts = [(b, shards[at : at + size]) for b, shards in doubtful.items() for at in range(0, len(shards), size)][::-1]
+    last = [(b, [shard]) for b, shards in parts[:workers] for shard in shards[::-1]]
+    return last + parts[workers:]
 
 
 # Tasks run in processes that Ray keeps, backbone by backbone: one is loaded once a process, and alone in memory.

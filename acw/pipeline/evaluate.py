@@ -60,18 +60,8 @@ def evaluate(
         gold = gold_standard.fit(dataset, images, model.center_bias, adaptive)
     model.load_backbones()
     connect()
-    scoring = Scoring(
-        dataset,
-        images,
-        ImageDensities(model, dataset),
-        model,
-        {},
-        labelled,
-        gold,
-        external,
-        exact=exact,
-        sim_opt=sim_opt,
-    )
+    densities = ImageDensities(model, dataset)
+    scoring = Scoring(dataset, images, densities, model, {}, labelled, gold, external, exact=exact, sim_opt=sim_opt)
     scores, cost = score_images(scoring, images)
     print(f"scores: {cost}", flush=True)
     result = {
