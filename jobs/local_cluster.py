@@ -141,6 +141,8 @@ def _client(head: subprocess.Popen[bytes], address: str, log: Path) -> JobSubmis
 
 def submit(client: JobSubmissionClient, command: list[str]) -> int:
     """Runs a command as a job from the current folder, streams its output, and returns its exit status."""
+    # Ray would tell that the stream has ended, after the job's last line, which is the result's path.
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 
     async def stream() -> None:
         async for text in client.tail_job_logs(job):
