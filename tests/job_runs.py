@@ -104,6 +104,11 @@ def finished(base: Path) -> Run:
     return Run(arguments, parse(arguments, ""), result.stdout.splitlines(), output)
 
 
+def called(run: Run, name: str) -> str:
+    """What the folder of the same run is called where its data set has another name."""
+    return f"{run.job.recipe.name}-{name}-{run.job.folder.name.rpartition('-')[2]}"
+
+
 def elsewhere(arguments: Sequence[str], root: Path) -> list[str]:
     """The same command line with another root."""
     place = list(arguments).index("--root")

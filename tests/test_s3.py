@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from job_runs import RECIPE, assert_same_heads, command, displays, finished, run, succeed
+from job_runs import RECIPE, assert_same_heads, called, command, displays, finished, run, succeed
 from seaweed import BUCKET, KEY, SECRET, Proxy, SeaweedFS, node
 from three_nodes import running
 from tiny_training import BACKBONE, StubNetwork, make_store, stimuli
@@ -313,7 +313,7 @@ def test_from_s3_to_s3_while_the_server_is_restarted(
     succeed("stage", folder, f"{root}/tiny", "--fixations", table)
     arguments = [*RECIPE, "--dataset", f"{root}/tiny", "--fixations", f"{root}/tiny/fixations.csv"]
     arguments += ["--root", f"{root}/runs"]
-    here = local(f"{root}/runs/{done.job.folder.name}")
+    here = local(f"{root}/runs/{called(done, 'tiny')}")
     with running(command("pipeline", *arguments), tmp_path / "log") as job:
         while not listing(here / "banks"):
             assert job.poll() is None, (tmp_path / "log").read_text(encoding="utf-8")
@@ -327,7 +327,7 @@ def test_from_s3_to_s3_while_the_server_is_restarted(
     assert succeed("pipeline", *arguments)[-1] == said.splitlines()[-1], "run again, it only shows what is there"
 
     node(monkeypatch, tmp_path / "other")
-    here = local(f"{root}/runs/{done.job.folder.name}")
+    here = local(f"{root}/runs/{called(done, 'tiny')}")
     for path in listing(here):
         fetch(path)
     assert_same_heads(here, done.job.folder)

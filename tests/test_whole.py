@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from job_runs import JOBS, RECIPE, Histories, assert_same_heads, assert_same_scores, finished, histories, succeed
+from job_runs import (
+    JOBS,
+    RECIPE,
+    Histories,
+    assert_same_heads,
+    assert_same_scores,
+    called,
+    finished,
+    histories,
+    succeed,
+)
 from seaweed import BUCKET, KEY, SECRET, SeaweedFS
 from servers import free_port, mlflow_server, wait_until_it_answers
 from three_nodes import NODE, PATIENCE, ThreeNodes, finish, head, running, submission, wait_for
@@ -51,7 +61,7 @@ def test_submitted_to_three_nodes_from_s3_to_s3_with_a_node_lost(
     done = finished(tmp_path_factory.getbasetemp() / "jobs")
     pictures, table = (done.arguments[done.arguments.index(name) + 1] for name in ("--dataset", "--fixations"))
     succeed("stage", pictures, f"{root}/tiny", "--fixations", table)
-    run = f"{root}/runs/{done.job.folder.name}"
+    run = f"{root}/runs/{called(done, 'tiny')}"
     port, dashboard, log = free_port(), free_port(), tmp_path / "log"
     job = ["python", "jobs/pipeline.py", *RECIPE, "--dataset", f"{root}/tiny"]
     job += ["--fixations", f"{root}/tiny/fixations.csv", "--root", f"{root}/runs"]
