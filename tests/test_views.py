@@ -9,7 +9,7 @@ import json
 import pickle
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -157,16 +157,20 @@ def _first_layer(bank: readout.Parameters, features: Features) -> Tensor:
     return seen[0].unflatten(0, (len(features.mean), -1)).transpose(0, 1)
 
 
+def standard_of(stores: Sequence[FeatureStore], images: Sequence[int]) -> Standard:
+    return joined.beside_each_other([joined.standard_of(part, images) for part in stores])
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> JoinedStore:
     part = make_store(tmp_path_factory.mktemp("features"))
     other = make_store(tmp_path_factory.mktemp("other"))
-    return JoinedStore((part, other), joined.standard_of((part, other), np.arange(6, IMAGES)))
+    return JoinedStore((part, other), standard_of((part, other), range(6, IMAGES)))
 
 
 def test_constants_bring_channels_to_mean_0_and_variance_1_over_training_images(store: JoinedStore) -> None:
     images = [index for index in range(6, IMAGES) if store.readouts[index] == store.readouts[6]]
-    standard = joined.standard_of(store.parts, images)
+    standard = standard_of(store.parts, images)
     features = store.load(images)
     standardised = [
         (on_grid([tap], features.readout) - standard.mean[at : at + 6, None, None])
@@ -184,7 +188,7 @@ def test_a_channel_that_is_silent_in_training_has_no_say_elsewhere() -> None:
     moments = torch.zeros(2, 5)
     moments[1] = torch.tensor([4.0, 1.0, 1.0, 1e-14, 0.0])
     whispering = SimpleNamespace(channels=(5,), moments=lambda _: moments[None])
-    standard = joined.standard_of([cast(FeatureStore, whispering)], [0])
+    standard = joined.standard_of(cast(FeatureStore, whispering), [0])
     torch.testing.assert_close(standard.scale, torch.tensor([2.0, 1.0, 1.0, 0.05, 0.05]))
 
 

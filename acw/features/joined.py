@@ -32,17 +32,22 @@ LEAST_SCALE = 0.05
 SMALLEST_SCALE = 1e-6  # where a whole layer is silent
 
 
-def standard_of(stores: Sequence[FeatureStore], images: Sequence[int] | np.ndarray) -> Standard:
-    """The constants of some stores' channels over some images, those of training: images count equally."""
-    total_2C = torch.zeros(2, sum(sum(store.channels) for store in stores), dtype=torch.float64)
+def standard_of(store: FeatureStore, images: Sequence[int] | np.ndarray) -> Standard:
+    """The constants of a network's channels over some images, those of training: images count equally."""
+    total_2C = torch.zeros(2, sum(store.channels), dtype=torch.float64)
     for index in images:
-        total_2C += torch.cat([store.moments([index])[0] for store in stores], 1)
+        total_2C += store.moments([index])[0]
     mean_C, square_C = total_2C / len(images)
     deviation_C = (square_C - mean_C.square()).clamp_min(0).sqrt()
-    layers = deviation_C.split([count for store in stores for count in store.channels])
+    layers = deviation_C.split(store.channels)
     floors = [layer.median().mul(LEAST_SCALE).clamp_min(SMALLEST_SCALE) for layer in layers]
     scale_C = torch.cat([layer.maximum(floor) for layer, floor in zip(layers, floors, strict=True)])
     return Standard(mean_C.float(), scale_C.float())
+
+
+def beside_each_other(parts: Sequence[Standard]) -> Standard:
+    """The constants of several networks' channels as one view's."""
+    return Standard(torch.cat([part.mean for part in parts]), torch.cat([part.scale for part in parts]))
 
 
 def join(
@@ -92,13 +97,6 @@ class JoinedStore:
     def readouts(self) -> tuple[tuple[int, int], ...]:
         return tuple(map(finest, zip(*(part.readouts for part in self.parts), strict=True)))
 
-    def groups(self, indices: Sequence[int] | np.ndarray) -> list[list[int]]:
-        """As `FeatureStore.groups`."""
-        groups = [[int(index) for index in indices]]
-        for part in self.parts:
-            groups = [some for group in groups for some in part.groups(group)]
-        return groups
-
     def load(self, indices: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> Features:
         """As `FeatureStore.load`."""
         parts = [part.load(indices, device) for part in self.parts]
@@ -123,8 +121,10 @@ def standards(
     views: Iterable[View], stores: Mapping[str, FeatureStore], images: Sequence[int] | np.ndarray
 ) -> dict[str, Standard]:
     """The constants of the views of several parts, by the views' names; stores: by the parts' names."""
+    views = list(views)
+    of_parts = {name: standard_of(stores[name], images) for name in parts_beside_others(views)}
     return {
-        view.name: standard_of([stores[part.name] for part in view.parts], images)
+        view.name: beside_each_other([of_parts[part.name] for part in view.parts])
         for view in views
         if len(view.parts) > 1
     }

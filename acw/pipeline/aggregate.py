@@ -25,6 +25,7 @@ from acw.training import checkpoints, training_set
 if TYPE_CHECKING:
     from acw.evaluation.gold_standard import GoldStandard
     from acw.evaluation.scoring import StoredDensities
+    from acw.features.joined import Store
     from acw.fusion.category_weights import CategoryWeights
     from acw.fusion.out_of_fold import OutOfFold
     from acw.fusion.weights import Fusion
@@ -43,7 +44,7 @@ def aggregate(job: Job) -> None:
     from acw.tracking import mlflow_store, runs
 
     recipe, folder = job.recipe, job.folder
-    stores = list(job.stores().values())
+    stores = job.stores()
     banks, systems = checkpoints.trained(recipe, folder)
     uri = mlflow_store.ready(job.root, job.tracking_uri)
     record = json.loads(fetch(folder / "recipe.json").read_text(encoding="utf-8"))
@@ -57,7 +58,7 @@ def aggregate(job: Job) -> None:
 
 
 def _evaluate(
-    job: Job, stores: list, banks: dict[Bank, BankState], systems: list[SystemState], record: dict[str, Any]
+    job: Job, views: dict[str, Store], banks: dict[Bank, BankState], systems: list[SystemState], record: dict[str, Any]
 ) -> dict[str, Any]:
     """Leaves model, weights, scores and report in the run's folder; the content of evaluation.json."""
     import ray
@@ -72,7 +73,7 @@ def _evaluate(
     from acw.tracking import model_card
 
     recipe, dataset, split, folder = job.recipe, job.dataset, job.split, job.folder
-    heads = assembly.heads_by_fold(recipe, banks, systems)
+    stores, heads = list(views.values()), assembly.heads_by_fold(recipe, banks, systems)
     # Each takes one core for long, beside what follows; asked for where it is needed.
     shared = ray.put(dataset)
     classifier = submit(out_of_fold.fit_classifier, shared, split, stores)
@@ -92,7 +93,7 @@ def _evaluate(
     stored = _stored(job, model, stores)
     scores = _held_out_scores(job, stored, fitted.controls, gold)
     write_atomic(folder / "per_image.csv", per_image_csv(dataset, scores))
-    refitted = refit(job, model, job.stores()) if recipe.refit else None
+    refitted = refit(job, model, views) if recipe.refit else None
     evaluation: dict[str, Any] = {
         "dataset": dataset.summary() | {"scored": "held-out images", "images_scored": len(scores)},
         **summarise(dataset, scores, recipe.seed),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acw.features.joined import Store
+from acw.features.joined import Store, parts_of
 from acw.features.tensors import Features
 from acw.heads.center_bias import CenterBias
 from acw.heads.finalizer import Finalizer
@@ -66,7 +66,7 @@ def group_by_shape(
 ) -> list[list[int]]:
     """Images split into those whose features, in every store, and density grids have one shape."""
     groups = [list(indices)]
-    for store in stores:
+    for store in parts_of(stores):
         groups = [part for group in groups for part in store.groups(group)]
     result: list[list[int]] = []
     for group in groups:
