@@ -34,6 +34,10 @@ class Split:
                 "add images or give a larger --holdout"
             )
 
+    def without(self, images: np.ndarray) -> Split:
+        """The same split for heads that must not meet some images ((N,) bool): neither trained nor stopped by them."""
+        return Split(np.where(images, np.int8(-1), self.fold), fingerprint([self.hash, images.tolist()]))
+
     def with_held_out(self) -> Split:
         """The same split with the held-out images dealt into the folds: for a model that is not scored any more."""
         fold = self.fold.copy()

@@ -77,13 +77,15 @@ def _evaluate(
     # Each takes one core for long, beside what follows; asked for where it is needed.
     shared = ray.put(dataset)
     classifier = submit(out_of_fold.fit_classifier, shared, split, stores)
-    center_bias = training_set.kde_of(dataset, split.development)
+    center_bias = training_set.kde_of(dataset, job.heads_split.development)
     people = _gold_standard(job, shared, center_bias)
-    training = training_set.training_set(dataset, split, recipe)
+    training = training_set.training_set(dataset, job.heads_split, recipe)
     predictions = out_of_fold.out_of_fold(recipe, dataset, training, split, heads, stores)
     fitted = _weights(job, predictions, systems)
     standards = joined.read_standards(folder / joined.FILE)
-    model = assembly.assemble(recipe, dataset, split, heads, center_bias, classifier(), fitted, standards, record)
+    model = assembly.assemble(
+        recipe, dataset, job.heads_split, heads, center_bias, classifier(), fitted, standards, record
+    )
     if not recipe.refit:
         _save(folder, model)
     _write_weights(folder, model, fitted.category)

@@ -67,7 +67,7 @@ def _leave_constants(job: Job, stores: dict[str, FeatureStore], trained: bool) -
 
         constants = files.load(local(recipe.heads)).standards
     else:
-        constants = joined.standards(recipe.views, stores, job.split.development)
+        constants = joined.standards(recipe.views, stores, job.heads_split.development)
     joined.write_standards(path, constants)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from acw.cluster.event_log import kept
 from acw.data import Dataset, Split, split
 from acw.features.view import JOIN
@@ -57,6 +59,12 @@ class Job:
             heads = [_sha256(path, version(path))]
         identity = fingerprint([self.recipe.fingerprint, self.dataset.fingerprint, self.dataset.blur_sigma, *heads])
         return self.root / f"{self.recipe.name}-{plain_name(self.dataset.name)}-{identity}"
+
+    @property
+    def heads_split(self) -> Split:
+        """The split as heads meet it: without the images of categories that they are not to see."""
+        unseen = np.isin([stimulus.category for stimulus in self.dataset.stimuli], self.recipe.unseen)
+        return self.split.without(unseen) if self.recipe.unseen else self.split
 
     def stores(self, mirrored: bool = False) -> dict[str, Store]:
         """The features that jobs/extract.py left for this run, by view; raises UserError if it did not.
@@ -139,7 +147,16 @@ def job_of(options: dict[str, Any], *, writes: bool = True) -> Job:
     dataset = read_dataset(options)
     # A category too small to split is refused here, before hours of extraction.
     folds = split(dataset, recipe.seed, recipe.folds, recipe.holdout)
+    _check_unseen(recipe, dataset)
     return Job(recipe, dataset, folds, root, options["tracking_uri"], overlay)
+
+
+def _check_unseen(recipe: Recipe, dataset: Dataset) -> None:
+    """Raises UserError where heads could not be trained without the categories that they are not to see."""
+    if unknown := sorted(set(recipe.unseen) - set(dataset.categories)):
+        raise UserError(f"--unseen: no category '{unknown[0]}'; the data set has {', '.join(dataset.categories)}")
+    if set(recipe.unseen) == set(dataset.categories):
+        raise UserError("--unseen: names every category of the data set; leave at least one to train heads on")
 
 
 def recipe_of(options: dict[str, Any], overlay: dict[str, Any] | None = None) -> Recipe:

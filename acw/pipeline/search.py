@@ -154,9 +154,10 @@ def _work(job: Job, space: Space, options: Options, folder: Path) -> Work:
                 recipe.gpus_per_worker,
                 joined.parts_beside_others(views),
             )
-            constants = joined.standards(views, parts, job.split.development)
+            constants = joined.standards(views, parts, job.heads_split.development)
             stores[views] = joined.of_views(views, parts, constants)
-    return Work(recipe, options.folds, dataset, job.split, training_set(dataset, job.split, recipe), stores, folder)
+    split = job.heads_split
+    return Work(recipe, options.folds, dataset, split, training_set(dataset, split, recipe), stores, folder)
 
 
 def _origin(job: Job, options: Options) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def train(job: Job) -> None:
     if recipe.heads:
         print(f"heads are those of {recipe.heads}: nothing to train", flush=True)
         return
-    training = training_set.training_set(dataset, job.split, recipe)
+    training = training_set.training_set(dataset, job.heads_split, recipe)
     with runs.under_way(uri, folder, recipe, made_with) as epochs:
         note(folder, "heads", distributed.train(recipe, training, stores, folder, epochs.report))
         if recipe.joint:

@@ -56,6 +56,12 @@ class Recipe:
     seed: int = field(0, "decides the split, the initialisations and the order of the batches", NOT_NEGATIVE)
     holdout: float = field(0.2, "of each category's images held out for the final scores", SHARE, "share")
     folds: int = field(5, "cross-validation folds of the other images", Range(2, 100))
+    unseen: tuple[str, ...] = field(
+        (),
+        "categories on whose images no head is trained: only weights and adaptation are fitted on them, as on a kind "
+        "of images that is new to the heads",
+        later=True,
+    )
     seeds: int = field(3, "initialisations per backbone and fold", COUNT, "heads")
     center_bias: str = field("kde", "centre bias in the finalizer: KDE, or ACW's fixed Gaussian", ("kde", "gaussian"))
     center_bias_bandwidth: float = field(
@@ -254,6 +260,7 @@ def check(recipe: Recipe) -> None:
         "refit",
         "false with --joint: add --refit false",
     )
+    require(not (recipe.unseen and (recipe.refit or recipe.joint)), "unseen", "none with --refit or --joint")
     require(
         recipe.joint_min_learning_rate < recipe.joint_learning_rate,
         "joint_min_learning_rate",
