@@ -246,7 +246,7 @@ def benchmark(arguments: argparse.Namespace) -> Figures:
             "readouts, finalizers, mixtures": lambda: [
                 ensemble(bank, one, plain.bias, Finalizer(cell=CELL)) for bank, one in zip(banks, features, strict=True)
             ],
-            "upsampling, mixing": lambda: model._mixed(mixed, pooled, SIZE, "all"),
+            "upsampling, mixing": lambda: model._mixed(mixed, pooled, pixels, "all"),
             "all but backbones": lambda: without.predict(pixels, "all"),
             "whole": lambda: model.predict(pixels, "all"),
         },

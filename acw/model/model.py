@@ -31,6 +31,7 @@ from acw.heads.ensemble import ensemble, mixture
 from acw.heads.finalizer import Finalizer
 from acw.heads.readout import Parameters
 from acw.model.arguments import as_center_bias, as_device, as_image, paired
+from acw.model.prediction import Prediction, ViewDensities
 from acw.storage.errors import UserError
 
 # Pixels of the images that pass the backbones together; bounds memory, does not change a number beyond rounding.
@@ -42,18 +43,6 @@ PASSES_PER_LOAD = 4
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """log_density: (H, W) float32, natural logs, logsumexp 0. categories: name -> p(category | image).
-
-    weights: backbone -> share in the mixture.
-    """
-
-    log_density: np.ndarray
-    categories: dict[str, float]
-    weights: dict[str, float]
 
 
 def _in_float32(method: Callable[Concatenate[Model, P], T]) -> Callable[Concatenate[Model, P], T]:
@@ -122,7 +111,7 @@ class Model:
         # A step towards 0 first: what float32 keeps of a log-density are its differences.
         bias = torch.from_numpy((given - given.max()).astype(np.float32))
         ((log_densities, pooled),) = self._densities([pixels], bias)
-        return self._mixed(log_densities, pooled, size, category)
+        return self._mixed(log_densities, pooled, pixels, category)
 
     def predict_batch(
         self, images: Iterable[Any], categories: Iterable[str | None] | None = None
@@ -139,7 +128,7 @@ class Model:
         for window in self._windows(pairs):
             densities = self._densities([image for image, _ in window])
             for (image, category), (log_densities, pooled) in zip(window, densities, strict=True):
-                yield self._mixed(log_densities, pooled, (image.shape[0], image.shape[1]), category)
+                yield self._mixed(log_densities, pooled, image, category)
 
     def _windows(self, pairs: Iterable[tuple[Any, str | None]]) -> Iterator[list[tuple[np.ndarray, str | None]]]:
         """The images with their categories, checked, as many at a time as memory is meant for."""
@@ -231,9 +220,10 @@ class Model:
     @torch.no_grad()
     @_in_float32
     def _mixed(
-        self, log_densities_CHW: Tensor, pooled: np.ndarray, size: tuple[int, int], category: str | None
+        self, log_densities_CHW: Tensor, pooled: np.ndarray, image: np.ndarray, category: str | None
     ) -> Prediction:
-        """The prediction for an image of a size; at that size, one component's map is in memory at a time."""
+        """The prediction for an image (H, W, 3); at its size, one component's map is in memory at a time."""
+        size = (image.shape[0], image.shape[1])
         probabilities = self.classifier.probabilities(pooled[None])[0]
         weights = self.mixing_weights(category, probabilities)
         weight_C = torch.from_numpy(weights).float().to(log_densities_CHW.device)
@@ -247,7 +237,26 @@ class Model:
             mixed[0].cpu().numpy(),
             dict(zip(self.categories, probabilities.tolist(), strict=True)),
             dict(zip(self.names, self.by_backbone(weights).tolist(), strict=True)),
+            ViewDensities(self.names, log_densities_CHW.cpu().numpy(), self.finalizer, size),
+            image,
         )
+
+    def as_pysaliency(self, category: str | None = None) -> Any:
+        """The model as a `pysaliency.Model`, whose log-densities are those of `predict` with this category.
+
+        It keeps none of them unless its `caching` is set; pysaliency hands it the stimuli's pixels alone.
+        """
+        from acw.data import pysaliency_compat
+
+        if category is not None:
+            self._row(category)
+        predict = self.predict
+
+        class PysaliencyModel(pysaliency_compat.load().Model):  # type: ignore[misc]  # known when it is imported
+            def _log_density(self, stimulus: np.ndarray) -> np.ndarray:
+                return predict(stimulus, category).log_density
+
+        return PysaliencyModel(caching=False)
 
     @property
     def backbones(self) -> list[Backbone]:
