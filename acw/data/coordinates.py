@@ -2,49 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
-
 import numpy as np
 
 from acw.data import plausibility
+from acw.data.convention import Convention
 from acw.data.plausibility import Placed
 from acw.data.recording import Recording, listed
 from acw.storage.errors import UserError
 
-Units = Literal["px", "share", "height"]
-Origin = Literal["corner", "centre"]
-YAxis = Literal["down", "up"]
-
 # Share of the fixations that --drop-outside drops without being given a share.
 MOST_DROPPED = 0.1
-
-
-@dataclass(frozen=True)
-class Convention:
-    """How a file writes where a fixation is.
-
-    units: px; `share` of the image's width and height, where 1 is the edge; or both in its `height`, as PsychoPy does.
-    origin: the image's upper left `corner`, or its `centre`; where y goes `up`, the corner is the lower left one.
-    Raises UserError for any other.
-    """
-
-    units: Units = "px"
-    origin: Origin = "corner"
-    y_axis: YAxis = "down"
-
-    def __post_init__(self) -> None:
-        for option, value, choices in (
-            ("--units", self.units, Units), ("--origin", self.origin, Origin), ("--y-axis", self.y_axis, YAxis)
-        ):  # fmt: skip
-            if value not in get_args(choices):
-                raise UserError(f"{option} {value}: choose one of {', '.join(get_args(choices))}")
-
-    @property
-    def note(self) -> tuple[str, ...]:
-        """In words, where it is not what everything here is in."""
-        text = f"coordinates read as {self.units} from the {self.origin}, y going {self.y_axis}"
-        return () if self == Convention() else (text,)
 
 
 def placed(recording: Recording, convention: Convention, where: str) -> Placed:
@@ -52,23 +19,28 @@ def placed(recording: Recording, convention: Convention, where: str) -> Placed:
 
     Raises UserError, which begins with `where`, for what cannot be meant so.
     """
-    height, width = np.array([stimulus.size for stimulus in recording.stimuli])[recording.image].T
-    given = Placed(recording.x, recording.y, height, width)
+    height, width = sizes(recording)
     if recording.pixels:
         if convention != Convention():
-            raise UserError(f"{where}: marks pixels of the images, so leave out --units, --origin and --y-axis")
-        return given
-    if reason := plausibility.contradiction(given, convention.units, convention.origin):
+            raise UserError(
+                f"{where}: marks pixels of the images, so leave out --units, --origin and --y-axis, as well as "
+                "--first-px, --screen and --scale"
+            )
+        return Placed(recording.x, recording.y, height, width)
+    if reason := plausibility.contradiction(written(recording, convention), convention.units, convention.origin):
         raise UserError(f"{where}: {reason}")
-    scale_x, scale_y = {"px": (1, 1), "share": (width, height), "height": (height, height)}[convention.units]
-    x, y = given.x * scale_x, given.y * scale_y
-    if convention.y_axis == "up":
-        y = -y if convention.origin == "centre" else height - y
-    if convention.origin == "centre":
-        x, y = x + width / 2, y + height / 2
-    if convention.units != "px":  # 1 is the image's edge, and belongs to it
-        x, y = (np.where(values == edge, np.nextafter(edge, 0), values) for values, edge in ((x, width), (y, height)))
-    return Placed(x, y, height, width)
+    return Placed(*convention.pixels(recording.x, recording.y, height, width), height, width)
+
+
+def sizes(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (F,) twice: height and width in px of each fixation's image."""
+    height, width = np.array([stimulus.size for stimulus in recording.stimuli])[recording.image].T
+    return height, width
+
+
+def written(recording: Recording, convention: Convention) -> Placed:
+    """Fixations as the file has them, and the size in px of what it means them in: the image, or the screen."""
+    return Placed(recording.x, recording.y, *convention.frame(*sizes(recording)))
 
 
 def inside(

@@ -50,7 +50,7 @@ class Placed:
         """Of coordinates and images, in words."""
         return (
             f"x goes from {self.x.min():.4g} to {self.x.max():.4g} and y from {self.y.min():.4g} to {self.y.max():.4g} "
-            f"in images of {self.width.max()}x{self.height.max()} px"
+            f"in images of {self.width.max():g}x{self.height.max():g} px"
         )
 
 
@@ -132,7 +132,7 @@ def why_outside(recording: Recording, places: Placed, units: str, origin: str) -
             "turned image, but pixels are read as stored; store the image turned, without EXIF"
         )
     if np.all(x[outside] <= width[outside]) and np.all(y[outside] <= height[outside]) and min(x.min(), y.min()) >= 1:
-        return "they look like px counted from 1; subtract 1"
+        return "they look like px counted from 1; subtract 1, or say --first-px 1"
     centred = _counted_from_within(x) or _counted_from_within(y)
     if origin == "corner" and centred and fits(x + width / 2, y + height / 2):
         return "they look like px from the images' centre; say --origin centre, with --y-axis up if y goes up"
@@ -140,10 +140,13 @@ def why_outside(recording: Recording, places: Placed, units: str, origin: str) -
         return "one value comes again and again, as a lost eye is written; remove those lines"
     if not fits(x, y):
         if fits(y, x):
-            return "they fit when x and y are swapped; swap the columns"
+            return "they fit when x and y are swapped; swap the columns (of a table, --columns x=y,y=x)"
         if units == "px" and np.min(x) >= 0 and np.min(y) >= 0:
             factor = max(np.max(x / width), np.max(y / height))
-            return f"they reach {factor:.2g} times as far as the images: are they px of a screen or of another size?"
+            return (
+                f"they reach {factor:.2g} times as far as the images: are they px of a screen or of another size? say "
+                "--screen WxH, or --scale FACTOR"
+            )
     return None
 
 

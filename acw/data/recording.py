@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from acw.data.convention import PX, Convention
 from acw.data.dataset import Stimulus
 from acw.data.images import inspect_image, names_stimulus
 from acw.storage.errors import UserError
@@ -28,6 +30,7 @@ class Recording:
 
     image: int64 (F,), the index of each fixation's stimulus. x, y: float64 (F,), in the file's own units.
     subject: int64 (F,), -1 where unknown. pixels: whether x and y are pixels beyond doubt, as marks in a map are.
+    convention: what the format says of x and y. unseen: images of the folder without a fixation in the file `table`.
     notes: what else the user should know of how the files were read.
     """
 
@@ -37,6 +40,9 @@ class Recording:
     y: np.ndarray
     subject: np.ndarray
     pixels: bool = False
+    convention: Convention = PX
+    unseen: tuple[str, ...] = ()
+    table: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -86,6 +92,22 @@ class Folder:
         except (OSError, RuntimeError) as error:  # a name too long, a circle of links
             raise UserError(f"{where}: {name!r} cannot be a file's name ({error}); correct it") from None
         raise UserError(f"{where}: the image {name} is not in {self.path}{self._hint(name)}; add it or correct it")
+
+    def like(self, name: str) -> list[str]:
+        """The relative paths of the images that a program may mean by `name`, which may be a path on another computer,
+        without an ending, or in other capitals."""
+        last = _nfc(re.split(r"[/\\]", name.strip())[-1]).casefold()
+        return self._by_last.get(last, [])
+
+    @cached_property
+    def _by_last(self) -> dict[str, list[str]]:
+        """Names' last parts, and those without their endings, NFC and case-folded -> relative paths."""
+        found: dict[str, list[str]] = {}
+        for path in self.stimuli:
+            last = _nfc(path.rpartition("/")[2]).casefold()
+            for key in (last, last.rpartition(".")[0]):
+                found.setdefault(key, []).append(path)
+        return found
 
     @cached_property
     def stimuli(self) -> list[str]:

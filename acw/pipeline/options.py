@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from acw.data import Dataset, load_dataset
-from acw.data.coordinates import MOST_DROPPED, Origin, Units, YAxis
+from acw.data import Dataset, exports, load_dataset
+from acw.data.convention import Origin, Units, YAxis
+from acw.data.coordinates import MOST_DROPPED
 from acw.data.plausibility import degree
 from acw.data.readers import READERS
 from acw.storage.addresses import expanded, local
@@ -22,6 +23,10 @@ from acw.storage.files import refuse_undecodable, remove, write_atomic
 
 # A shell's variable, which in single quotes stays as it is.
 VARIABLE = re.compile(r"\$[A-Za-z_]\w*|\$\{\w+\}|%[A-Za-z_]\w*%")
+
+
+# Of `add_reader_options`, what `load_dataset` takes besides the files.
+READER_OPTIONS = ("reader", "columns", "units", "origin", "y_axis", "first_px", "screen", "scale", "drop_outside")
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,15 +73,26 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
 
 def add_reader_options(parser: argparse.ArgumentParser) -> None:
     """How the files of a data set are to be understood; `reader_options` takes them from the parsed options."""
-    about = "CSV with columns image, x, y (0-based px), optionally subject, category"
+    about = "CSV with columns image, x, y (0-based px), optionally subject, category; or what --columns says"
     parser.add_argument("--fixations", metavar="FILE", help=about)
+    about = f"what wrote the fixations: {', '.join(exports.NAMES)}; or which columns hold what: image=A,x=B,y=C,"
+    about += "subject=D,category=E, those not named being called so; or both, the name first; or a JSON file of these"
+    parser.add_argument("--columns", metavar="COLUMNS", help=about)
     parser.add_argument("--reader", choices=tuple(READERS), help="where a folder could be read in two ways")
     about = "of x and y: px (default); share of the image's width and height; or both in its height, as in PsychoPy"
-    parser.add_argument("--units", choices=get_args(Units), default="px", help=about)
+    parser.add_argument("--units", choices=get_args(Units), help=about)
     about = "where x and y are counted from: the corner (default) or the image's centre"
-    parser.add_argument("--origin", choices=get_args(Origin), default="corner", help=about)
+    parser.add_argument("--origin", choices=get_args(Origin), help=about)
     about = "where y goes: down from the upper left corner (default), or up from the lower left one, as in PsychoPy"
-    parser.add_argument("--y-axis", choices=get_args(YAxis), default="down", help=about)
+    parser.add_argument("--y-axis", choices=get_args(YAxis), help=about)
+    about = "what the first px is called: 0 (default), or 1, as MATLAB counts"
+    parser.add_argument("--first-px", type=int, choices=(0, 1), help=about)
+    about = (
+        "the screen that x and y are of, in px; images were in its middle, or, with +X+Y, their upper left corner there"
+    )
+    parser.add_argument("--screen", metavar="WxH+X+Y", help=about)
+    about = "how many px of the screen, or of x and y, an image's px was shown as; fit: as many as the screen allows"
+    parser.add_argument("--scale", metavar="FACTOR", help=about)
     about = f"drop fixations outside their image, up to this share of all ({MOST_DROPPED:g} unless given), and say so"
     parser.add_argument(
         "--drop-outside", nargs="?", type=float, const=MOST_DROPPED, default=0.0, metavar="SHARE", help=about
@@ -90,7 +106,10 @@ def add_stimuli_option(parser: argparse.ArgumentParser) -> None:
 
 def reader_options(options: dict[str, Any]) -> dict[str, Any]:
     """What `load_dataset` takes of parsed options."""
-    return {name: options[name] for name in ("reader", "units", "origin", "y_axis", "drop_outside")}
+    chosen = {name: options[name] for name in READER_OPTIONS}
+    if (columns := chosen["columns"]) and columns.endswith(".json"):
+        chosen["columns"] = str(local_path(columns, "--columns"))
+    return chosen
 
 
 def read_dataset(options: dict[str, Any]) -> Dataset:
