@@ -201,7 +201,7 @@ def test_the_optimum_is_known_for_the_built_in_displays(done: Run) -> None:
 
 
 def test_a_finished_model_is_scored_on_a_data_set_of_other_categories(done: Run, tmp_path: Path) -> None:
-    options = displays(tmp_path / "other", ("Size", "Text"), 2, people=False)
+    options = displays(tmp_path / "other", ("Contour", "Text"), 2, people=False)
     lines = succeed("evaluate", "--model", done.job.folder, *options, "--out", tmp_path / "scores" / "out.json")
     out = tmp_path / "scores" / "out.json"
     assert lines[-1] == str(out)
@@ -209,13 +209,13 @@ def test_a_finished_model_is_scored_on_a_data_set_of_other_categories(done: Run,
     assert_shape(evaluation, UNLABELLED, {"oracle_weights"}, {"all"})
     assert_means_of(out.with_suffix(".per_image.csv"), evaluation)
     images = {row["image"] for row in rows(out.with_suffix(".per_image.csv"))}
-    assert images == {"Size/000.png", "Size/001.png", "Text/000.png", "Text/001.png"}
+    assert images == {"Contour/000.png", "Contour/001.png", "Text/000.png", "Text/001.png"}
 
 
 def test_other_models_maps_are_scored_beside_ours(done: Run, tmp_path: Path) -> None:
     """Our centre bias as a density scores as it; a saliency map has no likelihood; a hole in a density is named."""
-    options = displays(tmp_path / "other", ("Size", "Text"), 2)
-    names = ("Size/000", "Size/001", "Text/000", "Text/001")
+    options = displays(tmp_path / "other", ("Contour", "Text"), 2)
+    names = ("Contour/000", "Contour/001", "Text/000", "Text/001")
     bias = acw.load(done.job.folder).center_bias
     for name in names:
         with Image.open(tmp_path / "other" / f"{name}.png") as picture:

@@ -24,8 +24,8 @@ from acw.storage.errors import UserError
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Four pictures of two categories and two sizes: Size/000.png ..., Text/000.png ..."""
-    arguments = displays(tmp_path_factory.mktemp("displays"), ("Size", "Text"), 2)
+    """Four pictures of two categories and two sizes: Contour/000.png ..., Text/000.png ..."""
+    arguments = displays(tmp_path_factory.mktemp("displays"), ("Contour", "Text"), 2)
     parser = Parser()
     add_dataset_options(parser)
     return read_dataset(vars(parser.parse_args(arguments)))
@@ -182,7 +182,7 @@ def test_keys_may_lack_only_folders_that_all_share(dataset: Dataset, tmp_path: P
     alone = write("alone", ["000.png", "001.png"])
     assert open_predictions(alone, size).of(1).shape == dataset.stimuli[1].size
     assert open_predictions(write("longer", [f"{longer}/{name}" for name in names]), dataset).of(3).all()
-    with pytest.raises(UserError, match=r"no prediction for the stimulus Size/000\.png \(key Size/000\.png\)"):
+    with pytest.raises(UserError, match=r"no prediction for the stimulus Contour/000\.png \(key Contour/000\.png\)"):
         open_predictions(alone, dataset)
     with pytest.raises(UserError, match=r"no prediction for the stimulus Text/001\.png"):
         open_predictions(write("short", names[:3]), dataset)
@@ -205,8 +205,8 @@ def test_every_stimulus_has_one_map_of_its_own(dataset: Dataset, tmp_path: Path)
             open_maps(spec, "density", dataset)
     with pytest.raises(ValueError, match="kind 'log': predictions are of the kind density or saliency"):
         open_maps(str(folder), "log", dataset)  # type: ignore[arg-type]
-    twin = dataclasses.replace(dataset.stimuli[0], name="Size/000.jpg")
-    with pytest.raises(UserError, match=r"would be the map of Size/000\.png and Size/000\.jpg"):
+    twin = dataclasses.replace(dataset.stimuli[0], name="Contour/000.jpg")
+    with pytest.raises(UserError, match=r"would be the map of Contour/000\.png and Contour/000\.jpg"):
         open_maps(str(folder), "density", dataclasses.replace(dataset, stimuli=(*dataset.stimuli, twin)))
     Image.new("L", (3, 3)).save(folder / "Text/000.png")
     with pytest.raises(UserError, match=r"Text/000\.npy: there is 000\.png too"):
@@ -219,7 +219,7 @@ def test_every_stimulus_has_one_map_of_its_own(dataset: Dataset, tmp_path: Path)
         open_maps(str(folder), "density", dataset)
 
 
-SIZE = (120, 160)  # of the stimulus Size/000.png
+SIZE = (120, 160)  # of the stimulus Contour/000.png
 DENSITY = np.exp(log_density(SIZE))
 
 
@@ -252,7 +252,7 @@ def test_what_an_array_is_not_is_said(
     dataset: Dataset, tmp_path: Path, stored: np.ndarray, density: str | None, saliency: str | None
 ) -> None:
     folder = folder_of(dataset, tmp_path, save_densities)
-    np.save(folder / "Size/000.npy", stored)
+    np.save(folder / "Contour/000.npy", stored)
     refused = {"density": density, "saliency": saliency}
     for kind, message in refused.items():
         opened = open_maps(str(folder), kind, dataset)  # type: ignore[arg-type]
@@ -262,12 +262,12 @@ def test_what_an_array_is_not_is_said(
             continue
         with pytest.raises(UserError, match=message) as error:
             opened.of(0)
-        assert "Size/000.npy" in str(error.value)
+        assert "Contour/000.npy" in str(error.value)
 
 
 def test_damaged_files_are_named(dataset: Dataset, tmp_path: Path) -> None:
     folder = folder_of(dataset, tmp_path, save_densities)
-    whole = (folder / "Size/000.npy").read_bytes()
+    whole = (folder / "Contour/000.npy").read_bytes()
     grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, SIZE, dtype=np.uint8))
     grey.save(tmp_path / "grey.png")
     np.savez(tmp_path / "several.npz", a=DENSITY, b=DENSITY)
@@ -280,11 +280,11 @@ def test_damaged_files_are_named(dataset: Dataset, tmp_path: Path) -> None:
         ".png": [png[:-2000], gif, black],
     }
     for suffix, contents in cases.items():
-        (folder / "Size/000.npy").unlink(missing_ok=True)
-        path = folder / f"Size/000{suffix}"
+        (folder / "Contour/000.npy").unlink(missing_ok=True)
+        path = folder / f"Contour/000{suffix}"
         for content in contents:
             path.write_bytes(content)
-            with pytest.raises(UserError, match=r"Size/000\.(npy|png): "):
+            with pytest.raises(UserError, match=r"Contour/000\.(npy|png): "):
                 open_maps(str(folder), "density", dataset).of(0)
     hdf5 = tmp_path / "stored.hdf5"
     with h5py.File(hdf5, "w") as file:
@@ -300,7 +300,7 @@ def test_damaged_files_are_named(dataset: Dataset, tmp_path: Path) -> None:
 
 
 def _gradient() -> np.ndarray:
-    """uint8, of the size of Size/000.png: every grey."""
+    """uint8, of the size of Contour/000.png: every grey."""
     return np.linspace(0, 255, SIZE[0] * SIZE[1]).reshape(SIZE).astype(np.uint8)
 
 
@@ -356,13 +356,13 @@ GREY_OR_NOT: dict[str, tuple[Callable[[Path], Image.Image], str, str | None]] = 
 def test_a_map_that_is_not_grey_is_refused(dataset: Dataset, tmp_path: Path, name: str) -> None:
     make, suffix, problem = GREY_OR_NOT[name]
     one = dataclasses.replace(dataset, stimuli=dataset.stimuli[:1])
-    path = tmp_path / "maps" / f"Size/000{suffix}"
+    path = tmp_path / "maps" / f"Contour/000{suffix}"
     path.parent.mkdir(parents=True)
     make(tmp_path).save(path)
     for kind in ("saliency", "density"):
         opened = open_maps(str(tmp_path / "maps"), kind, one)  # type: ignore[arg-type]
         if problem:
-            with pytest.raises(UserError, match=rf"Size/000\{suffix}: .*{problem}") as caught:
+            with pytest.raises(UserError, match=rf"Contour/000\{suffix}: .*{problem}") as caught:
                 opened.check(one)
             assert "save the saliency map itself" in str(caught.value)
         elif kind == "saliency":
@@ -406,7 +406,7 @@ def test_maps_that_say_nothing_are_refused(dataset: Dataset, tmp_path: Path) -> 
         return folder_of(dataset, tmp_path / str(flat), one)
 
     open_maps(str(save(1)), "saliency", dataset).check(dataset)
-    with pytest.raises(UserError, match=r"3 of its 4 maps have one value all over \(as that of Size/000\.png\)"):
+    with pytest.raises(UserError, match=r"3 of its 4 maps have one value all over \(as that of Contour/000\.png\)"):
         open_maps(f"dull={save(3)}", "saliency", dataset).check(dataset)
 
 
@@ -414,12 +414,12 @@ def test_maps_that_say_nothing_are_refused(dataset: Dataset, tmp_path: Path) -> 
 def test_a_turned_or_animated_map_is_refused(dataset: Dataset, tmp_path: Path, suffix: str) -> None:
     one = dataclasses.replace(dataset, stimuli=dataset.stimuli[:1])
     grey = Image.fromarray(_gradient())
-    path = tmp_path / f"Size/000{suffix}"
+    path = tmp_path / f"Contour/000{suffix}"
     path.parent.mkdir()
     exif = Image.Exif()
     exif[0x0112] = 3
     grey.save(path, exif=exif)
-    with pytest.raises(UserError, match=rf"Size/000\{suffix}: is turned by EXIF"):
+    with pytest.raises(UserError, match=rf"Contour/000\{suffix}: is turned by EXIF"):
         open_maps(str(tmp_path), "saliency", one).of(0)
     if suffix == ".png":
         grey.save(path, save_all=True, append_images=[grey.rotate(180)])

@@ -22,7 +22,7 @@ from acw.training.bank import BankState, checkpoint_path, plan_banks
 
 def options(folder: Path, *more: str) -> list[str]:
     tiny = ("demo", "--backbones", "lite0,lite1", "--weights", "lite0=random,lite1=random", "--seeds", "1")
-    return [*tiny, "--folds", "2", "--root", str(folder / "root"), *displays(folder, ("Size", "Text"), 10), *more]
+    return [*tiny, "--folds", "2", "--root", str(folder / "root"), *displays(folder, ("Contour", "Text"), 10), *more]
 
 
 def test_a_plan_counts_what_a_run_would_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,7 +239,7 @@ def test_a_job_says_it_in_one_line_without_the_key(root: str) -> None:
 def test_a_staged_data_set_is_the_local_one(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from acw.pipeline.stage import files, stage
 
-    _, folder, _, table = displays(tmp_path / "set", ("Colour", "Size"), 3)
+    _, folder, _, table = displays(tmp_path / "set", ("Colour", "Contour"), 3)
     here = load_dataset(folder, fixations=table)
     (tmp_path / "set" / "notes.txt").write_text("not read", encoding="utf-8")
     chosen = files(Path(folder), Path(table))

@@ -10,15 +10,16 @@ import hashlib
 import numpy as np
 
 from acw.data.dataset import SYNTHETIC, Dataset, Stimulus
-from acw.data.displays import CATEGORIES, HEIGHT, WIDTH, Draws
-from acw.data.known import VERSION, _density
+from acw.data.displays import HEIGHT, WIDTH, Draws
+from acw.data.known import VERSION, draw_pixels
+from acw.data.layouts import CATEGORIES
 
-IMAGES = 24  # a category
+IMAGES = 64  # a category
 SUBJECTS = 15
 
 
 def load() -> Dataset:
-    """All displays, 24 of each category, and the fixations of 15 subjects, 4 to 8 each on every display."""
+    """All displays, 64 of each category, and the fixations of 15 subjects, 4 to 8 each on every display."""
     stimuli: list[Stimulus] = []
     image, x, y, subject = [], [], [], []
     for category in CATEGORIES:
@@ -49,9 +50,7 @@ def _fixations(category: str, index: int) -> tuple[np.ndarray, np.ndarray, np.nd
     """y, x (float64, px) and subject (int32) of each fixation: a pixel drawn from the density, a place within it."""
     draws = Draws(VERSION, category, index, "fixations")
     subject = np.repeat(np.arange(SUBJECTS, dtype=np.int32), [draws.integer(4, 8) for _ in range(SUBJECTS)])
-    cumulative = np.cumsum(_density(category, index))
-    pixel = np.searchsorted(cumulative, draws.array(len(subject)) * cumulative[-1], side="right")
+    rows, columns = draw_pixels(category, index, draws, len(subject))
     # Steps of 1/1024 px are exact in float32 too, so that no rounding carries a fixation into the next pixel.
     within = np.floor(draws.array(2, len(subject)) * 1024) / 1024
-    rows, columns = np.divmod(pixel, WIDTH)
     return rows + within[0], columns + within[1], subject
