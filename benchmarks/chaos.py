@@ -3,15 +3,15 @@
     python benchmarks/chaos.py --minutes 10 --seed 0
     python benchmarks/chaos.py --minutes 1 --seed 0 --images 6 --epochs 3 --every 15       # tiny
 
-Runs `jobs/pipeline.py demo` on small pictures of the built-in displays, on three nodes of one core each that are all
-on this machine, logging to an MLflow server: once undisturbed, then, for so many minutes, with a fault about `--every`
-seconds, drawn by the seed. A worker process is killed; a node is removed without grace and another one added; the
-driver is killed; the whole cluster is stopped, head and all, and another one started; or for OUTAGE_SECONDS all object
-stores are full, the MLflow server is away, or the run's disk is full (left out where no file system may be mounted).
-A job that has ended by that is submitted again. A run that ends before the minutes do is compared and followed by
-another one. Prints what was injected and the comparison with the undisturbed run; exit status 1 if heads differ by more
-than 1e-6 or scores by more than 1e-3, or if anything that was finished was done again. A run takes about three minutes
-on two quiet cores.
+Runs `jobs/pipeline.py gaze_small` on small pictures of the built-in displays, on three nodes of one core each that are
+all on this machine, logging to an MLflow server: once undisturbed, then, for so many minutes, with a fault about
+`--every` seconds, drawn by the seed. A worker process is killed; a node is removed without grace and another one added;
+the driver is killed; the whole cluster is stopped, head and all, and another one started; or for OUTAGE_SECONDS all
+object stores are full, the MLflow server is away, or the run's disk is full (left out where no file system may be
+mounted). A job that has ended by that is submitted again. A run that ends before the minutes do is compared and
+followed by another one. Prints what was injected and the comparison with the undisturbed run; exit status 1 if heads
+differ by more than 1e-6 or scores by more than 1e-3, or if anything that was finished was done again. A run takes about
+three minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def folder(self) -> Path | None:
-        return next(self.root.glob("demo-*"), None)
+        return next(self.root.glob("gaze_small-*"), None)
 
     def take_note(self) -> None:
         """Of the epochs that are finished."""
@@ -246,7 +246,7 @@ def chaos(place: Path, options: argparse.Namespace) -> int:
     good, runs, start = True, 0, time.monotonic()
     with contextlib.ExitStack() as stack:
         site = Site(place, stack)
-        arguments = ["demo", *fields, *dataset, "--tracking-uri", f"http://127.0.0.1:{site.port}"]
+        arguments = ["gaze_small", *fields, *dataset, "--tracking-uri", f"http://127.0.0.1:{site.port}"]
         with ThreeNodes(place / "cluster.log") as cluster:
             undisturbed = Run(arguments, place / "undisturbed", cluster)
             undisturbed.finish()

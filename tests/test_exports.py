@@ -238,7 +238,7 @@ def test_columns_by_name_and_by_file_mean_the_same_to_every_command(images: Path
     (images / "sub" / "Street 1.png").unlink()
     table.write_text("\n".join(["Bild;VP;RX;RY;Art", *lines]), encoding="utf-8")
     options = ["--dataset", str(images), "--fixations", str(table), "--columns", spec, "--screen", "500x400"]
-    job = parse(["demo", *options, "--root", str(tmp_path / "root")], "")
+    job = parse(["gaze_small", *options, "--root", str(tmp_path / "root")], "")
     assert job.dataset.x.tolist() == [50.5, 51.5, 60.5, 61.5, *(52.5 + np.arange(8)).tolist()]
     assert "coordinates on a screen of 500x400, images in its middle" in job.dataset.notes
 
