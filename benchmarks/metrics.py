@@ -27,9 +27,10 @@ from harness import Figures
 
 from acw.cluster import joining
 from acw.data import Dataset, Stimulus, pysaliency_compat
+from acw.evaluation.distributed import score_images
 from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Target, score_mixtures
 from acw.evaluation.sauc import MeanPrediction, reduced, shuffled_aucs
-from acw.evaluation.scoring import Scoring, score_images
+from acw.evaluation.scoring import Scoring
 from acw.features.view import View
 from acw.features.zoo import BACKBONES
 from acw.fusion.classifier import CategoryClassifier

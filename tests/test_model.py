@@ -244,7 +244,7 @@ def test_what_is_no_model_says_so(tmp_path: Path, folder: Path) -> None:
         with pytest.raises(UserError, match=r"no model here \(model\.json is missing\)"):
             load(place)
     description = (folder / "model.json").read_text(encoding="utf-8")
-    (tmp_path / "model.json").write_text(description.replace('"format": 3', '"format": 99'), encoding="utf-8")
+    (tmp_path / "model.json").write_text(description.replace('"format": 4', '"format": 99'), encoding="utf-8")
     with pytest.raises(UserError, match="format 99"):
         load(tmp_path)
     with pytest.raises(UserError, match=r"heads\.safetensors: is a file, not a model's folder; give the folder"):

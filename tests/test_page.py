@@ -238,11 +238,11 @@ def test_a_comparison_has_the_tables_and_the_weights_of_all_runs(tmp_path: Path,
 def test_which_images_are_shown() -> None:
     gains = {f"{k}": {"category_weights": k / 10, "gold_standard": 1.0 - (k == 3)} for k in range(12)}
     category = {image: "even" if int(image) % 2 == 0 else "odd" for image in gains}
-    assert gallery.typical(category, gains) == {"even": "4", "odd": "5"}
-    assert gallery.worst(gains) == ["0", "1", "2", "4", "5", "6", "7", "8", "9", "10"]
+    assert gallery.typical(category, gains, "category_weights") == {"even": "4", "odd": "5"}
+    assert gallery.worst(gains, "category_weights") == ["0", "1", "2", "4", "5", "6", "7", "8", "9", "10"]
     for image in gains.values():
         del image["gold_standard"]
-    assert gallery.worst(gains)[:4] == ["0", "1", "2", "3"]
+    assert gallery.worst(gains, "category_weights")[:4] == ["0", "1", "2", "3"]
 
 
 def test_pictures_end_where_the_page_would_grow_too_large(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,22 +1,18 @@
-"""Scores of every model and reference on images: first the mean predictions, then image by image."""
+"""Scores of every model and reference on an image; `distributed` has them computed for many."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
+from scipy.special import logsumexp
 from torch import Tensor
 
-from acw.cluster.costs import Cost, peak_rss
-from acw.cluster.process import compute_with, give_back_when_idle
 from acw.data import Dataset
 from acw.evaluation.exact import ExactTarget
 from acw.evaluation.external_models import ExternalModel
@@ -33,6 +29,7 @@ from acw.evaluation.metrics import (
 from acw.evaluation.sauc import MeanPrediction, reduced, shuffled_auc, shuffled_aucs
 from acw.evaluation.sim_opt import best_map
 from acw.features.joined import Store, parts_of
+from acw.fusion.adaptation import Adaptation
 from acw.fusion.category_weights import Likelihoods, oracle
 from acw.heads.finalizer import normalise, upsample
 from acw.model.model import Model
@@ -41,16 +38,13 @@ from acw.storage.errors import UserError
 # Names of models that are mixtures of the components, but for backbones, sources and controls.
 MODELS = (
     *("center_bias", "uniform", "global_weights", "category_weights", "inferred_category", "wrong_category"),
+    *("global_adaptation", "category_adaptation", "inferred_adaptation", "wrong_adaptation", "shuffled_adaptation"),
     "log_mixture",
 )
 # Names in `references`: scores that no model could have, or that look at the answer.
-REFERENCES = ("gold_standard", "gold_standard_upper", "optimum", "oracle_weights")
+REFERENCES = ("gold_standard", "gold_standard_upper", "optimum", "oracle_weights", "split_half_weights")
 # For whom the map that is best for SIM is searched, if asked: a minute an image and model at full HD.
 SIM_OPT_OF = ("center_bias", "category_weights", "inferred_category")
-# Images that Ray knows of at a time: enough for a cluster to see that it should grow.
-TASKS_AT_ONCE = 500
-# Images whose predictions one task adds up. Sums come in this order, so that workers change no digit.
-IMAGES_PER_SUM = 16
 Scores = dict[str, dict[str, float]]
 # What `Densities.of` gives for an image, as arrays, which Ray's workers read where they lie.
 ComponentPrediction = tuple[np.ndarray, np.ndarray]
@@ -101,11 +95,12 @@ class ImageDensities:
 class _Maps:
     """What is predicted for an image. log_densities: float32 (C, H, W) of the components.
 
-    weights: name -> (C,) of a mixture. wrong: those of the other categories. singles: name -> float32 (H, W)
-    log-density of what is no such mixture.
+    on_grid: the same on the model's grid. weights: name -> (C,) of a mixture. wrong: those of the other categories.
+    singles: name -> float32 (H, W) log-density of what is no such mixture.
     """
 
     log_densities: Tensor
+    on_grid: Tensor
     weights: dict[str, np.ndarray]
     wrong: list[np.ndarray]
     singles: dict[str, Tensor]
@@ -124,7 +119,8 @@ class Scoring:
     """What to score, and against what.
 
     dataset: whose fixations; `among`: the images whose other fixations are sAUC's negatives.
-    by_image: name -> (N, C) weights of a mixture, a row an image of the data set.
+    by_image: name -> (N, C) weights of a mixture, a row an image of the data set. adaptation: of the model, or one that
+    is not the model's as it does not pay; shuffled: its control, fitted to labels that mean nothing, and these, (N,).
     labelled: whether the data set's categories are the model's, so that right and wrong weights exist.
     external: other models, scored beside ours. log_mixture: whether to score the combination of Galván's ACW too, the
     weighted sum of log-densities, renormalised. exact: densities are scored by pysaliency itself. sim_opt: an image's
@@ -139,6 +135,8 @@ class Scoring:
     labelled: bool
     gold_standard: GoldStandard | None
     external: tuple[ExternalModel, ...] = ()
+    adaptation: Adaptation | None = None
+    shuffled: tuple[Adaptation, np.ndarray] | None = None
     log_mixture: bool = False
     exact: bool = False
     sim_opt: int = 0
@@ -195,8 +193,13 @@ class Scoring:
         for other in self.external:
             if other.kind == "saliency":
                 result[other.name] = _saliency(torch.from_numpy(other.of(index)), target)
+        log_bias = (bias.density[0] / bias.density[0].sum()).log().view(size)
+        for name, log_p in self._at_fixations(index, maps):
+            gain = float((log_p - log_bias[y.astype(int), x.astype(int)].double().numpy()).mean())
+            level = float(log_p.mean()) + math.log(math.prod(size))
+            result[name] = {"IG": gain / math.log(2), "LL": level / math.log(2)}
         if self.exact:
-            exact = ExactTarget(target, (bias.density[0] / bias.density[0].sum()).log().view(size).numpy())
+            exact = ExactTarget(target, log_bias.numpy())
             # All but those of wrong categories and single subjects.
             for name, density in self._every_density(maps):
                 result[name] = exact.scores(density, of_others(name))
@@ -227,12 +230,14 @@ class Scoring:
         size = self.dataset.stimuli[index].size
         log_densities, pooled = self.component_prediction(index) if predictions is None else predictions[index]
         # Copied: Ray's arrays are read-only, of which torch warns.
-        full = self.model.finalizer.upsample(torch.tensor(log_densities), size)
+        on_grid = torch.tensor(log_densities)
+        full = self.model.finalizer.upsample(on_grid, size)
         weights, wrong = self._weights(index, pooled)
         x, y, _ = self.dataset.fixations_of(index)
         log_p = full[:, y.astype(int), x.astype(int)].T.double().numpy()
         weights["oracle_weights"] = oracle(Likelihoods(log_p, np.zeros(len(log_p), dtype=np.int64), 1))[0]
-        return _Maps(full, weights, wrong, dict(self._singles(index, full, weights)))
+        singles = dict(self._singles(index, full, weights)) | dict(self._adapted(index, on_grid, pooled))
+        return _Maps(full, on_grid, weights, wrong, singles)
 
     def _weights(self, index: int, pooled: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
         """Name -> (C,) weights of the mixtures to score on an image, and those of the wrong categories."""
@@ -247,6 +252,40 @@ class Scoring:
             return weights, []
         weights["category_weights"] = model.mixing_weights(category, probabilities)
         return weights, [model.mixing_weights(wrong, probabilities) for wrong in model.categories if wrong != category]
+
+    def _adapted(self, index: int, on_grid: Tensor, pooled: np.ndarray) -> Iterator[tuple[str, Tensor]]:
+        """The densities by the numbers for all images, for the category, and for what category it looks like."""
+        if self.adaptation is None:
+            return
+        stimulus, model = self.dataset.stimuli[index], self.model
+        inferred = model.shares(None, model.classifier.probabilities(pooled[None])[0])
+        numbers = {"global_adaptation": self.adaptation.row(-1), "inferred_adaptation": self.adaptation.of(inferred)}
+        if self.labelled:
+            own = self.adaptation.of(model.shares(stimulus.category, inferred))
+            numbers |= {"category_adaptation": own}
+        for name, of_name in numbers.items():
+            yield name, model.adapted(on_grid, of_name, stimulus.size)
+
+    def _at_fixations(self, index: int, maps: _Maps) -> Iterator[tuple[str, np.ndarray]]:
+        """Controls of which only the likelihood is asked: name -> (F,) log-density per px at the fixations."""
+        stimulus, model = self.dataset.stimuli[index], self.model
+        x, y, subject = self.dataset.fixations_of(index)
+        log_p = maps.log_densities[:, y.astype(int), x.astype(int)].T.double().numpy()
+        yield "split_half_weights", split_half(log_p, subject)
+        if self.adaptation is None or not self.labelled:
+            return
+
+        def of(adaptation: Adaptation, row: int) -> np.ndarray:
+            adapted = model.adapted(maps.on_grid, adaptation.row(row), stimulus.size)
+            return adapted[y.astype(int), x.astype(int)].double().numpy()
+
+        right = model.categories.index(stimulus.category)
+        wrong = [of(self.adaptation, row) for row in range(len(model.categories)) if row != right]
+        if wrong:
+            yield "wrong_adaptation", np.mean(wrong, 0)
+        if self.shuffled:
+            adaptation, labels = self.shuffled
+            yield "shuffled_adaptation", of(adaptation, int(labels[index]))
 
     def _singles(self, index: int, full: Tensor, weights: dict[str, np.ndarray]) -> Iterator[tuple[str, Tensor]]:
         size = self.dataset.stimuli[index].size
@@ -275,6 +314,24 @@ class Scoring:
             for metric, value in _single(components, of_subject, log_mean).items():
                 total[metric] += value * int(mine.sum()) / len(x)
         return total
+
+
+def split_half(log_p: np.ndarray, subject: np.ndarray) -> np.ndarray:
+    """(F,) log-density at each fixation under the weights that are best for the other half of the subjects.
+
+    log_p: (F, C) of the components; subject: (F,), -1 where unknown: then every other fixation is a half. What weights
+    by image could be worth at most, without the noise that the best weights for the very fixations are fitted to.
+    """
+    _, number = np.unique(subject, return_inverse=True)
+    half = (number if number.max() else np.arange(len(subject))) % 2
+    result = np.empty(len(log_p))
+    for own in (0, 1):
+        other = log_p[half != own]
+        if not len(other):
+            return logsumexp(log_p, axis=1) - math.log(log_p.shape[1])
+        weights = oracle(Likelihoods(other, np.zeros(len(other), dtype=np.int64), 1))[0]
+        result[half == own] = logsumexp(log_p[half == own], axis=1, b=weights)
+    return result
 
 
 def log_mixture(log_densities: Tensor, weights: Tensor, systems: int) -> Tensor:
@@ -311,81 +368,3 @@ def _of_size(scoring: Scoring, size: tuple[int, int]) -> tuple[Tensor, Component
     among = np.isin(np.arange(len(sizes)), scoring.among)
     negatives = ShuffledFixations.of(size, sizes, among, dataset.image, dataset.x, dataset.y)
     return bias, Components.of(bias[None], dataset.blur_sigma), negatives
-
-
-def score_images(scoring: Scoring, indices: Sequence[int] | np.ndarray) -> tuple[dict[int, Scores], Cost]:
-    """Scores of all the images, index -> name -> metric -> score, computed by all cores of the Ray cluster.
-
-    Those of them that are `among` the negatives' images make the mean predictions of sAUC. The cost's peak is the
-    workers': the model, and some 400 MB at full HD, whatever the size of the data set, whose columns they share.
-    """
-    import ray
-
-    start, peak = time.monotonic(), 0
-    # In a list it comes as a reference, so that a worker unpickles it once and not for every image.
-    shared: list[Any] = [ray.put(scoring)]
-    images = sorted(map(int, indices), key=lambda index: scoring.dataset.stimuli[index].size)
-    chunks = [images[k : k + IMAGES_PER_SUM] for k in range(0, len(images), IMAGES_PER_SUM)]
-    survey = ray.remote(num_cpus=1, max_retries=3, num_returns=2)(_survey)
-    totals: dict[str, Tensor] = {}
-    predictions: dict[int, Any] = {}
-    asked = _in_order([functools.partial(survey.remote, shared, chunk) for chunk in chunks])
-    for chunk, ((sums, memory), [kept]) in zip(chunks, asked, strict=True):
-        totals |= {name: totals[name] + part if name in totals else part for name, part in sums.items()}
-        predictions |= dict.fromkeys(chunk, kept)
-        peak = max(peak, memory)
-        print(f"averaging: {len(predictions)}/{len(images)} images", flush=True)
-    assert totals, "none of the images has a say in the means"
-    averaged = int(np.isin(images, scoring.among).sum())
-    shared.append(ray.put({name: MeanPrediction(total, averaged) for name, total in totals.items()}))
-    score = ray.remote(num_cpus=1, max_retries=3, num_returns=1)(_score)
-    asked = _in_order([functools.partial(score.remote, shared, predictions[index], index) for index in images])
-    result = {}
-    for index, ((scores, memory), _) in zip(images, asked, strict=True):
-        result[index] = scores
-        peak = max(peak, memory)
-        if len(result) * 10 // len(images) > (len(result) - 1) * 10 // len(images):
-            print(f"scoring: {len(result)}/{len(images)} images", flush=True)
-    return {int(index): result[int(index)] for index in indices}, Cost(time.monotonic() - start, len(images), peak)
-
-
-def _in_order(tasks: Sequence[Callable[[], Any]]) -> Iterator[tuple[Any, list[Any]]]:
-    """Starts tasks, some at a time, and gives in their order the first of their results, and references to others."""
-    import ray
-
-    waiting = iter(tasks)
-    out = deque(start() for start in itertools.islice(waiting, TASKS_AT_ONCE))
-    while out:
-        first, *others = out.popleft() if isinstance(out[0], list) else [out.popleft()]
-        yield ray.get(first), others
-        out.extend(start() for start in itertools.islice(waiting, 1))
-
-
-def _survey(
-    shared: list[Any], indices: Sequence[int]
-) -> tuple[tuple[dict[str, Tensor], int], dict[int, ComponentPrediction]]:
-    """The sums of the reduced densities of those images that are `among` the negatives', peak memory, and what the
-    components predict for all of them."""
-    compute_with(1)
-    scoring = _received(*shared)
-    with torch.inference_mode():
-        predictions = {index: scoring.component_prediction(index) for index in indices}
-        sums = scoring.sums([index for index in indices if index in scoring.among], predictions)
-    give_back_when_idle()
-    return (sums, peak_rss()), predictions
-
-
-def _score(shared: list[Any], predictions: Mapping[int, ComponentPrediction], index: int) -> tuple[Scores, int]:
-    compute_with(1)
-    scoring, means = map(_received, shared)
-    with torch.inference_mode():
-        scores = scoring.image(index, means, predictions)
-    give_back_when_idle()
-    return scores, peak_rss()
-
-
-@functools.lru_cache(maxsize=2)
-def _received(reference: Any) -> Any:
-    import ray
-
-    return ray.get(reference)

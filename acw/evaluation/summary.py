@@ -17,6 +17,8 @@ from acw.storage.files import csv_text
 KEYS = ("image", "category", "source", "model")
 # By whose IG a model's is divided: what share of it the model explains.
 EXPLAINED_BY = ("gold_standard", "gold_standard_upper")
+# What a model is in the table of scores: without an adaptation of its categories, and with one.
+HEADLINES = ("category_weights", "category_adaptation")
 # See `doubts`.
 TOO_GOOD, PEOPLES_ERROR, LEAST_MARGIN, INVERTED = 0.99, 0.5, 0.01, 0.4
 
@@ -103,9 +105,10 @@ def doubts(models: Mapping[str, Any], references: Mapping[str, Any]) -> dict[str
 
     It looks at the scored images, held-out ones for a run, and only to reject: no model is chosen by it.
     """
-    auc = {name: entry["overall"]["AUC"]["mean"] for name, entry in {**models, **references}.items()}
+    known = {name: entry["overall"] for name, entry in {**models, **references}.items() if "AUC" in entry["overall"]}
+    auc = {name: overall["AUC"]["mean"] for name, overall in known.items()}
     people, reasons = auc.get("gold_standard"), {}
-    for name in models:
+    for name in (name for name in models if name in auc):
         value = auc[name]
         if name == "center_bias" and value > TOO_GOOD:
             reasons[name] = (
@@ -150,6 +153,15 @@ def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
         ("category_weights", "source_weights"),
         ("category_weights", "shuffled_labels"),
         ("category_weights", "log_mixture"),
+        ("category_adaptation", "center_bias"),
+        ("category_adaptation", "uniform"),
+        ("category_adaptation", "global_weights"),
+        ("category_adaptation", "category_weights"),
+        ("category_adaptation", "global_adaptation"),
+        ("category_adaptation", "inferred_adaptation"),
+        ("category_adaptation", "wrong_adaptation"),
+        ("shuffled_adaptation", "global_adaptation"),
+        ("global_adaptation", "global_weights"),
     ]
     known = {name for pair in wanted for name in pair} | set(REFERENCES)
     wanted += [("category_weights", name) for name in names if name not in known and not name.startswith("backbone:")]
@@ -178,6 +190,11 @@ def table(evaluation: dict[str, Any]) -> str:
         lines.append(f"explained: the share of the IG by which people predict people ({kernels(evaluation)})")
     lines += [f"warning: {name}: {doubt}" for name, doubt in evaluation.get("doubts", {}).items()]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def headline(evaluation: dict[str, Any]) -> str:
+    """Which of its `models` is the registered model."""
+    return evaluation.get("headline", HEADLINES[0])
 
 
 def kernels(evaluation: dict[str, Any]) -> str:

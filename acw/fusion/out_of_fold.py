@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from acw.cluster.tasks import submit
 from acw.data import Dataset, Split
 from acw.features.joined import Store, parts_of
 from acw.fusion import classifier
+from acw.fusion.adaptation_fit import Maps, on_grid
 from acw.fusion.category_weights import Likelihoods
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads.center_bias import CenterBias
@@ -28,12 +30,13 @@ from acw.training.trainer import EVALUATION_BATCH
 class OutOfFold:
     """What heads and centre biases say of development images that they did not train on.
 
-    images: (N,) indices in the data set, ascending. likelihoods: of the backbones at their fixations.
-    baseline: (N,) mean log-likelihood of the folds' KDE, nats per fixation.
+    images: (N,) indices in the data set, ascending. likelihoods: of the backbones at their fixations. maps: of their
+    densities on a coarse grid. baseline: (N,) mean log-likelihood of the folds' KDE, nats per fixation.
     """
 
     images: np.ndarray
     likelihoods: Likelihoods
+    maps: Maps
     baseline: np.ndarray
 
 
@@ -53,7 +56,7 @@ def out_of_fold(
     import ray
 
     finalizer, shared = recipe.finalizer, ray.put(dataset)
-    pending: dict[tuple[int, int], Callable[[], dict[int, np.ndarray]]] = {}
+    pending: dict[tuple[int, int], Callable[[], dict[int, _Predicted]]] = {}
     for fold, number in itertools.product(range(recipe.folds), range(len(stores))):
         bank = heads[fold % len(heads)][recipe.backbones[number]]
         groups = group_by_shape([stores[number]], training.sizes, split.validation(fold), finalizer)
@@ -62,14 +65,28 @@ def out_of_fold(
     predicted = {task: result() for task, result in pending.items()}
     fold_of = {int(index): fold for fold in range(recipe.folds) for index in split.validation(fold)}
     images = np.array(sorted(fold_of))
-    log_p = [np.stack([predicted[fold_of[i], number][i] for number in range(len(stores))], 1) for i in images.tolist()]
+    of_views = [[predicted[fold_of[i], number][i] for number in range(len(stores))] for i in images.tolist()]
+    log_p = [np.stack([of_view.log_p for of_view in of_image], 1) for of_image in of_views]
+    maps = Maps.of(
+        [np.stack([of_view.density for of_view in of_image]) for of_image in of_views],
+        [dataset.fixations_of(index)[:2] for index in images.tolist()],
+        [dataset.stimuli[index].size for index in images.tolist()],
+        [training.baseline[fold_of[index]] for index in images.tolist()],
+    )
     baseline = {}
     for index, fold in fold_of.items():
         bias = torch.from_numpy(training.baseline[fold].of_size(finalizer.grid(dataset.stimuli[index].size)))
         baseline[index] = float(_at_fixations(dataset, index, bias, finalizer).mean())
     image = np.repeat(np.arange(len(images)), [len(of_image) for of_image in log_p])
     likelihoods = Likelihoods(np.concatenate(log_p), image, len(images))
-    return OutOfFold(images, likelihoods, np.array([baseline[index] for index in images]))
+    return OutOfFold(images, likelihoods, maps, np.array([baseline[index] for index in images]))
+
+
+class _Predicted(NamedTuple):
+    """Of an image. log_p: (F,) log-density per px at its fixations; density: mass per cell of the coarse grid."""
+
+    log_p: np.ndarray
+    density: np.ndarray
 
 
 @torch.no_grad()
@@ -80,16 +97,17 @@ def _log_densities(
     bank: Parameters,
     center_bias: CenterBias,
     finalizer: Finalizer,
-) -> dict[int, np.ndarray]:
-    """Image -> log-densities at its fixations, by a bank's heads; groups: the images, by shape."""
-    at_fixations = {}
+) -> dict[int, _Predicted]:
+    """Image -> what a bank's heads say of it; groups: the images, by shape."""
+    result = {}
     for group in groups:
         bias = torch.from_numpy(center_bias.of_size(finalizer.grid(dataset.stimuli[group[0]].size)))
         for start in range(0, len(group), EVALUATION_BATCH):
             some = group[start : start + EVALUATION_BATCH]
             for index, log_density in zip(some, ensemble(bank, store.load(some), bias, finalizer), strict=True):
-                at_fixations[index] = _at_fixations(dataset, index, log_density, finalizer)
-    return at_fixations
+                log_p = _at_fixations(dataset, index, log_density, finalizer)
+                result[index] = _Predicted(log_p, on_grid(log_density[None])[0])
+    return result
 
 
 def _at_fixations(dataset: Dataset, index: int, log_density: torch.Tensor, finalizer: Finalizer) -> np.ndarray:

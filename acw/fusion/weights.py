@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from acw.data import Dataset, Split
-from acw.fusion import category_weights
+from acw.fusion import adaptation_fit, category_weights
+from acw.fusion.adaptation import Adaptation
+from acw.fusion.adaptation_fit import FittedAdaptation
 from acw.fusion.category_weights import CategoryWeights
 from acw.fusion.out_of_fold import OutOfFold
 from acw.training.joint import SystemState, weights_history
@@ -21,12 +23,15 @@ class Fusion:
 
     category: per category and backbone. components: (G, C) the same for the model's components, where they are not the
     backbones. controls: name -> (N, B) weights an image of the data set, fitted as the category weights are: by source,
-    where every image has one, and by shuffled labels.
+    where every image has one, and by shuffled labels. adaptation: what categories have besides weights; shuffled: the
+    same fitted to shuffled labels, and these, (N,).
     """
 
     category: CategoryWeights
     controls: dict[str, np.ndarray]
     components: np.ndarray | None = None
+    adaptation: FittedAdaptation | None = None
+    shuffled: tuple[Adaptation, np.ndarray] | None = None
 
 
 def fit_weights(dataset: Dataset, predictions: OutOfFold, seed: int) -> Fusion:
@@ -44,7 +49,13 @@ def fit_weights(dataset: Dataset, predictions: OutOfFold, seed: int) -> Fusion:
         controls["source_weights"] = category_weights.fit(likelihoods, source[images], len(sources), seed).weights[
             source
         ]
-    return Fusion(category_weights.fit(likelihoods, category[images], groups, seed), controls)
+    fitted = category_weights.fit(likelihoods, category[images], groups, seed)
+
+    def adaptation(labels: np.ndarray) -> FittedAdaptation:
+        return adaptation_fit.fit(predictions.maps, fitted.global_weights, labels[images], groups, seed)
+
+    control = adaptation(shuffled).adaptation, shuffled
+    return Fusion(fitted, controls, adaptation=adaptation(category), shuffled=control)
 
 
 def even_weights(dataset: Dataset, predictions: OutOfFold) -> Fusion:

@@ -61,6 +61,7 @@ def assemble(
         provenance=provenance,
         standards=standards,
         mirrored=recipe.mirrored,
+        adaptation=fitted.adaptation.adaptation if fitted.adaptation and fitted.adaptation.pays else None,
     )
     if fitted.components is None:
         model.heads = {name: concatenate([of_fold[name] for of_fold in heads]) for name in recipe.backbones}

@@ -10,7 +10,9 @@ from acw.features.backbone import Backbone
 from acw.storage.errors import UserError
 from acw.storage.files import fetch
 
-FORMAT = 3
+FORMAT = 4
+# Models of before categories had more than weights.
+WEIGHTS_ONLY = 3
 # Models of before there were views of several networks: each backbone is one.
 BACKBONES_ONLY = 2
 
@@ -38,7 +40,7 @@ def describe(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is no description of a model; copy the model anew") from error
     if version == BACKBONES_ONLY:
         description |= {"views": [[backbone["name"]] for backbone in description["backbones"]], "mirrored": False}
-    elif version != FORMAT:
+    elif version not in (WEIGHTS_ONLY, FORMAT):
         raise UserError(f"{path}: format {version}, this acw reads {FORMAT}; use the acw that wrote it")
     for backbone in description["backbones"]:
         file = Path(backbone["weights"])

@@ -20,6 +20,7 @@ from torch import Tensor
 from acw.features import joined
 from acw.features.backbone import FrozenBackbone
 from acw.features.view import View
+from acw.fusion.adaptation import Adaptation
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads.center_bias import CenterBias
 from acw.heads.finalizer import Finalizer
@@ -29,6 +30,9 @@ from acw.model.description import FORMAT, describe, stored_backbone
 from acw.model.model import Model
 from acw.storage.errors import UserError
 from acw.storage.files import fetch, write_atomic, write_json
+
+ADAPTATION = "adaptation/"  # before the names of its arrays
+FIELDS = dataclasses.fields(Adaptation)
 
 
 def save(model: Model, folder: Path, networks: Sequence[FrozenBackbone]) -> None:
@@ -84,6 +88,8 @@ def _arrays(model: Model) -> dict[str, np.ndarray]:
         "classifier.weight": model.classifier.weight,
         "classifier.bias": model.classifier.bias,
     }
+    if model.adaptation is not None:
+        arrays |= {f"{ADAPTATION}{field.name}": getattr(model.adaptation, field.name) for field in FIELDS}
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
@@ -115,6 +121,7 @@ def _read(folder: Path, description: dict[str, Any], device: torch.device) -> Mo
     arrays = load_arrays(fetch(folder / "fusion.safetensors"))
     classifier = {name.partition(".")[2]: array for name, array in arrays.items() if name.startswith("classifier.")}
     constants = {n.partition("/")[2]: torch.from_numpy(a) for n, a in arrays.items() if n.startswith("standards/")}
+    of_adaptation = {n.removeprefix(ADAPTATION): array for n, array in arrays.items() if n.startswith(ADAPTATION)}
     return Model(
         views,
         heads,
@@ -129,5 +136,6 @@ def _read(folder: Path, description: dict[str, Any], device: torch.device) -> Mo
         description["systems"],
         joined.from_tensors(constants),
         description["mirrored"],
+        Adaptation(**of_adaptation) if of_adaptation else None,
         device,
     )

@@ -25,10 +25,11 @@ from acw.features.backbone import Backbone, FrozenBackbone, load_backbone
 from acw.features.store import compute
 from acw.features.tensors import Features, Standard
 from acw.features.view import View, parts_of
+from acw.fusion.adaptation import Adaptation, Numbers, adapt
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads.center_bias import CenterBias
 from acw.heads.ensemble import ensemble, mixture
-from acw.heads.finalizer import Finalizer
+from acw.heads.finalizer import Finalizer, normalise
 from acw.heads.readout import Parameters
 from acw.model.arguments import as_center_bias, as_device, as_image, paired
 from acw.model.prediction import Prediction, ViewDensities
@@ -70,7 +71,8 @@ class Model:
     weights: (G, C) float64, rows of `categories`, columns of `components`. center_bias: the stored KDE, baseline of IG;
     finalizer_bias: what the heads add, it or Galván's. standards: by view, of those of several networks, what
     standardises their channels. mirrored: whether a prediction is the mean of the image's and its mirror image's.
-    provenance: recipe, seeds, versions, commit, data set, split.
+    adaptation: what a category has besides weights, where that was found to pay. provenance: recipe, seeds, versions,
+    commit, data set, split.
 
     one_backbone_at_a_time: set it to keep only the backbone in use in memory: of DeepGaze IIE's four, 90 MB instead of
     320 MB. The price is that each is loaded anew (a third of a second) for every window of a batch: predict many images
@@ -90,6 +92,7 @@ class Model:
     systems: int = 1
     standards: dict[str, Standard] = field(default_factory=dict)
     mirrored: bool = False
+    adaptation: Adaptation | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     one_backbone_at_a_time: bool = False
     _loaded: dict[str, FrozenBackbone] = field(default_factory=dict, repr=False)
@@ -111,7 +114,7 @@ class Model:
         # A step towards 0 first: what float32 keeps of a log-density are its differences.
         bias = torch.from_numpy((given - given.max()).astype(np.float32))
         ((log_densities, pooled),) = self._densities([pixels], bias)
-        return self._mixed(log_densities, pooled, pixels, category)
+        return self._mixed(log_densities, pooled, pixels, category, bias)
 
     def predict_batch(
         self, images: Iterable[Any], categories: Iterable[str | None] | None = None
@@ -220,26 +223,51 @@ class Model:
     @torch.no_grad()
     @_in_float32
     def _mixed(
-        self, log_densities_CHW: Tensor, pooled: np.ndarray, image: np.ndarray, category: str | None
+        self,
+        log_densities_CHW: Tensor,
+        pooled: np.ndarray,
+        image: np.ndarray,
+        category: str | None,
+        given_HW: Tensor | None = None,
     ) -> Prediction:
-        """The prediction for an image (H, W, 3); at its size, one component's map is in memory at a time."""
+        """The prediction for an image (H, W, 3); given_HW: a centre bias of its size instead of the model's own."""
         size = (image.shape[0], image.shape[1])
         probabilities = self.classifier.probabilities(pooled[None])[0]
-        weights = self.mixing_weights(category, probabilities)
+        if self.adaptation is None:
+            weights = self.mixing_weights(category, probabilities)
+            log_density = self._mixture(log_densities_CHW, weights, size)
+        else:
+            numbers = self.adaptation.of(self.shares(category, probabilities))
+            weights = numbers.weights
+            log_density = self.adapted(log_densities_CHW, numbers, size, given_HW)
+        return Prediction(
+            log_density.cpu().numpy(),
+            dict(zip(self.categories, probabilities.tolist(), strict=True)),
+            dict(zip(self.names, self.by_backbone(weights).tolist(), strict=True)),
+            ViewDensities(self.names, log_densities_CHW.cpu().numpy(), self.finalizer, size),
+            image,
+        )
+
+    def _mixture(self, log_densities_CHW: Tensor, weights: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """(H, W) of an image of `size` px, at which one component's map is in memory at a time."""
         weight_C = torch.from_numpy(weights).float().to(log_densities_CHW.device)
 
         def upsampled() -> Iterator[tuple[Tensor, Tensor]]:
             for log_density, weight in zip(log_densities_CHW.split(1), weight_C.split(1), strict=True):
                 yield self.finalizer.upsample(log_density, size)[None], weight
 
-        mixed = mixture(upsampled)
-        return Prediction(
-            mixed[0].cpu().numpy(),
-            dict(zip(self.categories, probabilities.tolist(), strict=True)),
-            dict(zip(self.names, self.by_backbone(weights).tolist(), strict=True)),
-            ViewDensities(self.names, log_densities_CHW.cpu().numpy(), self.finalizer, size),
-            image,
-        )
+        return mixture(upsampled)[0]
+
+    def adapted(
+        self, log_densities_CHW: Tensor, numbers: Numbers, size: tuple[int, int], given_HW: Tensor | None = None
+    ) -> Tensor:
+        """(H, W) log-density of an image of `size` px by a category's numbers, from the components' on its grid."""
+        if given_HW is None:
+            bias_HW = torch.from_numpy(self.center_bias.of_size(self.finalizer.grid(size)))
+        else:
+            bias_HW = normalise(self.finalizer.on_grid(given_HW))
+        on_grid = adapt(log_densities_CHW, numbers, bias_HW.to(log_densities_CHW.device), size)
+        return self.finalizer.upsample(on_grid[None], size)[0]
 
     def as_pysaliency(self, category: str | None = None) -> Any:
         """The model as a `pysaliency.Model`, whose log-densities are those of `predict` with this category.
@@ -291,6 +319,12 @@ class Model:
         if category is None:
             return probabilities @ self.weights
         return self.weights[self._row(category)]
+
+    def shares(self, category: str | None, probabilities: np.ndarray) -> np.ndarray:
+        """(G + 1,) how much of each category's numbers an image has, and of those for all."""
+        if category is None:
+            return np.append(probabilities, 0.0)
+        return np.eye(len(self.categories) + 1)[self._row(category)]
 
     def _row(self, category: str) -> int:
         # One name has several forms in Unicode: those of macOS's folders are others than those of a keyboard.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from acw.evaluation.gold_standard import GoldStandard
     from acw.evaluation.scoring import StoredDensities
     from acw.features.joined import Store
+    from acw.fusion.adaptation_fit import FittedAdaptation
     from acw.fusion.category_weights import CategoryWeights
     from acw.fusion.out_of_fold import OutOfFold
     from acw.fusion.weights import Fusion
@@ -64,7 +65,7 @@ def _evaluate(
     import ray
 
     from acw.cluster.tasks import submit
-    from acw.evaluation.summary import per_image_csv, summarise
+    from acw.evaluation.summary import HEADLINES, per_image_csv, summarise
     from acw.features import joined
     from acw.fusion import out_of_fold
     from acw.pipeline.refit import refit
@@ -93,7 +94,7 @@ def _evaluate(
 
     gold = people()
     stored = _stored(job, model, stores)
-    scores = _held_out_scores(job, stored, fitted.controls, gold)
+    scores = _held_out_scores(job, stored, fitted, gold)
     write_atomic(folder / "per_image.csv", per_image_csv(dataset, scores))
     refitted = refit(job, model, views) if recipe.refit else None
     evaluation: dict[str, Any] = {
@@ -104,6 +105,8 @@ def _evaluate(
             "crossvalidation_nats": {str(s): v for s, v in fitted.category.crossvalidation.items()},
             "global": dict(zip(model.names, fitted.category.global_weights.tolist(), strict=True)),
         },
+        **({"adaptation": _adaptation(fitted.adaptation)} if fitted.adaptation else {}),
+        "headline": HEADLINES[model.adaptation is not None],
         **({"gold_standard": gold.described()} if gold else {}),
         **({"refit": {"images": len(dataset.stimuli)}} if refitted else {}),
         "category_inference": {"out_of_fold_accuracy": model.classifier.accuracy, "categories": len(model.categories)},
@@ -112,7 +115,7 @@ def _evaluate(
     if refitted:
         _save(folder, refitted)
     if recipe.heads and (seen := _seen_by_heads(job)):
-        evaluation["doubts"] |= {"category_weights": seen}
+        evaluation["doubts"] |= {evaluation["headline"]: seen}
     write_json(folder / "evaluation.json", evaluation)
     write_atomic(folder / "model" / model_card.FILE, model_card.write(recipe, evaluation))
     curves = figures.head_curves({bank: state.history for bank, state in banks.items()})
@@ -153,6 +156,9 @@ def _weights(job: Job, predictions: OutOfFold, systems: Sequence[SystemState]) -
         return weights.even_weights(dataset, predictions)
     fitted = weights.fit_weights(dataset, predictions, recipe.seed)
     print(f"weights: prior strength {fitted.category.strength} images, chosen by cross-validation", flush=True)
+    assert fitted.adaptation is not None
+    gain, use = fitted.adaptation.gain.mean() / math.log(2), "used" if fitted.adaptation.pays else "not used"
+    print(f"adaptation: {gain:+.4f} bit on images that it was not fitted on, so it is {use}", flush=True)
     return fitted
 
 
@@ -179,11 +185,10 @@ def _stored(job: Job, model: Model, stores: list) -> StoredDensities:
     return StoredDensities(model, stores, sizes, list(job.stores(mirrored=True).values()), places)
 
 
-def _held_out_scores(
-    job: Job, stored: StoredDensities, controls: dict[str, np.ndarray], gold: GoldStandard | None
-) -> dict:
+def _held_out_scores(job: Job, stored: StoredDensities, fitted: Fusion, gold: GoldStandard | None) -> dict:
     from acw.cluster.costs import note
-    from acw.evaluation.scoring import Scoring, score_images
+    from acw.evaluation.distributed import score_images
+    from acw.evaluation.scoring import Scoring
 
     dataset, held_out = job.dataset, job.split.held_out
     scoring = Scoring(
@@ -191,7 +196,9 @@ def _held_out_scores(
         among=held_out,
         densities=stored,
         model=stored.model,
-        by_image=controls,
+        by_image=fitted.controls,
+        adaptation=fitted.adaptation.adaptation if fitted.adaptation else None,
+        shuffled=fitted.shuffled,
         labelled=True,
         gold_standard=gold,
         # To show what the combination of Galván's ACW costs, where its systems are trained.
@@ -248,6 +255,16 @@ def _out_of_fold_csv(job: Job, predictions: Any, left_out: np.ndarray) -> str:
     stimuli = [job.dataset.stimuli[index] for index in predictions.images]
     rows = [[s.name, s.category, f"{value:.6f}"] for s, value in zip(stimuli, gain, strict=True)]
     return csv_text(["image", "category", "IG"], rows)
+
+
+def _adaptation(fitted: FittedAdaptation) -> dict[str, Any]:
+    """What evaluation.json says of it: the gain, in bits, is out of fold."""
+    return {
+        "prior_strength": _json_number(fitted.strength),
+        "crossvalidation_nats": fitted.crossvalidation,
+        "gain_bits": float(fitted.gain.mean()) / math.log(2),
+        "used": fitted.pays,
+    }
 
 
 def _json_number(value: float) -> float | str:

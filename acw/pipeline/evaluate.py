@@ -38,8 +38,9 @@ def evaluate(
 
     from acw.cluster.joining import connect
     from acw.evaluation import gold_standard
-    from acw.evaluation.scoring import ImageDensities, Scoring, score_images
-    from acw.evaluation.summary import per_image_csv, summarise, table
+    from acw.evaluation.distributed import score_images
+    from acw.evaluation.scoring import ImageDensities, Scoring
+    from acw.evaluation.summary import HEADLINES, per_image_csv, summarise, table
     from acw.tracking.load import load
 
     model = load(location)
@@ -61,7 +62,9 @@ def evaluate(
     model.load_backbones()
     connect()
     densities = ImageDensities(model, dataset)
-    scoring = Scoring(dataset, images, densities, model, {}, labelled, gold, external, exact=exact, sim_opt=sim_opt)
+    scoring = Scoring(
+        dataset, images, densities, model, {}, labelled, gold, external, model.adaptation, exact=exact, sim_opt=sim_opt
+    )
     scores, cost = score_images(scoring, images)
     print(f"scores: {cost}", flush=True)
     result = {
@@ -69,6 +72,7 @@ def evaluate(
         **summarise(dataset, scores, SEED),
         **({"gold_standard": gold.described()} if gold else {}),
         "model": location,
+        "headline": HEADLINES[model.adaptation is not None],
         "outside": {other.name: {"kind": other.kind, "source": shown(other.location)} for other in external},
         "exact": exact,
         "sim_opt_fixations": sim_opt or None,

@@ -59,7 +59,6 @@ PUBLISHED_2 = {
     "ACW (original)": (0.1795, 0.8883, 0.4946, 1.2663, 0.345, 8.3372, 0.3427),
 }
 SIM_OPT = "its SIM is that of a map optimised for SIM"
-HEADLINE = "category_weights"  # what a recipe predicts with, whatever it calls its weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +171,12 @@ def _table_1(systems: Sequence[System]) -> list[dict[str, Any]]:
 
 def _table_2(systems: Sequence[System]) -> list[dict[str, Any]]:
     """All metrics on held-out images, IG with its interval, beside what was published for CAT2000's test set."""
+    from acw.evaluation.summary import headline
+
     rows: list[dict[str, Any]] = []
     for system in systems:
         models = system.evaluation["models"]
-        rows.append(_scored(system.name, models[HEADLINE], system.changed))
+        rows.append(_scored(system.name, models[headline(system.evaluation)], system.changed))
         if "log_mixture" in models:
             changed = f"{system.name} with ACW's weighted sum of log-densities, renormalised"
             rows.append(_scored(f"{system.name}, log mixture", models["log_mixture"], changed))
@@ -221,7 +222,10 @@ def _comparisons(systems: Sequence[System]) -> list[dict[str, Any]]:
 
 def _per_image(system: System) -> dict[str, tuple[str, list[float]]]:
     """Held-out image -> category and scores, in order of their names."""
-    rows = [row for row in csv_rows(system.job.folder / "per_image.csv") if row["model"] == HEADLINE]
+    from acw.evaluation.summary import headline
+
+    model = headline(system.evaluation)
+    rows = [row for row in csv_rows(system.job.folder / "per_image.csv") if row["model"] == model]
     scores = {row["image"]: (row["category"], [float(row[metric]) for metric in (*TABLE_2, "LL")]) for row in rows}
     return dict(sorted(scores.items()))
 

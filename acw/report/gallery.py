@@ -12,7 +12,6 @@ from acw.report.pictures import CENTRE_BIAS, GOLD_STANDARD, OURS, Example, Pictu
 from acw.report.tables import Row, table
 from acw.report.weights import Weights
 
-HEADLINE = "category_weights"  # the model, of all in per_image.csv
 WORST = 10
 # Examples end here, so that the page stays below 20 MB with any number of categories.
 BYTES = 12_000_000
@@ -28,18 +27,18 @@ class Shown(NamedTuple):
     value: str = ""
 
 
-def typical(category: Mapping[str, str], gains: Gains) -> dict[str, str]:
-    """Category -> its image (category: of each image) with the median IG of the model."""
+def typical(category: Mapping[str, str], gains: Gains, model: str) -> dict[str, str]:
+    """Category -> its image (category: of each image) with the median IG of a model."""
     result = {}
     for name in sorted(set(category.values())):
-        images = sorted((image for image in category if category[image] == name), key=lambda i: gains[i][HEADLINE])
+        images = sorted((image for image in category if category[image] == name), key=lambda i: gains[i][model])
         result[name] = images[(len(images) - 1) // 2]
     return result
 
 
-def worst(gains: Gains) -> list[str]:
-    """The images on which the model is furthest below the gold standard; where there is none, those of lowest IG."""
-    return sorted(gains, key=lambda i: gains[i][HEADLINE] - gains[i].get("gold_standard", 0.0))[:WORST]
+def worst(gains: Gains, model: str) -> list[str]:
+    """The images on which a model is furthest below the gold standard; where there is none, those of lowest IG."""
+    return sorted(gains, key=lambda i: gains[i][model] - gains[i].get("gold_standard", 0.0))[:WORST]
 
 
 def examples(images: Mapping[str, str], weights: Weights, example: Callable[[str], Example]) -> dict[str, Any]:
@@ -78,7 +77,7 @@ def _example(category: str, image: str, weights: Weights, pictures: Pictures) ->
     return part | {"scale": scale, "weights": table({"": rows}, columns), "every": maps + compared}
 
 
-def failures(images: Sequence[str], gains: Gains, example: Callable[[str], Example]) -> dict[str, Any]:
+def failures(images: Sequence[str], gains: Gains, model: str, example: Callable[[str], Example]) -> dict[str, Any]:
     """The worst images, each with the model's density and, where there is one, the gold standard's."""
     known = all("gold_standard" in gains[image] for image in images)
     items = []
@@ -86,7 +85,7 @@ def failures(images: Sequence[str], gains: Gains, example: Callable[[str], Examp
         pictures = Pictures(example(image))
         densities = pictures.example.log_densities
         names = [name for name in (OURS, GOLD_STANDARD, CENTRE_BIAS) if name in densities][:2]
-        gain = gains[image][HEADLINE]
+        gain = gains[image][model]
         text = f"IG {number(gain)}"
         if known:
             gold = gains[image]["gold_standard"]
@@ -94,7 +93,7 @@ def failures(images: Sequence[str], gains: Gains, example: Callable[[str], Examp
         maps = [Shown({"": pictures.fixations()}, "fixations")]
         maps += [Shown({"": pictures.density(densities[name])}, name) for name in names]
         items.append({"image": image, "text": text, "maps": maps})
-    return {"known": known, "items": items, "model": HEADLINE}
+    return {"known": known, "items": items, "model": model}
 
 
 def _maps(pictures: Pictures, name: str, log_density: np.ndarray) -> Shown:

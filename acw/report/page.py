@@ -20,11 +20,10 @@ import numpy as np
 from acw.cluster.costs import noted
 from acw.evaluation import bootstrap
 from acw.evaluation.metrics import METRICS, in_order
-from acw.evaluation.summary import KEYS, kernels
+from acw.evaluation.summary import KEYS, headline, kernels
 from acw.report import document, figures, gallery
 from acw.report.document import Sections
 from acw.report.figures import Marks
-from acw.report.gallery import HEADLINE
 from acw.report.numbers import interval, number
 from acw.report.pictures import Example
 from acw.report.tables import Interval, Row, Table, Value, table
@@ -32,8 +31,13 @@ from acw.report.weights import Weights, progressions, weights_of
 from acw.storage.files import csv_rows
 
 NOTES = {
-    "category_weights": "the model: a weight per category and backbone",
-    "inferred_category": "the same, the category inferred from the image",
+    "category_adaptation": "a handful of numbers per category: weights, temperature, spread, centre bias",
+    "inferred_adaptation": "the same, the category inferred from the image",
+    "global_adaptation": "one set of these numbers for all images",
+    "wrong_adaptation": "control: by the numbers of all other categories, averaged; likelihoods alone",
+    "shuffled_adaptation": "control: numbers fitted to labels that mean nothing; likelihoods alone",
+    "category_weights": "a weight per category and backbone",
+    "inferred_category": "weights of the category that is inferred from the image",
     "wrong_category": "control: weights of all other categories, averaged",
     "global_weights": "one weight per backbone for all images",
     "uniform": "the backbones mixed evenly",
@@ -44,6 +48,7 @@ NOTES = {
     "gold_standard": "how well other people predict a person's fixations",
     "gold_standard_upper": "the same, the person included: an upper bound",
     "oracle_weights": "the best weights for each image, chosen by its fixations",
+    "split_half_weights": "the best weights for each image by half of its subjects, for the other half",
     "optimum": "the density that the fixations were drawn from",
 }
 KINDS = {"models": "Models", "references": "References, which no model could be"}
@@ -60,6 +65,11 @@ class Run:
     evaluation: dict[str, Any]
     example: Callable[[str], Example]
     curves: Mapping[str, Sequence[np.ndarray]]
+
+    @property
+    def model(self) -> str:
+        """The registered model's name among `models`."""
+        return headline(self.evaluation)
 
     @cached_property
     def category(self) -> dict[str, str]:
@@ -107,7 +117,7 @@ def write(folder: Path, example: Callable[[str], Example], curves: Mapping[str, 
 def lead(run: Run) -> dict[str, Any]:
     """What a reader wants to know first: cards, and notes on what was done to the data or makes a score doubtful."""
     evaluation = run.evaluation
-    overall = evaluation["models"][HEADLINE]["overall"]
+    overall = evaluation["models"][run.model]["overall"]
 
     def ends(of: Mapping[str, Any], signed: bool = False) -> str:
         low, high = of["ci95"]
@@ -115,7 +125,7 @@ def lead(run: Run) -> dict[str, Any]:
 
     gain = overall["IG"]
     cards = [(number(gain["mean"]), f"bits per fixation of information gain over the centre bias {ends(gain)}")]
-    if explained := evaluation.get("explained", {}).get(HEADLINE, {}).get("gold_standard"):
+    if explained := evaluation.get("explained", {}).get(run.model, {}).get("gold_standard"):
         cards.append(
             (
                 number(explained["mean"], True),
@@ -124,7 +134,7 @@ def lead(run: Run) -> dict[str, Any]:
         )
     for other, text in (("uniform", "over an even mixture"), ("global_weights", "over one set of weights for all")):
         for pair in evaluation["comparisons"]:
-            if (pair["a"], pair["b"], pair["metric"]) == (HEADLINE, other, "IG"):
+            if (pair["a"], pair["b"], pair["metric"]) == (run.model, other, "IG"):
                 cards.append((number(pair["mean"], signed=True), f"bits {text} {ends(pair, True)}"))
     cards += [(number(overall[m]["mean"]), f"{m} {ends(overall[m])}") for m in ("AUC", "NSS")]
     notes = [("Note", note) for note in evaluation["dataset"]["notes"]]
@@ -152,7 +162,7 @@ def scores(run: Run) -> dict[str, Any]:
         groups[heading].sort(key=_by_gain)
     columns = ["", *metrics(entry["overall"] for kind in KINDS for entry in evaluation[kind].values())]
     columns += ["explained"] if shares else []
-    shown = table(groups, columns, notes=NOTES, marked={HEADLINE}, percent={"explained"})
+    shown = table(groups, columns, notes=NOTES, marked={run.model}, percent={"explained"})
     units: dict[str, list[str]] = defaultdict(list)
     for metric in METRICS.values():
         if metric.unit:
@@ -175,17 +185,19 @@ def categories(run: Run) -> dict[str, Any]:
             groups[KINDS["models" if model in run.evaluation["models"] else "references"]].append(
                 {"": model, **intervals}
             )
-            if model == HEADLINE and isinstance(gain := intervals["IG"], Interval):
+            if model == run.model and isinstance(gain := intervals["IG"], Interval):
                 ours[name] = gain.low, gain.high
         for group in groups.values():
             group.sort(key=_by_gain)
         columns = ["", *(m for m in metrics(row for group in groups.values() for row in group) if m)]
-        tables[name] = len(images), table(groups, columns, notes=NOTES, marked={HEADLINE})
-    chart = figures.svg(_by_category(run.evaluation, ours), "IG of each category, bits per fixation")
-    return {"chart": chart, "tables": tables, "sources": _by_source(run.evaluation)}
+        tables[name] = len(images), table(groups, columns, notes=NOTES, marked={run.model})
+    chart = figures.svg(_by_category(run, ours), "IG of each category, bits per fixation")
+    return {"chart": chart, "tables": tables, "sources": _by_source(run)}
 
 
-def _by_category(evaluation: dict[str, Any], ours: Mapping[str, tuple[float, float]]) -> figures.Figure:
+def _by_category(run: Run, ours: Mapping[str, tuple[float, float]]) -> figures.Figure:
+    evaluation = run.evaluation
+
     def gains(kind: str, model: str) -> dict[str, float]:
         return {c: scores["IG"] for c, scores in evaluation[kind][model]["by_category"].items()}
 
@@ -195,13 +207,14 @@ def _by_category(evaluation: dict[str, Any], ours: Mapping[str, tuple[float, flo
     marks.append(Marks("uniform", "o", figures.INK, gains("models", "uniform"), hollow=True))
     if "gold_standard" in evaluation["references"]:
         marks.append(Marks("gold standard", "D", "#9a6700", gains("references", "gold_standard")))
-    marks.append(Marks(HEADLINE.replace("_", " "), "o", figures.INK, gains("models", HEADLINE), ours))
+    marks.append(Marks(run.model.replace("_", " "), "o", figures.INK, gains("models", run.model), ours))
     order = sorted(ours, key=lambda name: -marks[-1].values[name])
     return figures.dots(order, marks, label="IG, bits per fixation", width=1080)
 
 
-def _by_source(evaluation: dict[str, Any]) -> Table | None:
+def _by_source(run: Run) -> Table | None:
     """IG by where images come from, which may be what categories differ by; None where that is unknown."""
+    evaluation = run.evaluation
     groups: dict[str, list[Row]] = {}
     sources: dict[str, None] = {}
     for kind, heading in KINDS.items():
@@ -210,7 +223,7 @@ def _by_source(evaluation: dict[str, Any]) -> Table | None:
             gains: dict[str, Value] = {source: means.get("IG") for source, means in entry.get("by_source", {}).items()}
             groups[heading].append({"": name} | gains)
             sources |= dict.fromkeys(gains)
-    return table(groups, ["", *sources], notes=NOTES, marked={HEADLINE}) if len(sources) > 1 else None
+    return table(groups, ["", *sources], notes=NOTES, marked={run.model}) if len(sources) > 1 else None
 
 
 def weights(run: Run) -> dict[str, Any]:
@@ -223,12 +236,12 @@ def weights(run: Run) -> dict[str, Any]:
 
 def examples(run: Run) -> dict[str, Any]:
     """The image of each category whose IG is its median."""
-    return gallery.examples(gallery.typical(run.category, run.gains), run.weights, run.example)
+    return gallery.examples(gallery.typical(run.category, run.gains, run.model), run.weights, run.example)
 
 
 def failures(run: Run) -> dict[str, Any]:
     """The images on which the model is worst."""
-    return gallery.failures(gallery.worst(run.gains), run.gains, run.example)
+    return gallery.failures(gallery.worst(run.gains, run.model), run.gains, run.model, run.example)
 
 
 def training(run: Run) -> dict[str, Any] | None:

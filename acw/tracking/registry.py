@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from acw.evaluation.bootstrap import interval
+from acw.evaluation.summary import headline
 from acw.model.description import describe
 from acw.storage.errors import UserError
 from acw.storage.files import csv_rows, fetch, present
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 DEFAULT_ROOT = Path("runs")
-HEADLINE = "category_weights"  # the registered model, among those that a run scores
 # What networks in ONNX need, too.
 ONNX_REQUIREMENTS = ("onnx", "onnxruntime")
 # What loading and prediction import; pinned to the versions in use, with which the scores were measured.
@@ -110,8 +110,9 @@ def _decide(client: MlflowClient, version: ModelVersion, run: Path) -> tuple[Ali
     """
     import mlflow
 
-    doubts = json.loads(fetch(run / "evaluation.json").read_text(encoding="utf-8")).get("doubts", {})
-    for model in (HEADLINE, "center_bias"):
+    evaluation = json.loads(fetch(run / "evaluation.json").read_text(encoding="utf-8"))
+    doubts = evaluation.get("doubts", {})
+    for model in (headline(evaluation), "center_bias"):
         if model in doubts:
             return "challenger", f"never champion: {doubts[model]}"
     out_of_fold = run / "out_of_fold.csv"
