@@ -81,7 +81,7 @@ def split(dataset: Dataset, seed: int, folds: int = 5, holdout: float = 0.2) -> 
     fold_of: dict[str, int] = {}
     for category, members in names.items():
         ranked = sorted(members, key=lambda name: _digest(seed, category, name))
-        held = max(1, math.floor(holdout * len(ranked) + 0.5))
+        held = held_out_count(len(ranked), holdout)
         if len(ranked) - held < folds:
             raise UserError(
                 f"category {category}: has {len(ranked)} images, too few to hold out {held} and put one in each of "
@@ -92,6 +92,11 @@ def split(dataset: Dataset, seed: int, folds: int = 5, holdout: float = 0.2) -> 
         fold_of |= {name: (start + turn) % folds for turn, name in enumerate(ranked[held:])}
     fold = np.array([fold_of[stimulus.name] for stimulus in dataset.stimuli], dtype=np.int8)
     return Split(fold, fingerprint({"seed": seed, "folds": folds, "holdout": holdout, "place": fold_of}))
+
+
+def held_out_count(images: int, holdout: float) -> int:
+    """How many of a category's images are held out."""
+    return max(1, math.floor(holdout * images + 0.5))
 
 
 def _digest(*key: object) -> str:

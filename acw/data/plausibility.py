@@ -118,6 +118,11 @@ def _shares(seen: Placed, centred: bool) -> str:
 
 def why_outside(recording: Recording, places: Placed, units: str, origin: str) -> str | None:
     """What explains that fixations lie outside their images, if something does; nothing is converted on its account."""
+    return misread(recording, places, origin) or too_far(places, units)
+
+
+def misread(recording: Recording, places: Placed, origin: str) -> str | None:
+    """What the fixations outside their images, that there are, must have been read otherwise than they are meant by."""
     x, y, height, width = places.x, places.y, places.height, places.width
     outside = ~places.inside
 
@@ -131,23 +136,35 @@ def why_outside(recording: Recording, places: Placed, units: str, origin: str) -
             f"{recording.stimuli[turned[0]].name} has an EXIF orientation that turns it, and the fixations are on the "
             "turned image, but pixels are read as stored; store the image turned, without EXIF"
         )
-    if np.all(x[outside] <= width[outside]) and np.all(y[outside] <= height[outside]) and min(x.min(), y.min()) >= 1:
+    if np.all(x < width + 1) and np.all(y < height + 1) and min(x.min(), y.min()) >= 1:
         return "they look like px counted from 1; subtract 1, or say --first-px 1"
     centred = _counted_from_within(x) or _counted_from_within(y)
     if origin == "corner" and centred and fits(x + width / 2, y + height / 2):
         return "they look like px from the images' centre; say --origin centre, with --y-axis up if y goes up"
     if _lost_eye(x, outside) or _lost_eye(y, outside):
         return "one value comes again and again, as a lost eye is written; remove those lines"
-    if not fits(x, y):
-        if fits(y, x):
-            return "they fit when x and y are swapped; swap the columns (of a table, --columns x=y,y=x)"
-        if units == "px" and np.min(x) >= 0 and np.min(y) >= 0:
-            factor = max(np.max(x / width), np.max(y / height))
-            return (
-                f"they reach {factor:.2g} times as far as the images: are they px of a screen or of another size? say "
-                "--screen WxH, or --scale FACTOR"
-            )
+    if not fits(x, y) and fits(y, x):
+        return "they fit when x and y are swapped; swap the columns (of a table, --columns x=y,y=x)"
     return None
+
+
+def too_far(places: Placed, units: str) -> str | None:
+    """How much further than their images fixations reach, if more than a few do."""
+    x, y = places.x, places.y
+    if np.mean(places.inside) >= MOST or units != "px" or min(x.min(), y.min()) < 0:
+        return None
+    factor = max(np.max(x / places.width), np.max(y / places.height))
+    return (
+        f"they reach {factor:.2g} times as far as the images: are they px of a screen or of another size? say "
+        "--screen WxH, or --scale FACTOR"
+    )
+
+
+def corner(places: Placed) -> tuple[float, float] | None:
+    """The shares of width and height that all fixations lie in, if they are so many that some would lie further out."""
+    right, down = float(np.max(places.x / places.width)), float(np.max(places.y / places.height))
+    few, many = len(places.x) >= 100 and max(right, down) <= 0.5, len(places.x) >= MANY and max(right, down) < 0.8
+    return (right, down) if few or many else None
 
 
 def refuse_repeated(recording: Recording, where: str) -> None:
@@ -176,11 +193,10 @@ def oddities(recording: Recording, places: Placed) -> tuple[str, ...]:
     names = {stimulus.category for stimulus in stimuli}
     if len({name.casefold() for name in names}) < len(names):
         notes.append(f"categories differ in their capitals alone ({listed(sorted(names), 6)})")
-    right, down = float(np.max(places.x / places.width)), float(np.max(places.y / places.height))
-    if (len(places.x) >= 100 and max(right, down) <= 0.5) or (len(places.x) >= MANY and max(right, down) < 0.8):
+    if reached := corner(places):
         notes.append(
-            f"all fixations lie in the upper left {right:.0%} by {down:.0%} of their images: are the coordinates those "
-            "of images of another size?"
+            f"all fixations lie in the upper left {reached[0]:.0%} by {reached[1]:.0%} of their images: are the "
+            "coordinates those of images of another size?"
         )
     return tuple(notes)
 
