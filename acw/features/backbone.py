@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from acw.features.compiler import compiler_put_off
 from acw.features.network import fill_constants, fold, pad_same, tap_outputs, truncate
 from acw.features.onnx_network import GRAPH, OnnxNetwork
 from acw.features.weights import is_counter, load_graph, load_weights
@@ -260,7 +261,6 @@ def load_backbone(backbone: Backbone, device: torch.device | str = "cpu") -> Fro
 
     Raises UserError if the weights cannot be had or do not fit; no tensor is ever left at a random value.
     """
-    import timm
     import torch
 
     device = torch.device(device)
@@ -269,15 +269,18 @@ def load_backbone(backbone: Backbone, device: torch.device | str = "cpu") -> Fro
         onnx = OnnxNetwork(graph, backbone.taps)
         state = {GRAPH: torch.frombuffer(bytearray(graph), dtype=torch.uint8)}
         return FrozenBackbone(backbone, onnx, state, onnx.channels, device)
-    # On "meta" tensors have no values: what the source does not fill cannot compute anything.
-    with torch.device("meta"):
-        how: dict[str, Any] = {"dynamic_img_size": True} if "_patch" in backbone.timm_name else {}
-        create = functools.partial(timm.create_model, backbone.timm_name, pretrained=False, **how)
-        network = create().eval().requires_grad_(False)
-    pad_same(network, backbone.static_padding)
-    expected = {key: value.shape for key, value in network.state_dict().items() if not is_counter(key)}
-    size = backbone.input_size((64, 64)) if backbone.multiple > 1 else (64, 64)
-    channels, normed = truncate(network, backbone.taps, size)
+    with compiler_put_off():
+        import timm
+
+        # On "meta" tensors have no values: what the source does not fill cannot compute anything.
+        with torch.device("meta"):
+            how: dict[str, Any] = {"dynamic_img_size": True} if "_patch" in backbone.timm_name else {}
+            create = functools.partial(timm.create_model, backbone.timm_name, pretrained=False, **how)
+            network = create().eval().requires_grad_(False)
+        pad_same(network, backbone.static_padding)
+        expected = {key: value.shape for key, value in network.state_dict().items() if not is_counter(key)}
+        size = backbone.input_size((64, 64)) if backbone.multiple > 1 else (64, 64)
+        channels, normed = truncate(network, backbone.taps, size)
     # `state` carries the layers' versions, without which load_state_dict would want the counters back.
     state = network.state_dict()
     weights = load_weights(backbone.weights, backbone.name, backbone.timm_name, expected, list(state))
