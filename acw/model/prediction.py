@@ -2,18 +2,29 @@
 
 prediction.log_density                  # (H, W) float32, natural log, logsumexp 0
 prediction.by_backbone["lite0"]         # the same, of one view alone; computed when it is asked for
+prediction.overlay().show()             # a PIL image: the density on the image, with contours and numbered places
+prediction.save("photo.svg")            # or .png (the overlay), .npy, .density.png (16 bits), .csv (places)
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from acw.heads.finalizer import Finalizer
+from acw.model import drawing
+from acw.model.drawing import ENCLOSED_MASS, PLACES, Lines, Place
+from acw.storage.addresses import local
+from acw.storage.errors import UserError
+from acw.storage.files import csv_text, write_atomic
 
 
 class ViewDensities(Mapping[str, np.ndarray]):
@@ -62,3 +73,68 @@ class Prediction:
     weights: dict[str, float]
     by_backbone: Mapping[str, np.ndarray]
     image: np.ndarray
+
+    def contours(self, shares: Sequence[float] = ENCLOSED_MASS) -> Lines:
+        """Share of the mass -> lines (n, 2), x and y in px, that enclose it (`drawing.contours`)."""
+        return drawing.contours(self.log_density, shares)
+
+    def places(self, n: int = PLACES, radius: float | None = None) -> list[Place]:
+        """The n likeliest places, with their share of the mass (`drawing.places`)."""
+        return drawing.places(self.log_density, n, radius)
+
+    def overlay(self) -> Image.Image:
+        """The density on the image, with contours and numbered places."""
+        return drawing.overlay(self.image, self.log_density, self.contours(), self.places())
+
+    def encoded(self, form: str) -> bytes:
+        """The content of a file of one of FORMATS."""
+        return FORMATS[form].encode(self)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a file, or `s3://bucket/key`, of the format that its name ends in; `.png` is the overlay.
+
+        Raises UserError for another ending, or where it cannot be written.
+        """
+        name = str(path).lower()
+        for form, (suffix, _) in FORMATS.items():
+            if name.endswith(suffix):
+                return write_atomic(local(path), self.encoded(form))
+        if name.endswith(".png"):
+            return write_atomic(local(path), self.encoded("overlay"))
+        endings = ", ".join(suffix for suffix, _ in FORMATS.values())
+        raise UserError(f"{path}: a prediction is saved as {endings} or .png; end its name so")
+
+
+class Format(NamedTuple):
+    """What files of a format end in, and what makes their content."""
+
+    suffix: str
+    encode: Callable[[Prediction], bytes]
+
+
+def _npy(prediction: Prediction) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, prediction.log_density)
+    return buffer.getvalue()
+
+
+def _svg(prediction: Prediction) -> bytes:
+    height, width = prediction.log_density.shape
+    return drawing.svg((width, height), prediction.contours(), prediction.places()).encode()
+
+
+def _csv(prediction: Prediction) -> bytes:
+    rows = [
+        (number, place.x, place.y, f"{place.share:.6f}", f"{place.radius:g}")
+        for number, place in enumerate(prediction.places(), 1)
+    ]
+    return csv_text(("place", "x", "y", "share", "radius"), rows).encode()
+
+
+FORMATS = {
+    "overlay": Format(".overlay.png", lambda prediction: drawing.png(prediction.overlay())),
+    "npy": Format(".npy", _npy),
+    "png16": Format(".density.png", lambda prediction: drawing.grey_png(prediction.log_density)),
+    "svg": Format(".svg", _svg),
+    "csv": Format(".csv", _csv),
+}
