@@ -102,7 +102,11 @@ def test_the_maximum_is_scipys_from_any_start() -> None:
     for start in (overall, THETA, overall + torch.from_numpy(generator.normal(size=len(overall)))):
         found = climb(maps, own, overall, weight, start)
         assert loss(found.numpy())[0] == pytest.approx(best.fun, abs=1e-5)
-        np.testing.assert_allclose(found.numpy(), best.x, atol=2e-3)
+        for numbers in (slice(0, 3), slice(3, 3 + VIEWS), slice(3 + VIEWS, None)):
+            values, expected = found[numbers], torch.from_numpy(best.x)[numbers]
+            if numbers.start:  # logarithms of shares of nearly 0 may be any
+                values, expected = values.softmax(0), expected.softmax(0)
+            torch.testing.assert_close(values, expected, atol=3e-3, rtol=0)
 
 
 def test_what_a_kind_of_images_differs_by_is_found_and_pays() -> None:

@@ -258,10 +258,10 @@ class Scoring:
         if self.adaptation is None:
             return
         stimulus, model = self.dataset.stimuli[index], self.model
-        inferred = model.shares(None, model.classifier.probabilities(pooled[None])[0])
+        inferred = model.shares(None, pooled)
         numbers = {"global_adaptation": self.adaptation.row(-1), "inferred_adaptation": self.adaptation.of(inferred)}
         if self.labelled:
-            own = self.adaptation.of(model.shares(stimulus.category, inferred))
+            own = self.adaptation.of(model.shares(stimulus.category, pooled))
             numbers |= {"category_adaptation": own}
         for name, of_name in numbers.items():
             yield name, model.adapted(on_grid, of_name, stimulus.size)

@@ -27,12 +27,12 @@ from acw.heads.center_bias import CenterBias
 OWN_PRIOR = 5.0
 # How far a category's numbers may lie from those for all before any image of it is seen: standard deviations of log t,
 # a, b and of the logarithms of weights and shares, all of which the prior's strength scales.
-SCALES = {"temperature": 0.3, "center_bias": 0.3, "own": 0.3, "weights": 1.0, "kernels": 1.5}
+SCALES = {"temperature": 0.3, "center_bias": 0.3, "own": 0.3, "weights": 1.0, "kernels": 3.0}
 # Strengths of the prior that cross-validation chooses from; at infinity a category has the numbers for all.
-STRENGTHS = (0.3, 1.0, 3.0, 10.0, math.inf)
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
 # Of the prior of the numbers for all, on no adaptation: of weight where there are few images only.
 OVERALL_STRENGTH = 1.0
-LEAST_SHARE = 1e-3
+LEAST_SHARE = 1e-2
 CROSSVALIDATION_FOLDS = 5
 # Added to the curvature, in images: what no image says anything about stays where it is.
 RIDGE = 1e-6
@@ -115,8 +115,8 @@ def slopes(theta_P: Tensor, maps: Maps, own_NM: Tensor) -> tuple[Tensor, Tensor,
     """
     log_likelihood_N, log_p_NM, slope_NPM = _terms(theta_P, maps, own_NM, derive=True)
     p_NM = log_p_NM.exp()
-    expected_NP = torch.einsum("npm,nm->np", slope_NPM, p_NM)
-    slope_NP = torch.einsum("npm,nm->np", slope_NPM, maps.fixated) - expected_NP
+    expected_NP, at_fixations_NP = (slope_NPM @ torch.stack([p_NM, maps.fixated], 2)).unbind(2)
+    slope_NP = at_fixations_NP - expected_NP
     squares_NPP = (slope_NPM * p_NM[:, None]) @ slope_NPM.mT
     return log_likelihood_N, slope_NP, squares_NPP - expected_NP[:, :, None] * expected_NP[:, None]
 
@@ -129,8 +129,8 @@ def _terms(theta_P: Tensor, maps: Maps, own_NM: Tensor, derive: bool = False) ->
     views = maps.density.shape[2]
     temperature = theta_P[0].exp()
     weight_C, share_S = theta_P[3 : 3 + views].softmax(0), theta_P[3 + views :].softmax(0)
-    of_kernel_NSM = torch.einsum("nscm,c->nsm", maps.density, weight_C)
-    mixed_NM = torch.einsum("nsm,s->nm", of_kernel_NSM, share_S)
+    of_kernel_NSM = (weight_C @ maps.density.flatten(0, 1)).view(len(maps), len(share_S), -1)
+    mixed_NM = share_S @ of_kernel_NSM
     log_mixed_NM = mixed_NM.log()
     score_NM = temperature * log_mixed_NM + theta_P[1] * maps.center_bias + theta_P[2] * own_NM
     log_p_NM = score_NM - score_NM.logsumexp(1, keepdim=True)
@@ -141,7 +141,7 @@ def _terms(theta_P: Tensor, maps: Maps, own_NM: Tensor, derive: bool = False) ->
     torch.mul(log_mixed_NM, temperature, out=slope_NPM[:, 0])
     slope_NPM[:, 1], slope_NPM[:, 2] = maps.center_bias, own_NM
     scaled_N1M = (temperature / mixed_NM)[:, None]
-    of_view_NCM = torch.einsum("nscm,s->ncm", maps.density, share_S)
+    of_view_NCM = (share_S @ maps.density.flatten(2)).view(len(maps), views, -1)
     slope_NPM[:, 3 : 3 + views] = weight_C[:, None] * (of_view_NCM * scaled_N1M - temperature)
     slope_NPM[:, 3 + views :] = share_S[:, None] * (of_kernel_NSM * scaled_N1M - temperature)
     return log_likelihood_N, log_p_NM, slope_NPM
@@ -293,6 +293,8 @@ def crossvalidate(maps: Maps, weights: np.ndarray, group: np.ndarray, groups: in
         overall = fit_all(maps.subset(inside), weights)
         for g in range(groups):
             outside = np.flatnonzero((fold == left_out) & (group == g))
+            if not len(outside):
+                continue
             training, test = maps.subset(inside[group[inside] == g]), maps.subset(outside)
             nothing = torch.zeros_like(test.center_bias)
             result[NONE][outside] = log_likelihood(unadapted(weights).float(), test, nothing).numpy()

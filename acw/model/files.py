@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ def save(model: Model, folder: Path, networks: Sequence[FrozenBackbone]) -> None
         "center_bias": [model.center_bias.bandwidth, model.center_bias.uniform_weight],
         "finalizer_bias": [model.finalizer_bias.bandwidth, model.finalizer_bias.uniform_weight],
         "classifier_accuracy": model.classifier.accuracy,
+        "classifier_farthest": model.classifier.farthest if len(model.classifier.centroids) else None,
         "provenance": model.provenance,
     }
     write_json(folder / "model.json", description)
@@ -87,6 +89,7 @@ def _arrays(model: Model) -> dict[str, np.ndarray]:
         "classifier.scale": model.classifier.scale,
         "classifier.weight": model.classifier.weight,
         "classifier.bias": model.classifier.bias,
+        "classifier.centroids": model.classifier.centroids,
     }
     if model.adaptation is not None:
         arrays |= {f"{ADAPTATION}{field.name}": getattr(model.adaptation, field.name) for field in FIELDS}
@@ -131,7 +134,11 @@ def _read(folder: Path, description: dict[str, Any], device: torch.device) -> Mo
         arrays["global_weights"],
         CenterBias(arrays["center_bias"], *description["center_bias"]),
         CenterBias(arrays["finalizer_bias"], *description["finalizer_bias"]),
-        CategoryClassifier(**classifier, accuracy=description["classifier_accuracy"]),
+        CategoryClassifier(
+            **classifier,
+            accuracy=description["classifier_accuracy"],
+            farthest=description.get("classifier_farthest") or math.inf,
+        ),
         description["provenance"],
         description["systems"],
         joined.from_tensors(constants),

@@ -237,7 +237,7 @@ class Model:
             weights = self.mixing_weights(category, probabilities)
             log_density = self._mixture(log_densities_CHW, weights, size)
         else:
-            numbers = self.adaptation.of(self.shares(category, probabilities))
+            numbers = self.adaptation.of(self.shares(category, pooled))
             weights = numbers.weights
             log_density = self.adapted(log_densities_CHW, numbers, size, given_HW)
         return Prediction(
@@ -320,10 +320,11 @@ class Model:
             return probabilities @ self.weights
         return self.weights[self._row(category)]
 
-    def shares(self, category: str | None, probabilities: np.ndarray) -> np.ndarray:
-        """(G + 1,) how much of each category's numbers an image has, and of those for all."""
+    def shares(self, category: str | None, pooled: np.ndarray) -> np.ndarray:
+        """(G + 1,) how much an image has of each category's numbers, and of those for all, by its category or, where
+        that is not known, its pooled features (D,)."""
         if category is None:
-            return np.append(probabilities, 0.0)
+            return self.classifier.shares(pooled[None])[0]
         return np.eye(len(self.categories) + 1)[self._row(category)]
 
     def _row(self, category: str) -> int:

@@ -15,6 +15,7 @@ import torch
 
 from acw.cluster import event_log
 from acw.fusion import weights
+from acw.fusion.adaptation import KERNELS
 from acw.model import assembly, files
 from acw.pipeline import job
 from acw.pipeline.job import Job, parse
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from acw.training.joint import SystemState
 
 EXAMPLES = 4  # categories in the picture
+ALL = "all images"  # the row of category_adaptation.csv after those of the categories
 
 
 @job.stage("aggregation")
@@ -90,7 +92,9 @@ def _evaluate(
     if not recipe.refit:
         _save(folder, model)
     _write_weights(folder, model, fitted.category)
-    write_atomic(folder / "out_of_fold.csv", _out_of_fold_csv(job, predictions, fitted.category.left_out))
+    if fitted.adaptation:
+        _write_adaptation(folder, model, fitted.adaptation)
+    write_atomic(folder / "out_of_fold.csv", _out_of_fold_csv(job, predictions, fitted.left_out(predictions)))
 
     gold = people()
     stored = _stored(job, model, stores)
@@ -230,6 +234,20 @@ def _write_weights(folder: Path, model: Model, weights: CategoryWeights) -> None
     array = io.BytesIO()
     np.save(array, np.stack(steps, 1))  # (steps, categories, backbones)
     write_atomic(folder / "category_weights_history.npy", array.getvalue())
+
+
+def _write_adaptation(folder: Path, model: Model, fitted: FittedAdaptation) -> None:
+    """The numbers of each category and, in the row `all`, of all images together; see `acw.fusion.adaptation`."""
+    numbers = fitted.adaptation
+    header = ["category", "temperature", "center_bias", "own_center_bias", "area"]
+    header += [f"weight:{name}" for name in model.components] + [f"blur:{width:g}" for width in KERNELS]
+    names, areas = [*model.categories, ALL], [*fitted.area, 1.0]
+    columns = numbers.temperature, numbers.center_bias_weight, numbers.own_weight, areas
+    rows = [
+        [name, *(f"{value:.6f}" for value in (*each, *weights, *kernels))]
+        for name, *each, weights, kernels in zip(names, *columns, numbers.weights, numbers.kernels, strict=True)
+    ]
+    write_atomic(folder / "category_adaptation.csv", csv_text(header, rows))
 
 
 def _weights_csv(categories: list[str], backbones: list[str], weights: Any) -> str:
