@@ -17,7 +17,7 @@ import numpy as np
 from acw.data.checks import Examined, Finding, examine
 from acw.data.loading import Reading, assembled, read_files
 from acw.pipeline.options import Parser, add_reader_options, local_path, reader_options, root_folder
-from acw.recipes import RECIPES, named_recipe
+from acw.recipes import RECIPES, Recipe, named_recipe
 from acw.storage.addresses import in_cache
 from acw.storage.errors import UserError
 from acw.storage.files import plain_name
@@ -74,7 +74,7 @@ def check(folder: Path, options: dict[str, Any], out: Path) -> bool:
     findings = list(examined.findings)
     if examined.usable:
         try:
-            findings += _planned(reading, options)
+            findings += _planned(reading, recipe, options)
         except UserError as error:
             findings.append(Finding(str(error), ""))
     _print_findings(findings)
@@ -99,12 +99,15 @@ def _print_findings(findings: Sequence[Finding]) -> None:
         print(f"  - {finding}", flush=True)
 
 
-def _planned(reading: Reading, options: dict[str, Any]) -> list[Finding]:
-    """Prints what a run of the recipe would take; what would stop it besides the data."""
+def _planned(reading: Reading, recipe: Recipe, options: dict[str, Any]) -> list[Finding]:
+    """Prints what a run of the recipe would take, if one is asked for; what is to be known about that.
+
+    Raises UserError for what would stop a run and is nothing of the files'.
+    """
     from acw.data import split
     from acw.pipeline.job import Job
 
-    dataset, recipe = assembled(reading), named_recipe(options["recipe"] if options["recipe"] != NO_RECIPE else "acw")
+    dataset = assembled(reading)
     folds = split(dataset, recipe.seed, recipe.folds, recipe.holdout)
     folds.refuse_unscorable()
     if options["recipe"] == NO_RECIPE:
@@ -134,25 +137,26 @@ def tables(reading: Reading) -> Iterator[str]:
     )
     per_image = np.bincount(image, minlength=len(stimuli))
     yield f"\n{'category':24}{'images':>8}{'fixations':>11}{'an image':>12}"
-    for name in _first(sorted(set(categories))):
+    rows = []
+    for name in sorted(set(categories)):
         counts = per_image[categories == name]
-        yield f"{name:24}{len(counts):>8}{counts.sum():>11}{counts.min():>7}-{counts.max()}"
+        rows.append(f"{name:24}{len(counts):>8}{counts.sum():>11}{counts.min():>7}-{counts.max()}")
+    yield from _first(rows)
     if people:
         yield f"\n{'subject':24}{'images':>8}{'fixations':>11}"
-        for number in _first(np.unique(recording.subject).tolist()):
-            mine = image[recording.subject == number]
-            yield f"{number if number >= 0 else 'unknown':<24}{len(np.unique(mine)):>8}{len(mine):>11}"
+        seen = {number: image[recording.subject == number] for number in np.unique(recording.subject).tolist()}
+        names = {number: str(number) if number >= 0 else "unknown" for number in seen}
+        yield from _first([f"{names[n]:24}{len(np.unique(its)):>8}{len(its):>11}" for n, its in seen.items()])
     yield f"\n{'size, px':24}{'images':>8}"
     sizes = Counter(f"{stimulus.size[1]}x{stimulus.size[0]}" for stimulus in stimuli)
-    for size, count in _first(sizes.most_common()):
-        yield f"{size:24}{count:>8}"
+    yield from _first([f"{size:24}{count:>8}" for size, count in sizes.most_common()])
 
 
-def _first(rows: Sequence[Any]) -> Iterator[Any]:
-    """The first rows of a table."""
+def _first(rows: Sequence[str]) -> Iterator[str]:
+    """The first rows of a table, and how many more there are."""
     yield from rows[:MOST_ROWS]
     if len(rows) > MOST_ROWS:
-        print(f"(and {len(rows) - MOST_ROWS} more)")
+        yield f"(and {len(rows) - MOST_ROWS} more)"
 
 
 # --- The picture -------------------------------------------------------------------------------------------------

@@ -95,6 +95,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{address}: is no S3 address; write s3://BUCKET/PREFIX")
     local_path(address, "ADDRESS")  # whether it can be had, before all is read
     fixations = local_path(table, "--fixations") if table else None
+    if fixations and fixations.is_dir():
+        raise UserError(
+            f"--fixations {fixations}: is a folder, and a data set in S3 has one file of fixations; join them"
+        )
     chosen = files(local_path(options["folder"], "FOLDER"), fixations, **reader_options(options))
     uri = address.rstrip("/")
     count = stage(chosen, uri)
