@@ -20,7 +20,7 @@ ENCLOSED_MASS = (0.25, 0.5, 0.75)  # shares that contours enclose unless others 
 PLACES = 5  # that are drawn and listed unless another number is asked for
 RADIUS = 1 / 24  # of a place, in long sides: two degrees where an image is 48 degrees wide, as scores take it
 # Cells of the grid, along its long side, on which lines and peaks are looked for: a density has nothing finer.
-GRID = 512
+GRID = 256
 # "inferno" (van der Walt, Smith 2015), whose lightness rises evenly, in even steps.
 COLOURS = (
     "#000004", "#0b0724", "#210c4a", "#3d0965", "#57106e", "#71196e", "#8a226a", "#a32c61", "#bc3754",
@@ -171,7 +171,7 @@ def palette() -> np.ndarray:
 
 
 def _line_width(size: tuple[int, int]) -> float:
-    return max(1.0, max(size) / 800)
+    return max(1.2, max(size) / 700)
 
 
 def _opacity(number: int, count: int) -> float:

@@ -110,7 +110,8 @@ def _model(options: dict[str, Any]) -> Model:
         return model
     from acw.heads.center_bias import flat
 
-    return dataclasses.replace(model, finalizer_bias=flat() if bias == "none" else _center_bias(bias))
+    added = flat() if bias == "none" else _center_bias(bias)
+    return dataclasses.replace(model, finalizer_bias=added, center_bias=added)
 
 
 def _center_bias(location: str) -> CenterBias:
