@@ -162,6 +162,7 @@ def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
         ("category_adaptation", "wrong_adaptation"),
         ("shuffled_adaptation", "global_adaptation"),
         ("global_adaptation", "global_weights"),
+        ("split_half_weights", "global_weights"),
     ]
     known = {name for pair in wanted for name in pair} | set(REFERENCES)
     wanted += [("category_weights", name) for name in names if name not in known and not name.startswith("backbone:")]
@@ -192,7 +193,7 @@ def table(evaluation: dict[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def headline(evaluation: dict[str, Any]) -> str:
+def headline(evaluation: Mapping[str, Any]) -> str:
     """Which of its `models` is the registered model."""
     return evaluation.get("headline", HEADLINES[0])
 

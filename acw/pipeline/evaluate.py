@@ -40,7 +40,7 @@ def evaluate(
     from acw.evaluation import gold_standard
     from acw.evaluation.distributed import score_images
     from acw.evaluation.scoring import ImageDensities, Scoring
-    from acw.evaluation.summary import HEADLINES, per_image_csv, summarise, table
+    from acw.evaluation.summary import per_image_csv, summarise, table
     from acw.tracking.load import load
 
     model = load(location)
@@ -72,7 +72,6 @@ def evaluate(
         **summarise(dataset, scores, SEED),
         **({"gold_standard": gold.described()} if gold else {}),
         "model": location,
-        "headline": HEADLINES[model.adaptation is not None],
         "outside": {other.name: {"kind": other.kind, "source": shown(other.location)} for other in external},
         "exact": exact,
         "sim_opt_fixations": sim_opt or None,

@@ -27,7 +27,7 @@ from acw.report.figures import Marks
 from acw.report.numbers import interval, number
 from acw.report.pictures import Example
 from acw.report.tables import Interval, Row, Table, Value, table
-from acw.report.weights import Weights, progressions, weights_of
+from acw.report.weights import Weights, adapted_weights_of, changes, progressions, weights_of
 from acw.storage.files import csv_rows
 
 NOTES = {
@@ -50,6 +50,17 @@ NOTES = {
     "oracle_weights": "the best weights for each image, chosen by its fixations",
     "split_half_weights": "the best weights for each image by half of its subjects, for the other half",
     "optimum": "the density that the fixations were drawn from",
+}
+# What the section on weights says first, by the paired difference in IG.
+WORTH = {
+    ("category_weights", "global_weights"): "a weight per category, over one set of weights for all images",
+    (
+        "split_half_weights",
+        "global_weights",
+    ): "weights for each image by half of its subjects, scored on the other half: "
+    "more than this, weights by image are hardly worth",
+    ("category_adaptation", "global_weights"): "a handful of numbers per category, over one set of weights for all",
+    ("category_adaptation", "global_adaptation"): "a handful of numbers per category, over one set of these for all",
 }
 KINDS = {"models": "Models", "references": "References, which no model could be"}
 
@@ -231,12 +242,22 @@ def weights(run: Run) -> dict[str, Any]:
     fit = run.evaluation.get("weights", {})
     strength = fit["prior_strength"] if fit.get("crossvalidation_nats") else None
     highest = max(weight.mean for row in run.weights.values() for weight in row.values()) or 1.0
-    return {"strength": strength, "rows": run.weights, "highest": highest, "learned": progressions({"": run.folder})}
+    pairs = {(pair["a"], pair["b"]): pair for pair in run.evaluation["comparisons"] if pair["metric"] == "IG"}
+    worth = []
+    for pair, text in WORTH.items():
+        if pair in pairs:
+            low, high = pairs[pair]["ci95"]
+            worth.append((number(pairs[pair]["mean"], signed=True), interval(low, high, True), text))
+    adaptation = run.evaluation.get("adaptation", {}) | {"changes": changes(run.folder)}
+    shown = {"strength": strength, "rows": run.weights, "highest": highest, "learned": progressions({"": run.folder})}
+    return shown | {"worth": worth, "adaptation": adaptation}
 
 
 def examples(run: Run) -> dict[str, Any]:
     """The image of each category whose IG is its median."""
-    return gallery.examples(gallery.typical(run.category, run.gains, run.model), run.weights, run.example)
+    used = run.evaluation.get("adaptation", {}).get("used")
+    weights = adapted_weights_of(run.folder) if used else run.weights
+    return gallery.examples(gallery.typical(run.category, run.gains, run.model), weights, run.example)
 
 
 def failures(run: Run) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from markupsafe import Markup
@@ -16,6 +17,8 @@ from acw.storage.files import csv_rows, fetch
 Weights = Mapping[str, Mapping[str, Interval]]  # category -> backbone -> weight
 History = Mapping[str, Mapping[str, list[float]]]  # category -> backbone -> weight at each step
 
+TRIFLE = 0.05  # changes of a number that go without saying
+
 
 def weights_of(run: Path) -> Weights:
     """Those that a run's mixture has."""
@@ -23,6 +26,41 @@ def weights_of(run: Path) -> Weights:
     for row in csv_rows(run / "category_weights.csv"):
         weights[row["category"]][row["backbone"]] = Interval(*(float(row[k]) for k in ("weight", "low", "high")))
     return weights
+
+
+def adapted_weights_of(run: Path) -> Weights:
+    """Those of the adaptation, by category and, as `all images`, for all; without intervals."""
+    weights: dict[str, dict[str, Interval]] = {}
+    for row in csv_rows(run / "category_adaptation.csv"):
+        values = {name.partition(":")[2]: float(row[name]) for name in row if name.startswith("weight:")}
+        weights[row["category"]] = {name: Interval(value, value, value) for name, value in values.items()}
+    return weights
+
+
+def changes(run: Path) -> dict[str, str]:
+    """Category -> what its adaptation changes against the numbers for all images, in words; empty without one."""
+    path = run / "category_adaptation.csv"
+    if not fetch(path).exists():
+        return {}
+    *categories, overall = csv_rows(path)
+    return {row["category"]: ", ".join(_changed(row, overall)) or "as all images" for row in categories}
+
+
+def _changed(row: Mapping[str, str], overall: Mapping[str, str]) -> Iterator[str]:
+    """What is more than a trifle."""
+    if abs(math.log(float(row["area"]))) > TRIFLE:
+        yield f"area x{float(row['area']):.2f}"
+    for column, words in (("temperature", "temperature"), ("center_bias", "centre bias")):
+        if abs(float(row[column]) - float(overall[column])) > TRIFLE:
+            yield f"{words} {float(overall[column]):.2f} -> {float(row[column]):.2f}"
+    if abs(float(row["own_center_bias"])) > TRIFLE:
+        yield f"own centre bias {float(row['own_center_bias']):.2f}"
+    blurred = [1 - float(numbers["blur:0"]) for numbers in (overall, row)]
+    if abs(blurred[1] - blurred[0]) > TRIFLE:
+        yield f"blurred share {blurred[0]:.2f} -> {blurred[1]:.2f}"
+    for column in (name for name in row if name.startswith("weight:")):
+        if abs(float(row[column]) - float(overall[column])) > TRIFLE:
+            yield f"{column.partition(':')[2]} {float(overall[column]):.2f} -> {float(row[column]):.2f}"
 
 
 def progressions(runs: Mapping[str, Path]) -> dict[str, list[Markup]]:

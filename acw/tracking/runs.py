@@ -178,7 +178,12 @@ def _log_files(client: MlflowClient, parent: str, run: Path, banks: Mapping[Bank
     if banks:
         curves = figures.head_curves({bank: state.history for bank, state in banks.items()})
         figures.save(figures.training_curves(curves), run / "curves.png")
-    for file in (*(run / name for name in FILES), *run.glob(FILE), *sorted(run.glob("*.png"))):
+    for file in (
+        *(run / name for name in FILES),
+        *run.glob("category_adaptation.csv"),
+        *run.glob(FILE),
+        *sorted(run.glob("*.png")),
+    ):
         client.log_artifact(parent, str(file))
 
 
