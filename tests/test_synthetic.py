@@ -7,7 +7,9 @@ import pytest
 
 from acw.data import known, load_dataset, synthetic
 from acw.data.displays import HEIGHT, WIDTH, Draws, oklch
+from acw.data.folds import split
 from acw.data.layouts import CATEGORIES, lay_out
+from acw.recipes import named_recipe
 from acw.storage.errors import UserError
 
 COUNT = len(CATEGORIES) * synthetic.IMAGES
@@ -96,8 +98,8 @@ def test_displays_stay_as_they_are_until_the_version_changes() -> None:
     means = [known.stimulus_pixels(category, 0).mean() for category in CATEGORIES]
     assert means == pytest.approx([129.62, 97.28, 103.83, 111.24, 108.2, 101.6, 92.45, 102.76], abs=0.05)
     dataset = load_dataset("synthetic")
-    assert len(dataset.x) == 46072
-    assert dataset.x.mean(dtype=np.float64) == pytest.approx(247.25, abs=0.01)
+    assert len(dataset.x) == 43215
+    assert dataset.x.mean(dtype=np.float64) == pytest.approx(248.07, abs=0.01)
 
 
 def test_what_stands_out_beside_the_sought_draws_nobody() -> None:
@@ -125,6 +127,14 @@ def test_readers_of_posters_begin_at_the_top_left() -> None:
                 shares.append(near / far)
         assert len(shares) > 10
         assert 0.9 < np.median(shares) < 1.1 if alike else np.median(shares) > 1.5
+
+
+def test_the_demo_adapts_heads_to_half_of_the_categories_and_scores_forty_displays_of_each() -> None:
+    recipe, dataset = named_recipe("demo"), load_dataset("synthetic")
+    held_out = split(dataset, recipe.seed, recipe.folds, recipe.holdout).held_out
+    assert np.bincount(dataset.category_index[held_out]).tolist() == [40] * len(CATEGORIES)
+    assert set(recipe.unseen) < set(CATEGORIES)
+    assert len(recipe.unseen) == len(CATEGORIES) / 2
 
 
 def test_oklch_white_black_and_red() -> None:

@@ -14,12 +14,12 @@ from acw.data.displays import HEIGHT, WIDTH, Draws
 from acw.data.known import VERSION, draw_pixels
 from acw.data.layouts import CATEGORIES
 
-IMAGES = 64  # a category
+IMAGES = 60  # a category
 SUBJECTS = 15
 
 
 def load() -> Dataset:
-    """All displays, 64 of each category, and the fixations of 15 subjects, 4 to 8 each on every display."""
+    """All displays, 60 of each category, and the fixations of 15 subjects, 4 to 8 each on every display."""
     stimuli: list[Stimulus] = []
     image, x, y, subject = [], [], [], []
     for category in CATEGORIES:
