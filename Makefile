@@ -17,7 +17,7 @@ help: ## list the targets
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 # `exec`, so that a signal for make reaches the program and not a shell in between.
-demo: $(INSTALLED) ## train all 60 heads on synthetic images through a local Ray head; results in runs/
+demo: $(INSTALLED) ## train 45 heads on built-in displays, adapt them to others, on a local Ray head; results in runs/
 	exec $(BIN)/python jobs/local_cluster.py -- python jobs/pipeline.py demo --root "$(CURDIR)/runs"
 
 test: lint ## lint, types and the tests
