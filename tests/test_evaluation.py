@@ -26,7 +26,7 @@ from acw.evaluation.distributed import score_images
 from acw.evaluation.gold_standard import BANDWIDTHS, GoldStandard, has_subjects
 from acw.evaluation.metrics import METRICS, Components, ShuffledFixations, Target, score
 from acw.evaluation.sauc import MeanPrediction
-from acw.evaluation.scoring import REFERENCES, Scores, Scoring
+from acw.evaluation.scoring import CONTROLS, REFERENCES, Scores, Scoring
 from acw.evaluation.summary import per_image_csv, summarise, table
 from acw.features.view import View
 from acw.features.zoo import BACKBONES
@@ -171,7 +171,7 @@ def test_every_mixture_is_scored_as_the_log_of_its_mean_density(
         for name, weights in expected.items():
             plain = plain_scores(dataset, index, weights)
             assert without_sauc(by_name[name]) == pytest.approx(plain, abs=CLOSE), (index, name)
-        others = set(by_name) - set(expected) - {"center_bias", "wrong_category", *REFERENCES}
+        others = set(by_name) - set(expected) - {"center_bias", "wrong_category", *REFERENCES, *CONTROLS}
         assert not others
 
 
@@ -187,14 +187,14 @@ def test_the_centre_bias_is_the_baseline_of_every_score(scores: dict[int, Scores
         baseline = by_name["center_bias"]
         assert baseline["IG"] == pytest.approx(0, abs=1e-6)
         for name, one in by_name.items():
-            assert set(one) == ({"IG", "LL"} if name == "split_half_weights" else set(METRICS)), name
+            assert set(one) == ({"IG", "LL"} if name in CONTROLS else set(METRICS)), name
             assert one["IG"] == pytest.approx(one["LL"] - baseline["LL"], abs=1e-5), name
 
 
 def test_no_mixture_is_above_the_oracle(scores: dict[int, Scores]) -> None:
     for by_name in scores.values():
         best = by_name["oracle_weights"]["LL"]
-        mixtures = set(by_name) - {"center_bias", *REFERENCES}
+        mixtures = set(by_name) - {"center_bias", *REFERENCES, *CONTROLS}
         assert all(by_name[name]["LL"] <= best + 1e-5 for name in mixtures)
         assert by_name["uniform"]["LL"] < best - 0.01
 

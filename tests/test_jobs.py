@@ -26,6 +26,7 @@ import acw
 from acw import cli
 from acw.cli import run as run_job
 from acw.evaluation.metrics import METRICS
+from acw.evaluation.scoring import CONTROLS
 from acw.pipeline.job import parse
 from acw.recipes import RECIPES, Range, Recipe, named_recipe
 from acw.storage.errors import UserError
@@ -33,6 +34,7 @@ from acw.storage.errors import UserError
 BACKBONES = ("backbone:lite0", "backbone:lite1")
 UNLABELLED = {"center_bias", *BACKBONES, "uniform", "global_weights", "inferred_category"}
 MODELS = UNLABELLED | {"category_weights", "wrong_category", "shuffled_labels"}
+ADAPTED = {"global_adaptation", "category_adaptation", "inferred_adaptation"}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def assert_shape(evaluation: dict[str, Any], models: set[str], references: set[s
         for score in entry["overall"].values():
             low, high = score["ci95"]
             assert low - 1e-9 <= score["mean"] <= high + 1e-9
-    everything = evaluation["models"] | evaluation["references"]
+    everything = evaluation["models"] | evaluation["references"] | evaluation["controls"]
     for row in evaluation["comparisons"]:
         assert set(row) == {"a", "b", "metric", "mean", "ci95"}
         a, b = (everything[row[name]]["overall"][row["metric"]]["mean"] for name in ("a", "b"))
@@ -72,10 +74,10 @@ def assert_means_of(path: Path, evaluation: dict[str, Any]) -> None:
     by_model = defaultdict(list)
     for row in rows(path):
         by_model[row["model"]].append(row)
-    everything = evaluation["models"] | evaluation["references"]
+    everything = evaluation["models"] | evaluation["references"] | evaluation["controls"]
     assert set(by_model) == set(everything)
     for model, images in by_model.items():
-        for metric in METRICS:
+        for metric in ("IG", "LL") if model in CONTROLS else METRICS:
             mean = np.mean([float(row[metric]) for row in images])
             assert everything[model]["overall"][metric]["mean"] == pytest.approx(mean, abs=1e-4, rel=1e-4)
         for category in {row["category"] for row in images}:
@@ -90,7 +92,9 @@ def test_a_pipeline_leaves_scores_of_the_held_out_images_only(done: Run) -> None
     job, folder = done.job, done.job.folder
     assert done.lines[-1] == str(folder / "evaluation.json")
     evaluation = scores_of(folder / "evaluation.json")
-    assert_shape(evaluation, MODELS, {"oracle_weights", "gold_standard", "gold_standard_upper"}, {"Colour", "Faces"})
+    references = {"oracle_weights", "gold_standard", "gold_standard_upper"}
+    assert_shape(evaluation, MODELS | ADAPTED, references, {"Colour", "Faces"})
+    assert set(evaluation["controls"]) == set(CONTROLS)
     assert_means_of(folder / "per_image.csv", evaluation)
     ig = {name: e["overall"]["IG"]["mean"] for name, e in (evaluation["models"] | evaluation["references"]).items()}
     assert ig["center_bias"] == pytest.approx(0, abs=1e-6)  # it is what IG is measured over
@@ -100,7 +104,7 @@ def test_a_pipeline_leaves_scores_of_the_held_out_images_only(done: Run) -> None
     names = np.array([stimulus.name for stimulus in job.dataset.stimuli])
     scored = rows(folder / "per_image.csv")
     assert {row["image"] for row in scored} == set(names[job.split.held_out])
-    assert len(scored) == len(job.split.held_out) * (len(MODELS) + 3)
+    assert len(scored) == len(job.split.held_out) * (len(MODELS | ADAPTED) + len(references) + len(CONTROLS))
     assert evaluation["dataset"]["images_scored"] == len(job.split.held_out) == 4
     assert {row["image"] for row in rows(folder / "out_of_fold.csv")} == set(names[job.split.development])
     assert (folder / "examples.png").stat().st_size > 10_000
@@ -206,7 +210,9 @@ def test_a_finished_model_is_scored_on_a_data_set_of_other_categories(done: Run,
     out = tmp_path / "scores" / "out.json"
     assert lines[-1] == str(out)
     evaluation = scores_of(out)
-    assert_shape(evaluation, UNLABELLED, {"oracle_weights"}, {"all"})
+    used = scores_of(done.job.folder / "evaluation.json")["adaptation"]["used"]
+    adapted = ADAPTED - {"category_adaptation"} if used else set()
+    assert_shape(evaluation, UNLABELLED | adapted, {"oracle_weights"}, {"all"})
     assert_means_of(out.with_suffix(".per_image.csv"), evaluation)
     images = {row["image"] for row in rows(out.with_suffix(".per_image.csv"))}
     assert images == {"Contour/000.png", "Contour/001.png", "Text/000.png", "Text/001.png"}

@@ -38,11 +38,13 @@ from acw.storage.errors import UserError
 # Names of models that are mixtures of the components, but for backbones, sources and controls.
 MODELS = (
     *("center_bias", "uniform", "global_weights", "category_weights", "inferred_category", "wrong_category"),
-    *("global_adaptation", "category_adaptation", "inferred_adaptation", "wrong_adaptation", "shuffled_adaptation"),
+    *("global_adaptation", "category_adaptation", "inferred_adaptation"),
     "log_mixture",
 )
 # Names in `references`: scores that no model could have, or that look at the answer.
-REFERENCES = ("gold_standard", "gold_standard_upper", "optimum", "oracle_weights", "split_half_weights")
+REFERENCES = ("gold_standard", "gold_standard_upper", "optimum", "oracle_weights")
+# Names in `controls`: of which only the likelihood is asked, IG and LL.
+CONTROLS = ("wrong_adaptation", "shuffled_adaptation", "split_half_weights")
 # For whom the map that is best for SIM is searched, if asked: a minute an image and model at full HD.
 SIM_OPT_OF = ("center_bias", "category_weights", "inferred_category")
 Scores = dict[str, dict[str, float]]
@@ -267,7 +269,7 @@ class Scoring:
             yield name, model.adapted(on_grid, of_name, stimulus.size)
 
     def _at_fixations(self, index: int, maps: _Maps) -> Iterator[tuple[str, np.ndarray]]:
-        """Controls of which only the likelihood is asked: name -> (F,) log-density per px at the fixations."""
+        """Those of CONTROLS that there are: name -> (F,) log-density per px at the fixations."""
         stimulus, model = self.dataset.stimuli[index], self.model
         x, y, subject = self.dataset.fixations_of(index)
         log_p = maps.log_densities[:, y.astype(int), x.astype(int)].T.double().numpy()

@@ -10,7 +10,7 @@ import numpy as np
 from acw.data import Dataset
 from acw.evaluation.bootstrap import interval, ratio_interval
 from acw.evaluation.metrics import in_order
-from acw.evaluation.scoring import REFERENCES, Scores
+from acw.evaluation.scoring import CONTROLS, REFERENCES, Scores
 from acw.storage.files import csv_text
 
 # Of a row of per_image.csv, before the metrics.
@@ -41,8 +41,8 @@ def metrics_of(scores: dict[int, Scores]) -> list[str]:
 
 
 def summarise(dataset: Dataset, scores: dict[int, Scores], seed: int) -> dict[str, Any]:
-    """The `models`, `references`, `comparisons`, `explained` and `doubts` of evaluation.json; intervals are 95 %
-    bootstraps over images."""
+    """The `models`, `references`, `controls`, `comparisons`, `explained` and `doubts` of evaluation.json; intervals are
+    95 % bootstraps over images."""
     stimuli = [dataset.stimuli[index] for index in scores]
     category = np.array([stimulus.category for stimulus in stimuli])
     first = next(iter(scores.values()))
@@ -76,11 +76,12 @@ def summarise(dataset: Dataset, scores: dict[int, Scores], seed: int) -> dict[st
             {"a": a, "b": b, "metric": m, "mean": mean[k], "ci95": [low[k], high[k]]} for k, m in enumerate(both)
         ]
     ig = {name: table[name][:, own.index("IG")] for name, own in metrics.items() if "IG" in own}
-    models = {name: entry(name) for name in first if name not in REFERENCES}
+    models = {name: entry(name) for name in first if name not in (*REFERENCES, *CONTROLS)}
     references = {name: entry(name) for name in first if name in REFERENCES}
     return {
         "models": models,
         "references": references,
+        "controls": {name: entry(name) for name in first if name in CONTROLS},
         "comparisons": comparisons,
         "explained": _explained(ig, category, seed),
         "doubts": doubts(models, references),
@@ -133,7 +134,7 @@ def _explained(ig: dict[str, np.ndarray], category: np.ndarray, seed: int) -> di
     result: dict[str, Any] = {}
     known = [name for name in EXPLAINED_BY if name in ig]
     for reference in (name for name in known if interval(ig[name], category, seed=seed)[1] > 0):
-        for name in (name for name in ig if name not in REFERENCES):
+        for name in (name for name in ig if name not in (*REFERENCES, *CONTROLS)):
             share, low, high = ratio_interval(ig[name], ig[reference], category, seed=seed)
             result.setdefault(name, {})[reference] = {"mean": share, "ci95": [low, high]}
     return result
@@ -164,23 +165,24 @@ def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
         ("global_adaptation", "global_weights"),
         ("split_half_weights", "global_weights"),
     ]
-    known = {name for pair in wanted for name in pair} | set(REFERENCES)
+    known = {name for pair in wanted for name in pair} | {*REFERENCES, *CONTROLS}
     wanted += [("category_weights", name) for name in names if name not in known and not name.startswith("backbone:")]
     return [(a, b) for a, b in wanted if a in names and b in names]
 
 
 def table(evaluation: dict[str, Any]) -> str:
-    """The score table that a person reads, models first, best IG last, then references, and what is to be doubted."""
-    entries = [entry for kind in ("models", "references") for entry in evaluation[kind].values()]
+    """The score table that a person reads: models, references, controls, best IG last in each, and what is doubtful."""
+    kinds = {kind: evaluation[kind] for kind in ("models", "references", "controls") if evaluation.get(kind)}
+    entries = [entry for of_kind in kinds.values() for entry in of_kind.values()]
     metrics = in_order({metric for entry in entries for metric in entry["overall"]})
     explained = evaluation.get("explained", {})
-    width = max(24, *(len(name) + 2 for kind in ("models", "references") for name in evaluation[kind]))
+    width = max(24, *(len(name) + 2 for of_kind in kinds.values() for name in of_kind))
     header = f"{'':{width}}" + "".join(f"{metric:>9}" for metric in metrics) + "   IG 95 % interval"
     header += "     explained" if explained else ""
     lines = [header]
-    for kind in ("models", "references"):
+    for of_kind in kinds.values():
         lines.append("-" * len(header))
-        rows = sorted(evaluation[kind].items(), key=lambda item: _ig(item[1])["mean"])
+        rows = sorted(of_kind.items(), key=lambda item: _ig(item[1])["mean"])
         for name, entry in rows:
             overall = entry["overall"]
             values = "".join(f"{overall[m]['mean']:z9.4f}" if m in overall else f"{'-':>9}" for m in metrics)

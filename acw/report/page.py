@@ -62,7 +62,11 @@ WORTH = {
     ("category_adaptation", "global_weights"): "a handful of numbers per category, over one set of weights for all",
     ("category_adaptation", "global_adaptation"): "a handful of numbers per category, over one set of these for all",
 }
-KINDS = {"models": "Models", "references": "References, which no model could be"}
+KINDS = {
+    "models": "Models",
+    "references": "References, which no model could be",
+    "controls": "Controls, of which only the likelihood is asked",
+}
 
 
 @dataclass(frozen=True)
@@ -193,9 +197,8 @@ def categories(run: Run) -> dict[str, Any]:
             values = np.array([list(run.scores[image][model].values()) for image in images])
             ends = zip(*bootstrap.interval(values, np.zeros(len(images))), strict=True)
             intervals: dict[str, Value] = {m: Interval(*map(float, end)) for m, end in zip(of_first, ends, strict=True)}
-            groups[KINDS["models" if model in run.evaluation["models"] else "references"]].append(
-                {"": model, **intervals}
-            )
+            kind = next(kind for kind in KINDS if model in run.evaluation[kind])
+            groups[KINDS[kind]].append({"": model, **intervals})
             if model == run.model and isinstance(gain := intervals["IG"], Interval):
                 ours[name] = gain.low, gain.high
         for group in groups.values():

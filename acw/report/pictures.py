@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from acw.model.drawing import ENCLOSED_MASS, mass_levels
 from acw.report.figures import INK, blank, styled
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ CONTOUR_SIDE = 180  # cells of the grid on which contours are traced
 LOWEST = 0.02  # share of an example's pixels whose log-densities are below the colours
 DIFFERENCES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # bits, at which a difference's colours may end
 LONGEST_SIDE = 640  # px of an image that a figure shows at most
-ENCLOSED_MASS = (0.25, 0.5, 0.75)  # shares of a density that its lines enclose, by its most likely pixels
 # Names in `Example.log_densities` that mean something: what the model predicts, IG's baseline, what other people saw.
 OURS, UNIFORM, CENTRE_BIAS, GOLD_STANDARD = "acw", "uniform mixture", "centre bias", "gold standard"
 
@@ -197,13 +197,6 @@ def blended(pixels: np.ndarray, relative: np.ndarray) -> np.ndarray:
     colour = matplotlib.colormaps["inferno"](np.sqrt(relative))[..., :3]
     opacity = 0.25 + 0.6 * np.sqrt(relative)[..., None]
     return (1 - opacity) * (0.12 + 0.55 * grey) + opacity * colour
-
-
-def mass_levels(density: np.ndarray, shares: Sequence[float]) -> np.ndarray:
-    """For each share, the level such that the pixels above it hold that share of the density's mass."""
-    descending = np.sort(density, axis=None)[::-1]
-    mass = np.cumsum(descending)
-    return descending[np.minimum(np.searchsorted(mass, np.asarray(shares) * mass[-1]), len(mass) - 1)]
 
 
 def _levels(density: np.ndarray) -> list[float]:
