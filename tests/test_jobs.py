@@ -595,3 +595,17 @@ def test_the_status_and_the_line_of_a_process(tmp_path: Path) -> None:
     result = run("pipeline", "gaze_small", "--dataset", tmp_path / "nowhere", "--root", tmp_path / "root")
     assert_one_line((result.returncode, result.stdout, result.stderr), "nowhere: there is no such folder")
     assert result.stdout == ""
+
+
+def test_heads_do_not_meet_the_images_of_unseen_categories(tmp_path: Path) -> None:
+    options = [*map(str, displays(tmp_path / "data", ("Colour", "Faces"), 8)), "--root", str(tmp_path / "runs")]
+    job = parse(["gaze_small", *options, "--unseen", "Faces"], "")
+    category = np.array([stimulus.category for stimulus in job.dataset.stimuli])
+    assert set(category[job.heads_split.development]) == {"Colour"}
+    assert set(category[job.split.development]) == {"Colour", "Faces"}
+    np.testing.assert_array_equal(job.heads_split.fold[category == "Colour"], job.split.fold[category == "Colour"])
+    for unseen, message in (("Cats", "no category 'Cats'"), ("Colour,Faces", "names every category")):
+        with pytest.raises(UserError, match=message):
+            parse(["gaze_small", *options, "--unseen", unseen], "")
+    with pytest.raises(UserError, match="'unseen' must be none with --refit or --joint"):
+        parse(["gaze", *options, "--unseen", "Faces"], "")

@@ -278,8 +278,8 @@ class Scoring:
             return
 
         def of(adaptation: Adaptation, row: int) -> np.ndarray:
-            adapted = model.adapted(maps.on_grid, adaptation.row(row), stimulus.size)
-            return adapted[y.astype(int), x.astype(int)].double().numpy()
+            adapted = model.adapted_on_grid(maps.on_grid, adaptation.row(row), stimulus.size)
+            return model.finalizer.at_pixels(adapted, x, y, stimulus.size)
 
         right = model.categories.index(stimulus.category)
         wrong = [of(self.adaptation, row) for row in range(len(model.categories)) if row != right]

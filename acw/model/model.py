@@ -262,12 +262,17 @@ class Model:
         self, log_densities_CHW: Tensor, numbers: Numbers, size: tuple[int, int], given_HW: Tensor | None = None
     ) -> Tensor:
         """(H, W) log-density of an image of `size` px by a category's numbers, from the components' on its grid."""
+        return self.finalizer.upsample(self.adapted_on_grid(log_densities_CHW, numbers, size, given_HW)[None], size)[0]
+
+    def adapted_on_grid(
+        self, log_densities_CHW: Tensor, numbers: Numbers, size: tuple[int, int], given_HW: Tensor | None = None
+    ) -> Tensor:
+        """The same on the grid; given_HW: a centre bias of the image's size instead of the model's own."""
         if given_HW is None:
             bias_HW = torch.from_numpy(self.center_bias.of_size(self.finalizer.grid(size)))
         else:
             bias_HW = normalise(self.finalizer.on_grid(given_HW))
-        on_grid = adapt(log_densities_CHW, numbers, bias_HW.to(log_densities_CHW.device), size)
-        return self.finalizer.upsample(on_grid[None], size)[0]
+        return adapt(log_densities_CHW, numbers, bias_HW.to(log_densities_CHW.device), size)
 
     def as_pysaliency(self, category: str | None = None) -> Any:
         """The model as a `pysaliency.Model`, whose log-densities are those of `predict` with this category.
