@@ -19,6 +19,7 @@ import pytest
 from matplotlib.path import Path as Polygon
 from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
+from seaweed import BUCKET, SeaweedFS, node
 from test_model import NAMES, WEIGHTS, image
 from test_model import folder as folder
 from test_model import model as model
@@ -28,12 +29,13 @@ from acw.data.images import orientation
 from acw.evaluation.map_files import read_grey
 from acw.model import drawing
 from acw.model.model import Model
-from acw.model.prediction import Prediction
+from acw.model.prediction import FORMATS, Prediction
 from acw.pipeline import predict as command
 from acw.pipeline import sources as naming
 from acw.storage import http
+from acw.storage.addresses import local
 from acw.storage.errors import UserError
-from acw.storage.files import csv_rows
+from acw.storage.files import csv_rows, write_atomic
 
 SIZE = (301, 423)
 PEAKS = ((60, 50, 12.0), (200, 380, 20.0), (150, 210, 30.0), (290, 120, 16.0))  # row, column and width of bumps, in px
@@ -177,6 +179,8 @@ def test_files_hold_what_their_names_say(tmp_path: Path) -> None:
     for row, place in zip(rows, prediction.places(), strict=True):
         assert (int(row["x"]), int(row["y"])) == (place.x, place.y)
         assert float(row["share"]) == pytest.approx(place.share, abs=1e-6)
+    assert list(command.FORMATS) == list(FORMATS)
+    assert all(form.suffix in command.FORMATS[name] for name, form in FORMATS.items())
     with pytest.raises(UserError, match=r"a\.jpg: a prediction is saved as .*\.npy.*; end its name so"):
         prediction.save(tmp_path / "a.jpg")
 
@@ -392,6 +396,22 @@ def test_a_server_that_says_little_is_given_up(address: str, tmp_path: Path, mon
     monkeypatch.setattr(http, "SECONDS", -1.0)
     with pytest.raises(UserError, match=r"photo\.jpg: takes longer than -1 s"):
         http.download(f"{address}/photo.jpg", tmp_path / "file", 10**6)
+
+
+def test_images_and_results_in_s3(
+    server: SeaweedFS, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.used_by(monkeypatch, tmp_path / "node")
+    root = f"s3://{BUCKET}/predict"
+    for name in ("photos/a.png", "photos/deep/b.jpg", "more/c.png"):
+        write_atomic(local(f"{root}/{name}"), save(tmp_path / name, (40, 50)).read_bytes())
+    words = [f"{root}/photos", f"{root}/more/c.png", f"{root}/more/none.png"]
+    assert predict(*words, "--model", folder, "--out", f"{root}/results", "--write", "csv") == 1
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [f"{root}/results/{name}.csv" for name in ("photos/a", "photos/deep/b", "more/c")]
+    assert f"error: {root}/more/none.png: the image cannot be read" in output.err
+    node(monkeypatch, tmp_path / "other")
+    assert csv_rows(local(f"{root}/results/more/c.csv"))
 
 
 def test_centre_biases(model: Model, folder: Path, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from acw.model.drawing import mass_levels
 from acw.report.figures import save, svg, weights_heat_map
-from acw.report.pictures import Example, examples_figure, mass_levels
+from acw.report.pictures import Example, examples_figure
 from acw.report.weights import weights_of
 
 

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from acw.pipeline.options import Parser, check_writable, local_path
 from acw.storage.addresses import shown
@@ -43,18 +43,15 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def add_options(parser: Parser) -> None:
-    about = (
-        "files, folders, quoted patterns such as 'photos/*.jpg', http(s):// and s3:// addresses; - reads such a list "
-    )
-    about += "from standard input, one a line"
+    about = "files, folders, quoted patterns such as 'photos/*.jpg', http(s):// and s3:// addresses; - reads a list of "
+    about += "these from standard input, one a line"
     parser.add_argument("images", nargs="+", metavar="PATH", help=about)
     about = "a run's folder, a model's folder or an MLflow URI such as models:/acw@champion"
     parser.add_argument("--model", metavar="MODEL", help=about)
     about = "folder to write to, here or in S3 (default: predictions)"
     parser.add_argument("--out", default="predictions", metavar="FOLDER", help=about)
-    about = "what to write of each image, with commas: " + "; ".join(
-        f"{name}: {what}" for name, what in FORMATS.items()
-    )
+    described = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
+    about = f"what to write of each image, with commas between: {described}"
     parser.add_argument("--write", default="overlay", metavar="FORMATS", help=f"{about} (default: overlay)")
     about = "category of all images, one that the model knows (default: inferred from each)"
     parser.add_argument("--category", metavar="NAME", help=about)
@@ -68,15 +65,15 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(__doc__)
     add_options(parser)
     options = parser.read(argv)
-    formats = _formats(options["write"])
+    formats, location = _formats(options["write"]), _location(options["model"])
     out = local_path(options["out"], "--out")
-    check_writable(out)
-    model = _model(options)
     from acw.pipeline.sources import sources
 
     images = sources(_given(options["images"]))
     if not images:
         raise UserError("no image is named on standard input; give paths or addresses, one a line")
+    check_writable(out)
+    model = _model(location, options["device"], options["center_bias"])
     if failed := predict(model, images, out, formats, options["category"]):
         print(f"error: {failed} of {len(images)} images could not be predicted", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -99,14 +96,18 @@ def _given(words: Sequence[str]) -> Iterator[str]:
             yield word
 
 
-def _model(options: dict[str, Any]) -> Model:
-    location = options["model"]
-    if location is None:
+def _location(given: str | None) -> str | Path:
+    """Where the model is."""
+    if given is None:
         raise UserError("--model: say which model predicts: a run's folder, a model's folder or models:/acw@champion")
+    return given if is_model_uri(given) else local_path(given, "--model")
+
+
+def _model(location: str | Path, device: str, bias: str) -> Model:
     from acw.tracking.load import load
 
-    model = load(location if is_model_uri(location) else local_path(location, "--model"), options["device"])
-    if (bias := options["center_bias"]) == "model":
+    model = load(location, device)
+    if bias == "model":
         return model
     from acw.heads.center_bias import flat
 

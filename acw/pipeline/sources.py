@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 from collections import Counter, deque
@@ -17,7 +18,7 @@ from PIL import Image
 
 from acw.data.images import FORMATS, SUFFIXES, decode_image, names_stimulus, orientation
 from acw.model.prediction import FORMATS as RESULTS
-from acw.storage import http
+from acw.storage import addresses, http
 from acw.storage.addresses import expanded, local, shown
 from acw.storage.errors import UserError
 from acw.storage.files import fetch, listing, plain_name
@@ -72,21 +73,35 @@ def _meant(given: str) -> list[str]:
     """The locations of the images that a word of a command or a line of a list means."""
     if _is_http(given):
         return [given]
-    s3 = given.startswith("s3://")
-    if "://" in given and not s3 and not os.path.exists(given):
-        raise UserError(f"{given}: images are files, or at http://, https:// and s3://; download it first")
-    path = local(given) if s3 else expanded(given)
-    if path.is_dir() if not s3 else not _is_image(path):
+    if given.startswith("s3://"):
+        path = local(given)
+        if _is_image(path):
+            return [given]
+        _reach(addresses.parts(given)[0])
         found = [file for file in listing(path) if _is_image(file)]
-    elif not s3 and glob.has_magic(str(path)) and not path.exists():
-        matches = (Path(match) for match in sorted(glob.glob(str(path), recursive=True)))
-        found = [match for match in matches if match.is_file() and _is_image(match)]
     else:
-        return [given if s3 else str(path)]
+        path = expanded(given)
+        if "://" in given and not path.exists():
+            raise UserError(f"{given}: images are files, or at http://, https:// and s3://; download it first")
+        if path.is_dir():
+            found = [file for file in listing(path) if _is_image(file)]
+        elif path.exists() or not glob.has_magic(str(path)):
+            return [str(path)]
+        else:
+            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+            found = [match for match in matches if match.is_file() and _is_image(match)]
     if not found:
         endings = ", ".join(sorted(SUFFIXES))
         raise UserError(f"{given}: there is no image in it, no file that ends in {endings}; correct its name")
     return [shown(file) for file in found]
+
+
+@functools.cache
+def _reach(bucket: str) -> None:
+    """Raises UserError where a bucket is not there: within seconds, not after the patience that a request has."""
+    from acw.storage import s3
+
+    s3.reach(f"s3://{bucket}")
 
 
 def _path(location: str) -> PurePosixPath:
@@ -137,8 +152,11 @@ def read(images: Iterable[Source]) -> Iterator[tuple[Source, np.ndarray | UserEr
 
 def _bring(source: Source, temporary: Path) -> Path:
     """The image's file on this machine; temporary: its path, without an ending, if it has to be downloaded."""
-    if not _is_http(source.location):
+    if source.location.startswith("s3://"):
+        _reach(addresses.parts(source.location)[0])
         return fetch(local(source.location))
+    if not _is_http(source.location):
+        return Path(source.location)
     try:
         kind = http.download(source.location, temporary, MOST_DOWNLOADED)
         suffix = SUFFIX_OF.get(kind, PurePosixPath(urlsplit(source.location).path).suffix.lower())
