@@ -30,7 +30,7 @@ from acw.storage.errors import UserError
 # Images on which registration is tried, spread over the data set: it needs no more, and seconds for so many.
 MOST_JUDGED = 200
 # Where so many fixations lie outside, something is wrong: then the likeliest other reading is named on less evidence.
-SUSPICIOUS_SHARE, LIKELY = 0.05, 1.5
+SUSPICIOUS_SHARE, LIKELY = 0.05, 2.0
 # Two pictures are nearly the same if small copies of them, in px a side, are correlated so much.
 COPY_SIDE, ALIKE = 16, 0.99
 LEAST_CONTRAST = 4.0  # grey levels: copies that vary less are compared with none

@@ -22,7 +22,10 @@ CELLS = 128  # along the longer side of a usual image
 GRID = 24, 32  # rows and columns of a coarse grid over any image, for where people look in other images
 FEWEST_IMAGES = 8
 # Normal deviates by which a reading must be better than the given one, and than none.
-BEYOND_CHANCE = 2.75
+BEYOND_CHANCE = 3.0
+# Under a reading that is proposed, this share of fixations is in their images, and their mean is so near the middle, in
+# shares of the sides.
+LEAST_INSIDE, NEAR_MIDDLE = 0.95, 0.2
 # Smaller offsets, in cells, and factors are not told from none. Larger offsets are not looked for.
 LEAST_OFFSET, MOST_OFFSET = 3, 20
 LEAST_FACTOR = 1.08
@@ -94,24 +97,43 @@ def best_reading(images: Sequence[Seen], cell: float) -> tuple[Reading | None, f
     surrounds = np.stack([_pooled(image.conspicuity).ravel() for image in images])
 
     def best_of(readings: Sequence[Reading]) -> tuple[Reading, np.ndarray]:
-        scored = [(reading, _scores(images, surrounds, cell, reading.apply)) for reading in readings]
-        return max(scored, key=lambda pair: float(pair[1].mean()))
+        """The given one, scores of no image, where none can be."""
+        scored = [
+            (reading, _scores(images, surrounds, cell, reading.apply))
+            for reading in readings
+            if _may_be(images, reading)
+        ]
+        return max(scored, key=lambda pair: float(pair[1].mean()), default=(_GIVEN, np.zeros(0)))
 
     best, scores = best_of([*_readings(images), _moved(_offset(images, cell))])
     if best.kind == "scaled":
-        best, scores = best_of([_scaled(best.numbers[0] * step) for step in np.linspace(0.9, 1.1, 21)])
-        usual = min(FACTORS, key=lambda factor: abs(math.log(factor / best.numbers[0])))
-        if abs(math.log(usual / best.numbers[0])) < AS_GOOD:
-            best, scores = best_of([_scaled(usual)])
+        factor = best.numbers[0]
+        best, scores = best_of([_scaled(factor * step) for step in np.linspace(0.9, 1.1, 21)])
+        usual = [_scaled(other) for other in FACTORS if abs(math.log(other / best.numbers[0])) < AS_GOOD]
+        best, scores = best_of(usual) if usual else (best, scores)
     same = best.kind == "moved" and math.hypot(*best.numbers) < LEAST_OFFSET * cell
-    if same or (best.kind == "scaled" and 1 / LEAST_FACTOR < best.numbers[0] < LEAST_FACTOR):
+    if not len(scores) or same or (best.kind == "scaled" and 1 / LEAST_FACTOR < best.numbers[0] < LEAST_FACTOR):
         return None, 0.0
     given = _scores(images, surrounds, cell, _as_given)
     return best, min(_deviate(scores - given), _deviate(scores))
 
 
+def _may_be(images: Sequence[Seen], reading: Reading) -> bool:
+    """Whether under a reading nearly all fixations are in their images, and about the middle on average."""
+    shares = []
+    for image in images:
+        x, y = reading.apply(image.x, image.y, image.size)
+        shares.append(np.stack([x / image.size[1], y / image.size[0]]))
+    places = np.concatenate(shares, axis=1)
+    inside = np.all((places >= 0) & (places < 1), axis=0)
+    return bool(inside.mean() >= LEAST_INSIDE and np.all(np.abs(places[:, inside].mean(1) - 0.5) <= NEAR_MIDDLE))
+
+
 def _as_given(x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return x, y
+
+
+_GIVEN = Reading("given", (), _as_given)
 
 
 def _scaled(factor: float) -> Reading:
