@@ -1,0 +1,324 @@
+"""What category adaptation is worth on kinds of images that heads have not seen, and on those that they have.
+
+    python jobs/extract.py gaze_small --dataset FOLDER --root ROOT        # and the same with --folds 2 for each OTHER
+    python benchmarks/adaptation.py --dataset FOLDER --root ROOT --others OTHER,OTHER --threads 2     # half an hour
+
+For every two categories, and for every source of the images, heads are trained without them (one seed, EPOCHS epochs,
+all side by side in one bank), and beside these five that each leave out a fold of all images. Of the development images
+only. What the first say of the images that they were not trained on is adapted by some of these images (PER_KIND, drawn
+DRAWS times) and scored on the others; what the second say of theirs is what heads that know the kind reach. OTHER is a
+folder of images with a fixations.csv, of another kind, which the second are adapted to. All is in bits per fixation
+over the numbers for all images, on the coarse grid on which numbers are fitted. ROOT/adaptation keeps what heads say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+from harness import Figures
+from torch import Tensor
+
+from acw.data import Dataset
+from acw.evaluation.bootstrap import interval, ratio_interval
+from acw.evaluation.scoring import split_half
+from acw.features.joined import Store
+from acw.fusion import adaptation_fit, category_weights
+from acw.fusion.adaptation_fit import (
+    NONE,
+    Maps,
+    climb,
+    fit_all,
+    log_likelihood,
+    on_grid,
+    own_center_bias,
+    precision,
+    unadapted,
+)
+from acw.fusion.category_weights import Likelihoods
+from acw.heads import readout
+from acw.heads.center_bias import CenterBias
+from acw.heads.ensemble import ensemble
+from acw.pipeline import job as jobs
+from acw.pipeline.job import Job
+from acw.training.bank import Bank, BankState, Head
+from acw.training.batches import Batches, TrainingSet
+from acw.training.loss import coarsest, image_loss
+from acw.training.loss import log_likelihood as heads_log_likelihood
+from acw.training.trainer import EVALUATION_BATCH, BankAdam, epoch_batches
+from acw.training.training_set import kde_of
+
+EPOCHS = 5  # the last at a tenth of the rate
+PER_KIND = (5, 10, 20, 50)
+SCORED = 10  # images, at least
+DRAWS = 4  # of a kind of which there is one
+WEIGHTS_STRENGTH = 1.0  # of the prior, where weights alone are fitted
+CPU = torch.device("cpu")
+Seen = dict[str, np.ndarray]  # what heads leave out -> (N,) bool
+
+
+def left_out(job: Job) -> tuple[Seen, Seen]:
+    """Kinds of images that some heads are not to see, and the folds of all images."""
+    dataset, split = job.dataset, job.split
+    development = split.fold >= 0
+    category, names = dataset.category_index, dataset.categories
+    kinds = {
+        f"{names[a]}+{names[b]}": np.isin(category, (a, b)) & development
+        for a, b in itertools.combinations(range(len(names)), 2)
+    }
+    source = np.array([stimulus.source for stimulus in dataset.stimuli])
+    kinds |= {f"source {name}": (source == name) & development for name in sorted(set(source) - {None})}
+    return kinds, {f"fold {f}": split.fold == f for f in range(job.recipe.folds)}
+
+
+def heads_without(job: Job, view: str, store: Store, excluded: Seen) -> tuple[readout.Parameters, TrainingSet]:
+    """A head for each entry, trained on the development images that are not in it; K heads in that order."""
+    dataset, development = job.dataset, job.split.fold >= 0
+    # Images that the same heads see are one group, from which batches are dealt.
+    _, group = np.unique(np.stack(list(excluded.values())), axis=1, return_inverse=True)
+    group = np.unique(np.where(development, group.ravel() + 1, 0), return_inverse=True)[1] - 1
+    recipe = dataclasses.replace(job.recipe, folds=int(group.max()) + 1)
+    biases = [kde_of(dataset, np.flatnonzero(development & ~out)) for out in excluded.values()]
+    sizes = [stimulus.size for stimulus in dataset.stimuli]
+    training = TrainingSet(sizes, group, dataset.image, dataset.x, dataset.y, biases, biases)
+    members = tuple(Head.of(recipe, number, 0) for number in range(len(excluded)))
+    state = BankState.new(recipe, Bank(view, members), sum(store.channels))
+    batches, every = Batches(training, store, recipe.finalizer, CPU), torch.arange(len(members))
+    out_KN = torch.from_numpy(np.stack(list(excluded.values())))
+    for epoch in range(EPOCHS):
+        adam = BankAdam(state, every, members, CPU)
+        if epoch == EPOCHS - 1:
+            adam.rate *= 0.1
+        strides, _ = coarsest(adam.parameters(), members, batches, fresh=not epoch)
+        steps = epoch_batches(recipe, batches, epoch)
+        parts = [batches.groups(images) for images in steps]
+        reader = batches.ahead(part for of_step in parts for part in of_step)
+        for images, of_step in zip(steps, parts, strict=True):
+            on = torch.nonzero(~out_KN[:, images[0]])[:, 0]
+            flat = adam.flat.index_select(0, on).requires_grad_(True)
+            parameters, loss = readout.unflatten(flat, adam.like), torch.zeros(len(on))
+            for _ in of_step:
+                values = heads_log_likelihood(parameters, on, next(reader), batches, strides[on])
+                loss = loss + image_loss(values).sum(1) / len(images)
+            loss.sum().backward()
+            adam.step(on, flat)
+        adam.write_back(state)
+        print(f"{view}: epoch {epoch + 1} of {EPOCHS}, {len(members)} heads", flush=True)
+    return state.parameters, training
+
+
+@torch.no_grad()
+def said(job: Job, view: str, excluded: Seen, others: Sequence[Job]) -> dict[str, np.ndarray]:
+    """`OUT/INDEX` -> the density of an image by the head that left it out, on the coarse grid; and, as `OUT/INDEX/at`,
+    its log-density per px at the fixations. Of other data sets, by all heads together: `NAME/INDEX`."""
+    store = job.stores()[view]
+    with torch.enable_grad():
+        parameters, training = heads_without(job, view, store, excluded)
+    dataset, finalizer = job.dataset, job.recipe.finalizer
+    result = {}
+    batches = Batches(training, store, finalizer, CPU)
+    for number, (name, out) in enumerate(excluded.items()):
+        for group in batches.groups(np.flatnonzero(out)):
+            grid = finalizer.grid(dataset.stimuli[group[0]].size)
+            bias = torch.from_numpy(training.finalizer_bias[number].of_size(grid))
+            for start in range(0, len(group), EVALUATION_BATCH):
+                some = group[start : start + EVALUATION_BATCH].tolist()
+                densities = ensemble(readout.select(parameters, [number]), store.load(some), bias, finalizer)
+                for index, log_density in zip(some, densities, strict=True):
+                    x, y, _ = dataset.fixations_of(index)
+                    result[f"{name}/{index}"] = on_grid(log_density[None])[0]
+                    result[f"{name}/{index}/at"] = finalizer.at_pixels(log_density, x, y, dataset.stimuli[index].size)
+    everywhere = kde_of(dataset, job.split.development)
+    for other in others:
+        features = other.stores()[view]
+        for index, stimulus in enumerate(other.dataset.stimuli):
+            of_size = torch.from_numpy(everywhere.of_size(finalizer.grid(stimulus.size)))
+            log_density = ensemble(parameters, features.load([index]), of_size, finalizer)[0]
+            x, y, _ = other.dataset.fixations_of(index)
+            result[f"{other.dataset.name}/{index}"] = on_grid(log_density[None])[0]
+            result[f"{other.dataset.name}/{index}/at"] = finalizer.at_pixels(log_density, x, y, stimulus.size)
+    return result
+
+
+Gains = dict[tuple[str, str], dict[int, list[float]]]  # kind, what -> image -> bits, of each time that it was scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What all views say of some images of a data set; name: of the entry that left them out, or of the data set."""
+
+    name: str
+    dataset: Dataset
+    images: np.ndarray
+    by_view: Sequence[dict[str, np.ndarray]]
+
+    def maps(self, bias: CenterBias) -> Maps:
+        images = self.images.tolist()
+        return Maps.of(
+            [np.stack([view[f"{self.name}/{index}"] for view in self.by_view]) for index in images],
+            [self.dataset.fixations_of(index)[:2] for index in images],
+            [self.dataset.stimuli[index].size for index in images],
+            [bias] * len(images),
+        )
+
+    def at_fixations(self) -> list[np.ndarray]:
+        """Of each image (F, C) log-density per px."""
+        return [np.stack([view[f"{self.name}/{i}/at"] for view in self.by_view], 1) for i in self.images.tolist()]
+
+    def by_halves(self, weights: np.ndarray) -> np.ndarray:
+        """(N,) bits by which the best weights for half of an image's subjects foretell the others better than these."""
+        gains = []
+        for index, log_p in zip(self.images.tolist(), self.at_fixations(), strict=True):
+            halves = split_half(log_p, self.dataset.fixations_of(index)[2])
+            gains.append((halves - np.log(np.exp(log_p) @ weights)).mean() / math.log(2))
+        return np.array(gains)
+
+
+def bits(theta: Tensor, maps: Maps, own: Tensor | None = None) -> np.ndarray:
+    """(N,) mean log2-density of each image's fixations."""
+    own = torch.zeros_like(maps.center_bias) if own is None else own
+    return (log_likelihood(theta.float(), maps, own).double() / math.log(2)).numpy()
+
+
+def fitted_on_some(
+    maps: Maps, members: np.ndarray, overall: Tensor, images: int, seed: int
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """What was fitted on `images` of a kind's, the others of its members, and their bits over the numbers for all."""
+    drawn = np.random.default_rng(seed).permutation(members)
+    training, rest = maps.subset(np.sort(drawn[:images])), np.sort(drawn[images:])
+    test, views = maps.subset(rest), maps.density.shape[2]
+    without = bits(overall, test)
+    only_weights = torch.zeros(len(overall), dtype=torch.bool)
+    only_weights[3 : 3 + views] = True
+    prior, nothing = precision(views, WEIGHTS_STRENGTH), torch.zeros_like(training.center_bias)
+    weights = climb(training, nothing, overall, prior, overall, only_weights)
+    yield "category weights", rest, bits(weights, test) - without
+    adapted, _ = adaptation_fit._chosen(training, overall, seed)
+    yield "category adaptation", rest, bits(adapted, test, own_center_bias(test, training)) - without
+
+
+def unseen(gains: Gains, label: str, said_of: Predictions, maps: Maps, groups: Sequence[np.ndarray], overall: Tensor,
+           weights: np.ndarray) -> None:  # fmt: skip
+    """Adds what is gained on a kind that heads have not seen; groups: members that are adapted to together."""
+    images = said_of.images.tolist()
+    without, halves = bits(overall, maps), said_of.by_halves(weights)
+    even = np.full(len(weights), 1 / len(weights))
+    for name, values in (
+        ("even mixture", bits(unadapted(even), maps) - without),
+        ("one weight vector for all", bits(unadapted(weights), maps) - without),
+        ("weights by image, ceiling", halves + bits(unadapted(weights), maps) - without),
+    ):
+        for index, value in zip(images, values.tolist(), strict=True):
+            gains[label, name][index].append(value)
+    draws = DRAWS if len(groups) == 1 else 1
+    for members, number, draw in itertools.product(groups, PER_KIND, range(draws)):
+        if len(members) >= number + SCORED:
+            for name, rest, values in fitted_on_some(maps, members, overall, number, draw):
+                for place, value in zip(rest.tolist(), values.tolist(), strict=True):
+                    gains[label, f"{name}, {number} images"][images[place]].append(value)
+
+
+def seen(gains: Gains, said_of: Sequence[Predictions], maps: Maps, category: np.ndarray, overall: Tensor) -> np.ndarray:
+    """Adds what is gained on images of kinds that heads have seen, out of fold; the weights for all."""
+    log_p = [of_image for part in said_of for of_image in part.at_fixations()]
+    image = np.repeat(np.arange(len(log_p)), list(map(len, log_p)))
+    likelihoods, groups = Likelihoods(np.concatenate(log_p), image, len(log_p)), int(category.max()) + 1
+    by_category = category_weights.fit(likelihoods, category, groups, 0)
+    weights = by_category.global_weights
+    one_for_all = likelihoods.mean_log_likelihood(weights)
+    even = np.full(len(weights), 1 / len(weights))
+    left_out = adaptation_fit.crossvalidate(maps, weights, category, groups, 0)
+    best = max((name for name in left_out if name != NONE), key=lambda name: left_out[name].mean())
+    columns = {
+        "even mixture": likelihoods.mean_log_likelihood(even) - one_for_all,
+        "category weights": by_category.left_out - one_for_all,
+        "one set of numbers for all": left_out["inf"] - left_out[NONE],
+        f"category adaptation (prior of {best} images)": left_out[best] - left_out[NONE],
+        "weights by image, ceiling": np.concatenate([part.by_halves(weights) for part in said_of]) * math.log(2),
+    }
+    for name, values in columns.items():
+        for index, value in enumerate((values / math.log(2)).tolist()):
+            gains["seen, over one weight vector for all", name][index].append(value)
+    return weights
+
+
+def report(gains: Gains, category: dict[str, np.ndarray], gap: str) -> Figures:
+    """Means over images with 95 % intervals and, where there are heads that know a kind, the share of their lead."""
+    figures: Figures = {}
+    for (label, name), by_image in gains.items():
+        indices = np.array(sorted(by_image))
+        values = np.array([np.mean(by_image[index]) for index in indices.tolist()])
+        groups = category[label][indices]
+        mean, low, high = map(float, interval(values, groups))
+        figures[f"{label}: {name}"] = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+        if name != gap and (label, gap) in gains:
+            lead = np.array([np.mean(gains[label, gap][index]) for index in indices.tolist()])
+            share, low, high = ratio_interval(values, lead, groups)
+            figures[f"{label}: {name}"] += f", {share:.0%} [{low:.0%}, {high:.0%}] of the gap"
+    return figures
+
+
+def kept(job: Job, view: str, excluded: Seen, others: Sequence[Job], folder: Path, name: str) -> dict[str, np.ndarray]:
+    path = folder / f"{view}.{name}.npz"
+    if not path.exists():
+        arrays: dict[str, Any] = said(job, view, excluded, others)
+        np.savez(path, **arrays)
+    return dict(np.load(path))
+
+
+def benchmark(options: argparse.Namespace) -> Figures:
+    def parsed(*arguments: str) -> Job:
+        scale = ["--pixels-per-degree", str(options.pixels_per_degree)] if options.pixels_per_degree else []
+        return jobs.parse(["gaze_small", "--root", options.root, *scale, *arguments], __doc__ or "")
+
+    job = parsed("--dataset", options.dataset)
+    names = [name for name in options.others.split(",") if name]
+    others = [parsed("--dataset", name, "--fixations", f"{name}/fixations.csv", "--folds", "2") for name in names]
+    dataset, development = job.dataset, job.split.development
+    kinds, folds = left_out(job)
+    folder = Path(options.root) / "adaptation"
+    folder.mkdir(parents=True, exist_ok=True)
+    views = job.recipe.backbones
+    of_kinds = [kept(job, view, kinds, [], folder, "kinds") for view in views]
+    of_folds = [kept(job, view, folds, others, folder, "folds") for view in views]
+
+    gains: Gains = defaultdict(lambda: defaultdict(list))
+    known = [Predictions(name, dataset, np.flatnonzero(out), of_folds) for name, out in folds.items()]
+    parts = [of.maps(kde_of(dataset, np.setdiff1d(development, of.images))) for of in known]
+    together = Maps(*(torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(Maps)))
+    images = np.concatenate([of.images for of in known])
+    overall = fit_all(together, np.full(len(views), 1 / len(views)))
+    weights = seen(gains, known, together, dataset.category_index[images], overall)
+    reached = dict(zip(images.tolist(), bits(overall, together).tolist(), strict=True))
+    category = {"seen, over one weight vector for all": dataset.category_index[images]}
+    gap = "heads that know the kind"
+    for kind, out in kinds.items():
+        of = Predictions(kind, dataset, np.flatnonzero(out), of_kinds)
+        maps = of.maps(kde_of(dataset, np.setdiff1d(development, of.images)))
+        by_source = kind.startswith("source ")
+        label = kind if by_source else "unseen categories, two at a time"
+        own = np.zeros(len(of.images)) if by_source else dataset.category_index[of.images]
+        unseen(gains, label, of, maps, [np.flatnonzero(own == c) for c in np.unique(own)], overall, weights)
+        category[label] = dataset.category_index
+        for index, base in zip(of.images.tolist(), bits(overall, maps).tolist(), strict=True):
+            gains[label, gap][index].append(reached[index] - base)
+    bias = kde_of(dataset, development)
+    for other in others:
+        every = np.arange(len(other.dataset.stimuli))
+        of = Predictions(other.dataset.name, other.dataset, every, of_folds)
+        unseen(gains, other.dataset.name, of, of.maps(bias), [every], overall, weights)
+        category[other.dataset.name] = np.zeros(len(every))
+    return report(gains, category, gap)
+
+
+if __name__ == "__main__":
+    harness.run(__doc__ or "", benchmark, dataset="", root="runs", others="", pixels_per_degree=0.0)
