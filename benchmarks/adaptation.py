@@ -202,7 +202,7 @@ def fitted_on_some(
     prior, nothing = precision(views, WEIGHTS_STRENGTH), torch.zeros_like(training.center_bias)
     weights = climb(training, nothing, overall, prior, overall, only_weights)
     yield "category weights", rest, bits(weights, test) - without
-    adapted, _ = adaptation_fit._chosen(training, overall, seed)
+    adapted, _ = adaptation_fit.fit_new(training, overall, seed)
     yield "category adaptation", rest, bits(adapted, test, own_center_bias(test, training)) - without
 
 

@@ -82,7 +82,7 @@ def export(model: Model, folder: Path, out: Path) -> Report:
     if "imported" in model.provenance:
         raise UserError(
             "this model has no centre bias yet, so these were no densities of where people look; have it take one from "
-            "a data set: acw run deepgaze_iie --heads MODEL --category-weights true --dataset D"
+            "a data set: acw run cat2000_iie --heads MODEL --dataset D"
         )
     files = stimuli_of(folder)
     sizes = _sizes(files)

@@ -305,26 +305,12 @@ def crossvalidate(maps: Maps, weights: np.ndarray, group: np.ndarray, groups: in
     return result
 
 
-def fit_new(maps: Maps, overall_P: Tensor, seed: int) -> tuple[Tensor, np.ndarray]:
+def fit_new(maps: Maps, overall_P: Tensor, seed: int) -> tuple[Tensor, float]:
     """The numbers of a category that a model does not know yet, from some of its images and the model's for all.
 
-    Also (N,) nats per fixation by which each image is foretold better than by those for all, where the numbers and the
-    strength of their prior were fitted without it: the mean is what adapting gains.
+    And the strength of the prior by which those of the images that are left out are foretold best.
     """
     fold = np.random.default_rng(seed).permutation(len(maps)) % min(CROSSVALIDATION_FOLDS, len(maps))
-    gain = np.empty(len(maps))
-    for left_out in np.unique(fold):
-        inside, outside = np.flatnonzero(fold != left_out), np.flatnonzero(fold == left_out)
-        training, test = maps.subset(inside), maps.subset(outside)
-        theta, own = _chosen(training, overall_P, seed)[0], own_center_bias(test, training)
-        without = log_likelihood(overall_P.float(), test, torch.zeros_like(own))
-        gain[outside] = (log_likelihood(theta.float(), test, own) - without).numpy()
-    return _chosen(maps, overall_P, seed)[0], gain
-
-
-def _chosen(maps: Maps, overall_P: Tensor, seed: int) -> tuple[Tensor, float]:
-    """A category's numbers at the strength of the prior by which, of these images, those left out are foretold best."""
-    fold = np.random.default_rng(seed + 1).permutation(len(maps)) % min(CROSSVALIDATION_FOLDS, len(maps))
     finite = sorted(filter(math.isfinite, STRENGTHS), reverse=True)
     total = dict.fromkeys([math.inf, *finite], 0.0)
     for left_out in np.unique(fold):

@@ -48,7 +48,7 @@ def evaluate(
     if trained_on is None:
         raise UserError(
             f"{location}: has no centre bias yet, and IG no baseline; have them taken from training folds, and the "
-            f"held-out images scored: acw run deepgaze_iie --heads {location} --dataset D"
+            f"held-out images scored: acw run cat2000_iie --heads {location} --dataset D"
         )
     if dataset.fingerprint == trained_on["fingerprint"]:
         print("warning: the model was trained on images of this very data set; see its own evaluation.json", flush=True)
