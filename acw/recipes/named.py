@@ -66,7 +66,7 @@ def demo() -> Recipe:
     For the built-in displays only, whose categories it names; networks see them at their own size. Two thirds are
     held out: 20 a category are left to learn from.
 
-    Cost: some 5 minutes on 2 cores. Expect 1.94 bit on the held-out displays, where 2.33 is possible.
+    Cost: 5 to 6 minutes on 2 cores. Expect 2.00 bit on the held-out displays, where 2.33 is possible.
     """
     return dataclasses.replace(
         acw(),
