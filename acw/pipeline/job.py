@@ -154,7 +154,10 @@ def job_of(options: dict[str, Any], *, writes: bool = True) -> Job:
 def _check_unseen(recipe: Recipe, dataset: Dataset) -> None:
     """Raises UserError where heads could not be trained without the categories that they are not to see."""
     if unknown := sorted(set(recipe.unseen) - set(dataset.categories)):
-        raise UserError(f"--unseen: no category '{unknown[0]}'; the data set has {', '.join(dataset.categories)}")
+        known = ", ".join(dataset.categories)
+        raise UserError(
+            f"--unseen: no category '{unknown[0]}'; the data set has {known}; name some, or none: --unseen ''"
+        )
     if set(recipe.unseen) == set(dataset.categories):
         raise UserError("--unseen: names every category of the data set; leave at least one to train heads on")
 
