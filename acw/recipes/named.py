@@ -39,8 +39,8 @@ def gaze() -> Recipe:
     acw run gaze --dataset FOLDER [--pixels-per-degree PX]
 
     Cost: 959 photographs of 800x600 px in some 23 minutes and 6 GiB on 2 cores that multiply in bfloat16 (elsewhere
-    DINOv2's features alone take 7 minutes), of which the refit is 8. There it reached 1.57 bit per fixation over the centre bias on the 192 held-out images, where other people's fixations reach
-    1.58.
+    DINOv2's features alone take 7 minutes), of which the refit is 8. There it reached 1.57 bit per fixation over the
+    centre bias on the 192 held-out images, where other people's fixations reach 1.58.
     """
     return dataclasses.replace(acw(), name="gaze", backbones=BACKBONE_SETS["registry"], refit=True)
 
