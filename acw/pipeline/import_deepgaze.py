@@ -27,6 +27,6 @@ def main(argv: Sequence[str]) -> None:
     s3 = checkpoint.startswith("s3://")
     model = import_checkpoint(checkpoint if s3 else str(local_path(checkpoint, "CHECKPOINT")))
     files.save(model, out, [model.loaded(backbone) for backbone in model.backbones])
-    print("it brings no centre bias: give predict one, or adapt it to a data set, whose images' it takes:")
+    print("it brings no centre bias: give predict one, or adapt it to a data set, which brings one:")
     print(f"  acw run cat2000_iie --heads {shown(out)} --dataset FOLDER")
     print(shown(out), flush=True)
