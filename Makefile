@@ -18,7 +18,7 @@ help: ## list the targets
 
 # `exec`, so that a signal for make reaches the program and not a shell in between.
 demo: $(INSTALLED) ## train 45 heads on built-in displays, adapt them to others, on a local Ray head; results in runs/
-	exec $(BIN)/python jobs/local_cluster.py -- python jobs/pipeline.py demo --root "$(CURDIR)/runs"
+	exec $(BIN)/python jobs/local_cluster.py -- python jobs/pipeline.py displays --root "$(CURDIR)/runs"
 
 test: lint ## lint, types and the tests
 	exec $(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 """Runs one command as a Ray job on a Ray head of its own on this machine, and leaves nothing running.
 
-    python jobs/local_cluster.py -- python jobs/pipeline.py demo --root "$PWD/runs"
+    python jobs/local_cluster.py -- python jobs/pipeline.py displays --root "$PWD/runs"
 
 does on the loopback interface what `ray up` and `ray job submit` do on a cluster: it starts a head, submits the command
 with the current folder (less what .gitignore and .rayignore name) as its working directory, streams its output, and

@@ -130,7 +130,7 @@ def test_readers_of_posters_begin_at_the_top_left() -> None:
 
 
 def test_the_demo_adapts_heads_to_half_of_the_categories_and_scores_forty_displays_of_each() -> None:
-    recipe, dataset = named_recipe("demo"), load_dataset("synthetic")
+    recipe, dataset = named_recipe("displays"), load_dataset("synthetic")
     held_out = split(dataset, recipe.seed, recipe.folds, recipe.holdout).held_out
     assert np.bincount(dataset.category_index[held_out]).tolist() == [40] * len(CATEGORIES)
     assert set(recipe.unseen) < set(CATEGORIES)
