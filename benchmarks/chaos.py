@@ -3,7 +3,7 @@
     python benchmarks/chaos.py --minutes 10 --seed 0
     python benchmarks/chaos.py --minutes 1 --seed 0 --images 6 --epochs 3 --every 15       # tiny
 
-Runs `jobs/pipeline.py gaze_small` on small pictures of the built-in displays, on three nodes of one core each that are
+Runs `jobs/pipeline.py demo` on small pictures of the built-in displays, on three nodes of one core each that are
 all on this machine, logging to an MLflow server: once undisturbed, then, for so many minutes, with a fault about
 `--every` seconds, drawn by the seed. A worker process is killed; a node is removed without grace and another one added;
 the driver is killed; the whole cluster is stopped, head and all, and another one started; or for OUTAGE_SECONDS all
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def folder(self) -> Path | None:
-        return next(self.root.glob("gaze_small-*"), None)
+        return next(self.root.glob("demo-*"), None)
 
     def take_note(self) -> None:
         """Of the epochs that are finished."""
@@ -246,7 +246,7 @@ def chaos(place: Path, options: argparse.Namespace) -> int:
     good, runs, start = True, 0, time.monotonic()
     with contextlib.ExitStack() as stack:
         site = Site(place, stack)
-        arguments = ["gaze_small", *fields, *dataset, "--tracking-uri", f"http://127.0.0.1:{site.port}"]
+        arguments = ["demo", *fields, *dataset, "--tracking-uri", f"http://127.0.0.1:{site.port}"]
         with ThreeNodes(place / "cluster.log") as cluster:
             undisturbed = Run(arguments, place / "undisturbed", cluster)
             undisturbed.finish()

@@ -24,7 +24,7 @@ JOBS = Path(__file__).parents[1] / "jobs"
 # Two banks of two heads. No rate falls, so all epochs are trained: enough of them to be interrupted in their midst.
 EPOCHS = 40
 RECIPE = (
-    *("gaze_small", "--backbones", "lite0,lite1", "--seeds", "1", "--folds", "2", "--heads-per-worker", "2"),
+    *("demo", "--backbones", "lite0,lite1", "--seeds", "1", "--folds", "2", "--heads-per-worker", "2"),
     *("--workers", "2", "--max-epochs", str(EPOCHS), "--lr-patience", str(EPOCHS)),
 )
 # Of a data set's folder and a root: people name folders as they like.

@@ -248,7 +248,7 @@ def resize(disk: Path, size: str) -> None:
 def test_disk_full_in_extraction(cluster: ThreeNodes, disk: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     dataset = displays(tmp_path / "set", ("Colour", "Contour", "Text"), 22)
-    arguments = ["gaze_small", "--backbones", "lite0", "--workers", "2", *dataset, "--root", str(disk)]
+    arguments = ["demo", "--backbones", "lite0", "--workers", "2", *dataset, "--root", str(disk)]
     resize(disk, "24m")  # room for one of five shards
     said = finish(command("extract", *arguments), log, cluster.environment, status=2)
     assert_one_line(said, str(disk / "features"), "No space left on device", "free the disk")

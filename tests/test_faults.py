@@ -134,7 +134,7 @@ def test_checkpoint_on_a_full_disk(tmp_path: Path) -> None:
 def extraction(tmp_path: Path) -> list[str]:
     """Arguments of a job with five shards of features to extract."""
     dataset = displays(tmp_path / "set", ("Colour", "Contour", "Text"), 22)
-    return ["gaze_small", "--backbones", "lite0", "--workers", "2", *dataset, "--root", str(tmp_path / "runs")]
+    return ["demo", "--backbones", "lite0", "--workers", "2", *dataset, "--root", str(tmp_path / "runs")]
 
 
 def shards(root: Path) -> list[Path]:

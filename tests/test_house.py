@@ -149,7 +149,7 @@ def test_a_reader_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         Image.new("1", (80, 60), 1).save(data / f"{name}.png")
         (data / f"{name}.txt").write_text("30.5 20\n41 33\n", encoding="utf-8")
     assert load_dataset(str(data)).reader == "notes"
-    job = parse(["gaze_small", "--dataset", str(data), "--reader", "notes", "--root", str(tmp_path / "root")], "")
+    job = parse(["demo", "--dataset", str(data), "--reader", "notes", "--root", str(tmp_path / "root")], "")
     assert (job.dataset.categories, len(job.dataset.x)) == (("a", "b"), 24)
     (data / "a0.txt").write_text("99 20\n", encoding="utf-8")
     with pytest.raises(UserError, match="fixations outside their image"):

@@ -132,7 +132,7 @@ def test_a_run_says_what_it_was_made_with(done: Run) -> None:
     assert record["dataset"]["fingerprint"] == job.dataset.fingerprint
     assert re.match(r"[0-9a-f]{40}|unknown", record["commit"])
     assert {"torch", "ray", "timm", "numpy"} <= set(record["versions"])
-    assert "pipeline.py gaze_small" in record["command"]
+    assert "pipeline.py demo" in record["command"]
 
 
 def test_mlflow_has_a_run_with_a_child_a_bank_and_a_champion(done: Run) -> None:
@@ -407,7 +407,7 @@ def test_a_spoilt_folder(call: Callable[..., tuple[int, str, str]], tmp_path: Pa
     folder = cat2000(tmp_path / "set")
     spoil(folder)
     for job in ("pipeline", "extract"):
-        result = call(job, "gaze_small", "--dataset", folder, "--root", tmp_path / "root")
+        result = call(job, "demo", "--dataset", folder, "--root", tmp_path / "root")
         assert_one_line(result, message)
         assert not call.started  # type: ignore[attr-defined]
         assert_nothing_written(tmp_path / "root")
@@ -417,7 +417,7 @@ def test_a_spoilt_csv(call: Callable[..., tuple[int, str, str]], tmp_path: Path)
     options = displays(tmp_path / "set", ("Colour",), 6)
     table = tmp_path / "set" / "fixations.csv"
     text = table.read_text(encoding="utf-8")
-    arguments = ["gaze_small", *options, "--root", str(tmp_path / "root")]
+    arguments = ["demo", *options, "--root", str(tmp_path / "root")]
 
     table.write_text(text.replace("image,x,y,", "image,x,Y,"), encoding="utf-8")
     assert_one_line(call("extract", *arguments), "fixations.csv: has no column 'y'")
@@ -592,7 +592,7 @@ def test_a_damaged_picture_that_a_worker_meets_is_one_line(tmp_path: Path) -> No
 
 
 def test_the_status_and_the_line_of_a_process(tmp_path: Path) -> None:
-    result = run("pipeline", "gaze_small", "--dataset", tmp_path / "nowhere", "--root", tmp_path / "root")
+    result = run("pipeline", "demo", "--dataset", tmp_path / "nowhere", "--root", tmp_path / "root")
     assert_one_line((result.returncode, result.stdout, result.stderr), "nowhere: there is no such folder")
     assert result.stdout == ""
 

@@ -21,7 +21,7 @@ from acw.training.bank import BankState, checkpoint_path, plan_banks
 
 
 def options(folder: Path, *more: str) -> list[str]:
-    tiny = ("gaze_small", "--backbones", "lite0,lite1", "--weights", "lite0=random,lite1=random", "--seeds", "1")
+    tiny = ("demo", "--backbones", "lite0,lite1", "--weights", "lite0=random,lite1=random", "--seeds", "1")
     return [*tiny, "--folds", "2", "--root", str(folder / "root"), *displays(folder, ("Contour", "Text"), 10), *more]
 
 

@@ -120,4 +120,4 @@ def test_names_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"the name of an image: 'Stimuli/stra\\udcdfe/001.jpg' holds a character that cannot"
     ):
-        parse(["gaze_small", "--dataset", str(tmp_path), "--root", str(tmp_path / "runs")], "")
+        parse(["demo", "--dataset", str(tmp_path), "--root", str(tmp_path / "runs")], "")

@@ -291,7 +291,7 @@ from ray import tune
 SPACE = {"learning_rate": tune.choice([2e-4, 5e-3])}
 """
 SMALL = (
-    *("gaze_small", "--backbones", "lite0", "--seeds", "1", "--folds", "2"),
+    *("demo", "--backbones", "lite0", "--seeds", "1", "--folds", "2"),
     *("--heads-per-worker", "3", "--workers", "1"),
 )
 

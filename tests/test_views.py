@@ -531,7 +531,7 @@ def test_readable_keeps_what_is_computed(onnx_file: Path) -> None:
 def test_a_pipeline_of_views_scores_mirror_images_too_and_refits_on_every_image(tmp_path: Path) -> None:
     data = displays(tmp_path / "data", ["Colour", "Faces"], 8)
     arguments = [
-        *("gaze_small", "--views", "lite0+lite1,lite1", "--seeds", "1", "--folds", "2", "--max-epochs", "3"),
+        *("demo", "--views", "lite0+lite1,lite1", "--seeds", "1", "--folds", "2", "--max-epochs", "3"),
         *("--mirrored", "true", "--refit", "true", *data, "--root", str(tmp_path / "root")),
     ]
     lines = succeed("pipeline", *arguments)
