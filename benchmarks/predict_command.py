@@ -57,7 +57,7 @@ def _start(arguments: argparse.Namespace, image: str, out: str) -> Figures:
         subprocess.run([sys.executable, *line], check=True, capture_output=True, env=environment)
         taken.append(time.perf_counter() - start)
     timed = [sys.executable, "-X", "importtime", *line]
-    told = subprocess.run(timed, check=True, capture_output=True, env=environment, text=True).stderr
+    told = subprocess.run(timed, check=True, capture_output=True, env=environment, encoding="utf-8").stderr
     own = re.findall(r"^import time:\s+(\d+) \|", told, re.M)
     return {
         "acw predict, 1 image, s": statistics.median(taken[1:]),

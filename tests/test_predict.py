@@ -474,7 +474,7 @@ def test_a_prediction_imports_nothing_that_is_slow(folder: Path, tmp_path: Path)
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

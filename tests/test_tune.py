@@ -311,7 +311,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Itera
     base = tmp_path_factory.mktemp("search")
     (base / "spaces").mkdir()
     (base / "spaces" / "two_rates.py").write_text(TWO_RATES, encoding="utf-8")
-    arguments = [*SMALL, "--max-epochs", "2", "--learning-rate", "1e-3", "--root", str(base / f"runs on {NAME}")]
+    arguments = [*SMALL, "--max-epochs", "2", "--learning-rate", "1.5e-4", "--root", str(base / f"runs on {NAME}")]
     arguments += displays(base / NAME, ("Colour", "Faces"), 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "SPACES", base / "spaces")
@@ -337,8 +337,8 @@ def test_a_search_finds_the_better_rate_and_writes_it_down(searched: Searched) -
     assert (origin["space"], origin["configurations"], origin["folds"]) == ("two_rates", 4, [0])
     assert origin["validation_IG"] > origin["validation_IG_of_the_recipe"]
     job = parse([*searched.arguments, "--overlay", searched.last], "")
-    assert job.recipe.learning_rate == 1e-3, "what is typed wins over the file"
-    untyped = [a for a in searched.arguments if a not in ("--learning-rate", "1e-3")]
+    assert job.recipe.learning_rate == 1.5e-4, "what is typed wins over the file"
+    untyped = [a for a in searched.arguments if a not in ("--learning-rate", "1.5e-4")]
     job = parse([*untyped, "--overlay", searched.last], "")
     assert (job.recipe.learning_rate, job.overlay) == (2e-4, overlay)
     report = (searched.folder / "report.html").read_text(encoding="utf-8")
