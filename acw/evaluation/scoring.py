@@ -97,12 +97,13 @@ class ImageDensities:
 class _Maps:
     """What is predicted for an image. log_densities: float32 (C, H, W) of the components.
 
-    on_grid: the same on the model's grid. weights: name -> (C,) of a mixture. wrong: those of the other categories.
-    singles: name -> float32 (H, W) log-density of what is no such mixture.
+    on_grid: the same on the model's grid; log_p: float64 (F, C), at the fixations. weights: name -> (C,) of a mixture.
+    wrong: those of the other categories. singles: name -> float32 (H, W) log-density of what is no such mixture.
     """
 
     log_densities: Tensor
     on_grid: Tensor
+    log_p: np.ndarray
     weights: dict[str, np.ndarray]
     wrong: list[np.ndarray]
     singles: dict[str, Tensor]
@@ -239,7 +240,7 @@ class Scoring:
         log_p = full[:, y.astype(int), x.astype(int)].T.double().numpy()
         weights["oracle_weights"] = oracle(Likelihoods(log_p, np.zeros(len(log_p), dtype=np.int64), 1))[0]
         singles = dict(self._singles(index, full, weights)) | dict(self._adapted(index, on_grid, pooled))
-        return _Maps(full, on_grid, weights, wrong, singles)
+        return _Maps(full, on_grid, log_p, weights, wrong, singles)
 
     def _weights(self, index: int, pooled: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
         """Name -> (C,) weights of the mixtures to score on an image, and those of the wrong categories."""
@@ -272,8 +273,7 @@ class Scoring:
         """Those of CONTROLS that there are: name -> (F,) log-density per px at the fixations."""
         stimulus, model = self.dataset.stimuli[index], self.model
         x, y, subject = self.dataset.fixations_of(index)
-        log_p = maps.log_densities[:, y.astype(int), x.astype(int)].T.double().numpy()
-        yield "split_half_weights", split_half(log_p, subject)
+        yield "split_half_weights", split_half(maps.log_p, subject)
         if self.adaptation is None or not self.labelled:
             return
 

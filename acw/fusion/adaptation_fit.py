@@ -21,6 +21,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from acw.fusion.adaptation import GRID, KERNELS, SMALLEST, Adaptation, blurring
+from acw.fusion.category_weights import CROSSVALIDATION_FOLDS, dealt
 from acw.heads.center_bias import CenterBias
 
 # Of the prior's images whose fixations are distributed as the model's centre bias, in a category's own centre bias.
@@ -33,7 +34,6 @@ STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
 # Of the prior of the numbers for all, on no adaptation: of weight where there are few images only.
 OVERALL_STRENGTH = 1.0
 LEAST_SHARE = 1e-2
-CROSSVALIDATION_FOLDS = 5
 # Added to the curvature, in images: what no image says anything about stays where it is.
 RIDGE = 1e-6
 STEPS = 100
@@ -281,11 +281,7 @@ def fit(maps: Maps, weights: np.ndarray, group: np.ndarray, groups: int, seed: i
 
 def crossvalidate(maps: Maps, weights: np.ndarray, group: np.ndarray, groups: int, seed: int) -> dict[str, np.ndarray]:
     """Strength, or NONE -> (N,) log-likelihood of each image under numbers that were fitted without it."""
-    fold = np.empty(len(maps), dtype=int)
-    generator = np.random.default_rng(seed)
-    for g in range(groups):
-        members = generator.permutation(np.flatnonzero(group == g))
-        fold[members] = (np.arange(len(members)) + g) % CROSSVALIDATION_FOLDS
+    fold = dealt(group, groups, seed)
     result = {str(strength): np.empty(len(maps)) for strength in STRENGTHS} | {NONE: np.empty(len(maps))}
     finite = sorted(filter(math.isfinite, STRENGTHS), reverse=True)
     for left_out in np.unique(fold):

@@ -250,13 +250,19 @@ def _fit_groups(
     return result
 
 
-def _crossvalidate(likelihoods: Likelihoods, group: np.ndarray, groups: int, seed: int) -> dict[float, np.ndarray]:
-    """Strength -> (N,) log-likelihood of each image under a fit without it, the global weights too."""
-    fold = np.empty(likelihoods.images, dtype=int)
+def dealt(group: np.ndarray, groups: int, seed: int) -> np.ndarray:
+    """(N,) int64: the fold that leaves out each image, the images of a group dealt in turn, in random order."""
+    fold = np.empty(len(group), dtype=int)
     generator = np.random.default_rng(seed)
     for g in range(groups):
         members = generator.permutation(np.flatnonzero(group == g))
         fold[members] = (np.arange(len(members)) + g) % CROSSVALIDATION_FOLDS
+    return fold
+
+
+def _crossvalidate(likelihoods: Likelihoods, group: np.ndarray, groups: int, seed: int) -> dict[float, np.ndarray]:
+    """Strength -> (N,) log-likelihood of each image under a fit without it, the global weights too."""
+    fold = dealt(group, groups, seed)
     result = np.empty((len(PRIOR_STRENGTHS), likelihoods.images))
     for left_out in np.unique(fold):
         inside, outside = np.flatnonzero(fold != left_out), np.flatnonzero(fold == left_out)
