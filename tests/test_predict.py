@@ -287,7 +287,6 @@ def test_a_wrong_command_line_predicts_nothing(folder: Path, tmp_path: Path) -> 
     photo = save(tmp_path / "photo.png")
     (tmp_path / "empty").mkdir()
     cases: list[tuple[tuple[str | Path, ...], str]] = [
-        ((photo,), "--model: say which model predicts"),
         ((photo, "--model", folder, "--write", "overlay,jpg"), "there is no 'jpg'; give some of overlay,npy"),
         ((photo, "--model", folder, "--category", "street"), "unknown category 'street'; the model knows Art"),
         ((tmp_path / "empty", "--model", folder), "empty: there is no image in it"),

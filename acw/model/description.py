@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from acw.features.backbone import Backbone
+from acw.features.zoo import BACKBONES
 from acw.storage.errors import UserError
 from acw.storage.files import fetch
 
@@ -18,10 +19,10 @@ BACKBONES_ONLY = 2
 
 
 def stored_backbone(folder: Path, fields: dict[str, Any]) -> Backbone:
-    """One of the backbones that a model.json describes, with its weights in the model's folder."""
-    known = {name: value for name, value in fields.items() if name != "source"}
+    """One of the backbones that a model.json describes, with its weights in the model's folder or where it names."""
+    known = {name: value for name, value in fields.items() if name not in ("source", "weights_sha256")}
     own: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
-    return Backbone(**own | {"weights": str(folder / fields["weights"])})
+    return Backbone(**own | {"weights": str(folder / fields["weights"]) if fields["weights"] else fields["source"]})
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -44,6 +45,14 @@ def describe(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: format {version}, this acw reads {FORMAT}; use the acw that wrote it")
     for backbone in description["backbones"]:
         file = Path(backbone["weights"])
+        if not backbone["weights"]:
+            # What a model names is fetched only if this version knows it: a model may come from anywhere.
+            row = BACKBONES.get(backbone["name"])
+            if row is None or row.weights != backbone["source"] or not backbone["weights_sha256"]:
+                raise UserError(
+                    f"{path}: needs other weights of {backbone['name']} than this acw; use the one it is of"
+                )
+            continue
         # timm would ask a model hub, or another folder, for a name with a colon.
         if file.name != backbone["weights"] or file.suffix != ".safetensors" or ":" in backbone["timm_name"]:
             raise UserError(f"{path}: the weights of {backbone['name']} are not in its folder; copy the model anew")

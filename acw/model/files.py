@@ -18,9 +18,10 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from acw.features import joined
+from acw.features import joined, wheels
 from acw.features.backbone import FrozenBackbone
 from acw.features.view import View
+from acw.features.zoo import BACKBONES
 from acw.fusion.adaptation import Adaptation
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads.center_bias import CenterBias
@@ -36,17 +37,29 @@ ADAPTATION = "adaptation/"  # before the names of its arrays
 FIELDS = dataclasses.fields(Adaptation)
 
 
-def save(model: Model, folder: Path, networks: Sequence[FrozenBackbone]) -> None:
-    """Writes the model with its backbones' weights, so that it needs no other file; model.json comes last."""
+def save(model: Model, folder: Path, networks: Sequence[FrozenBackbone], compact: bool = False) -> None:
+    """Writes the model with its backbones' weights, so that it needs no other file; model.json comes last.
+
+    compact: a few MB instead, with the heads in float16 and the other numbers in float32, and of the backbones only
+    where their weights are to be had and which they are. They must be rows of the table as it stands.
+    """
     backbones = []
     for backbone, network in zip(model.backbones, networks, strict=True):
+        fields = dataclasses.asdict(backbone)
+        if compact:
+            known = {"weights": "", "weights_sha256": network.weights_sha256}
+            backbones.append(fields | known | {"source": BACKBONES[backbone.name].weights})
+            continue
         file = f"backbone-{network.weights_sha256[:16]}.safetensors"
         state = network.state()
         write_atomic(folder / file, functools.partial(save_file, state))
-        backbones.append(dataclasses.asdict(backbone) | {"weights": file, "source": backbone.weights})
+        backbones.append(fields | {"weights": file, "source": backbone.weights})
     heads = {f"{name}/{key}": value for name, bank in model.heads.items() for key, value in bank.items()}
-    write_atomic(folder / "heads.safetensors", lambda temporary: save_file(heads, temporary))
     arrays = _arrays(model)
+    if compact:
+        heads = {name: value.half() for name, value in heads.items()}
+        arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    write_atomic(folder / "heads.safetensors", lambda temporary: save_file(heads, temporary))
     write_atomic(folder / "fusion.safetensors", lambda temporary: save_arrays(arrays, temporary))
     description = {
         "format": FORMAT,
@@ -113,13 +126,14 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Model:
 
 
 def _read(folder: Path, description: dict[str, Any], device: torch.device) -> Model:
-    backbones = {entry["name"]: stored_backbone(folder, entry) for entry in description["backbones"]}
+    described = description["backbones"]
+    backbones = {entry["name"]: stored_backbone(folder, entry) for entry in described}
     views = [View(tuple(backbones[name] for name in parts)) for parts in description["views"]]
     stacked = load_file(fetch(folder / "heads.safetensors"), device=str(device))
     heads: dict[str, Parameters] = defaultdict(dict)
     for key, value in stacked.items():
         component, _, name = key.rpartition("/")
-        heads[component][name] = value
+        heads[component][name] = value.float()
     finalizer = description["finalizer"]
     arrays = load_arrays(fetch(folder / "fusion.safetensors"))
     classifier = {name.partition(".")[2]: array for name, array in arrays.items() if name.startswith("classifier.")}
@@ -144,5 +158,7 @@ def _read(folder: Path, description: dict[str, Any], device: torch.device) -> Mo
         joined.from_tensors(constants),
         description["mirrored"],
         Adaptation(**of_adaptation) if of_adaptation else None,
+        # What a source's own hash pins needs no other one, which goes by how a graph is written again.
+        {e["name"]: e["weights_sha256"] for e in described if not e["weights"] and wheels.parse(e["source"]) is None},
         device,
     )

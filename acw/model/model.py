@@ -71,8 +71,8 @@ class Model:
     weights: (G, C) float64, rows of `categories`, columns of `components`. center_bias: the stored KDE, baseline of IG;
     finalizer_bias: what the heads add, it or Galván's. standards: by view, of those of several networks, what
     standardises their channels. mirrored: whether a prediction is the mean of the image's and its mirror image's.
-    adaptation: what a category has besides weights, where that was found to pay. provenance: recipe, seeds, versions,
-    commit, data set, split.
+    adaptation: what a category has besides weights, where that was found to pay. weights_sha256: of the backbones whose
+    weights are not kept with the model, nor pinned by their source. provenance: recipe, seeds, versions, commit, data set, split.
 
     one_backbone_at_a_time: set it to keep only the backbone in use in memory: of DeepGaze IIE's four, 90 MB instead of
     320 MB. The price is that each is loaded anew (a third of a second) for every window of a batch: predict many images
@@ -93,6 +93,7 @@ class Model:
     standards: dict[str, Standard] = field(default_factory=dict)
     mirrored: bool = False
     adaptation: Adaptation | None = None
+    weights_sha256: dict[str, str] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     one_backbone_at_a_time: bool = False
     _loaded: dict[str, FrozenBackbone] = field(default_factory=dict, repr=False)
@@ -370,5 +371,11 @@ class Model:
         if backbone.name not in self._loaded:
             if self.one_backbone_at_a_time:
                 self._loaded.clear()
-            self._loaded[backbone.name] = load_backbone(backbone, self.device)
+            network = load_backbone(backbone, self.device)
+            if self.weights_sha256.get(backbone.name, network.weights_sha256) != network.weights_sha256:
+                raise UserError(
+                    f"{backbone.name}: {backbone.weights} has other weights than the model was trained with; install "
+                    "the version of the package that it was"
+                )
+            self._loaded[backbone.name] = network
         return self._loaded[backbone.name]

@@ -46,7 +46,7 @@ def add_options(parser: Parser) -> None:
     about = "files, folders, quoted patterns such as 'photos/*.jpg', http(s):// and s3:// addresses; - reads a list of "
     about += "these from standard input, one a line"
     parser.add_argument("images", nargs="+", metavar="PATH", help=about)
-    about = "a run's folder, a model's folder or an MLflow URI such as models:/acw@champion"
+    about = "a run's folder, a model's folder or an MLflow URI such as models:/acw@champion (default: acw's starter)"
     parser.add_argument("--model", metavar="MODEL", help=about)
     about = "folder to write to, here or in S3 (default: predictions)"
     parser.add_argument("--out", default="predictions", metavar="FOLDER", help=about)
@@ -96,14 +96,12 @@ def _given(words: Sequence[str]) -> Iterator[str]:
             yield word
 
 
-def _location(given: str | None) -> str | Path:
-    """Where the model is."""
-    if given is None:
-        raise UserError("--model: say which model predicts: a run's folder, a model's folder or models:/acw@champion")
-    return given if is_model_uri(given) else local_path(given, "--model")
+def _location(given: str | None) -> str | Path | None:
+    """Where the model is; None for the package's own."""
+    return given if given is None or is_model_uri(given) else local_path(given, "--model")
 
 
-def _model(location: str | Path, device: str, bias: str) -> Model:
+def _model(location: str | Path | None, device: str, bias: str) -> Model:
     from acw.tracking.load import load
 
     model = load(location, device)

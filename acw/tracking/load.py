@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from acw import starter
 
 if TYPE_CHECKING:
     import torch
 
     from acw.model.model import Model
 
+STARTER = (
+    "model: acw's starter, trained on 959 photographs of objects and scenes; a run's folder or models:/acw@champion "
+    "names another"
+)
 
-def load(location: str | Path, device: torch.device | str = "cpu") -> Model:
+
+def load(location: str | Path | None = None, device: torch.device | str = "cpu") -> Model:
     """A finished model, from a run's folder, a model's folder, here or in S3, or an MLflow model URI
-    (`models:/acw@champion`).
+    (`models:/acw@champion`); where none is named, the package's starter model, which is said on stderr.
 
     Raises UserError where there is no model, or no such device (`cpu`, `cuda`, `cuda:N`).
     """
@@ -23,6 +31,9 @@ def load(location: str | Path, device: torch.device | str = "cpu") -> Model:
     from acw.storage.files import is_model_uri, present
 
     device = as_device(device)
+    if location is None:
+        print(STARTER, file=sys.stderr, flush=True)
+        return files.load(starter.FOLDER, device)
     if is_model_uri(location):
         from acw.tracking.registry import download_model
 

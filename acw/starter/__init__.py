@@ -1,0 +1,6 @@
+"""The model that acw predicts with where none is named, in this folder; `make starter` makes it (pipeline/starter.py)."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+CHECKED = "checked.json"  # images by hash, and what the model scores on them
