@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults lint format audit clean
+.PHONY: help demo test test-faults starter lint format audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do \
@@ -25,6 +25,12 @@ test: lint ## lint, types and the tests
 
 test-faults: $(INSTALLED) ## the slow tests that kill processes in mid-training
 	exec $(BIN)/python -m pytest -m faults
+
+# The photographs of OSIE and SUN500 are not part of this repository.
+PHOTOGRAPHS := --dataset ../shared/gaze --pixels-per-degree 30
+starter: $(INSTALLED) ## the package's starter model, trained on ../shared/gaze; half an hour
+	$(BIN)/acw run gaze $(PHOTOGRAPHS) --root runs/starter | tee runs/starter.log
+	exec $(BIN)/python -m acw.pipeline.starter "$$(sed -n 's/^run: //p' runs/starter.log)" $(PHOTOGRAPHS)
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

