@@ -36,8 +36,18 @@ HOT_SHARE = 1e-4  # of an image's pixels that may be brighter than its depth say
 # A file that ends like this was written to its end; any other is decoded once to know.
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
+# How pixels are turned upright, by EXIF's orientation: whether rows become columns, and the steps through both then.
+_TURNS = {
+    1: (False, 1, 1), 2: (False, 1, -1), 3: (False, -1, -1), 4: (False, -1, 1),
+    5: (True, 1, 1), 6: (True, 1, -1), 7: (True, -1, -1), 8: (True, -1, 1),
+}  # fmt: skip
+
 # Between a JPEG's data and its end, libjpeg skips these bytes without a word, unless it still waits for pixels.
 _EXTRA = bytes(range(16, 80))
+
+
+class TooLarge(UserError):
+    """An image of more pixels than one may have."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +86,33 @@ def inspect_image(path: Path) -> Inspected:
     return Inspected(size, digest.hexdigest(), depth, turned)
 
 
-def decode_image(path: Path) -> np.ndarray:
-    """Pixels as uint8 (H, W, 3) RGB, as they are stored: an EXIF rotation is ignored, as CAT2000 needs it.
+def decode_image(path: Path, *, upright: bool = False) -> np.ndarray:
+    """Pixels as uint8 (H, W, 3) RGB, as they are stored: an EXIF rotation is ignored, as CAT2000 needs it, unless they
+    are to be upright, as every viewer shows them.
 
     Grey, palette and CMYK are converted, transparency is left out. Grey of 16 bits is brought to 8 by the range that it
     uses (`grey_depth`), as cameras and scanners store 10 to 14 bits in 16.
     Raises UserError as `inspect_image` does, and for a file that is damaged, has pixels of 32 bits, colours of 16 bits
     that use fewer, grey of 16 bits in which white is 0, no value but 0 and 1, or its shapes in its transparency alone.
     """
-    content = _read(path)
+    return decode(_read(path), path, upright=upright)
+
+
+def decode(content: bytes, path: Path, *, upright: bool = False) -> np.ndarray:
+    """The same of a file's content; path: what to call it in an error, ending in its format's suffix."""
     with _open(content, path) as image:
         pixels = pixels_of(image, path)
         if image.format == "JPEG" and _ran_out(content, pixels, path):
             raise UserError(f"{path}: the image is damaged: it ends before its pixels do, the rest is grey; replace it")
-    return pixels
+        transposed, down, right = _TURNS.get(orientation(image), _TURNS[1]) if upright else _TURNS[1]
+    return (pixels.swapaxes(0, 1) if transposed else pixels)[::down, ::right]
+
+
+def size_of(content: bytes, path: Path) -> tuple[int, int]:
+    """(H, W) that a file's header states, in px as they are stored. Raises TooLarge, or UserError, as `decode` does for
+    what can be seen without decoding it."""
+    with _open(content, path) as image:
+        return image.height, image.width
 
 
 def pixels_of(image: Image.Image, path: Path | str) -> np.ndarray:
@@ -220,13 +243,13 @@ def _open(content: bytes, path: Path) -> Image.Image:
         # Phones put a second view or a depth map behind a JPEG, as MPO: the first is the picture.
         several = image.format != "MPO" and getattr(image, "is_animated", False)
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: {error}; scale it down or remove it") from None
+        raise TooLarge(f"{path}: {error}; scale it down or remove it") from None
     except Exception as error:  # decoders of damaged headers raise whatever they stumble over
         kind = recognised(path, expected)
         reason = f"it {kind}" if kind else "rename, replace or remove it"
         raise UserError(f"{path}: not an image in {expected}, as its name says; {reason}") from error
     if image.width * image.height > MOST_PIXELS:
-        raise UserError(
+        raise TooLarge(
             f"{path}: has {image.width}x{image.height} px, more than the {MOST_PIXELS} that an image may have; "
             "scale it down or remove it"
         )

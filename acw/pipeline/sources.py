@@ -14,9 +14,8 @@ from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
-from PIL import Image
 
-from acw.data.images import FORMATS, SUFFIXES, decode_image, names_stimulus, orientation
+from acw.data.images import FORMATS, SUFFIXES, decode_image, names_stimulus
 from acw.model.prediction import FORMATS as RESULTS
 from acw.storage import addresses, http
 from acw.storage.addresses import expanded, local, shown
@@ -27,11 +26,6 @@ MOST_DOWNLOADED = 2**27  # bytes of an image from a server
 # Files that are brought here while others are predicted.
 AHEAD = 4
 SUFFIX_OF = {f"image/{name.lower()}": suffix for suffix, name in FORMATS.items()}  # of a content type
-# How pixels are turned upright, by EXIF's orientation: whether rows become columns, and the steps through both then.
-TURNS = {
-    1: (False, 1, 1), 2: (False, 1, -1), 3: (False, -1, -1), 4: (False, -1, 1),
-    5: (True, 1, 1), 6: (True, 1, -1), 7: (True, -1, -1), 8: (True, -1, 1),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ def _is_http(location: str) -> bool:
     return location.lower().startswith(("http://", "https://"))
 
 
-def _is_image(path: PurePosixPath | Path) -> bool:
+def is_image(path: PurePosixPath | Path) -> bool:
     """Whether a file that was not named itself is meant: an image, and none that `acw predict` wrote."""
     return names_stimulus(path) and not path.name.endswith(tuple(suffix for suffix, _ in RESULTS.values()))
 
@@ -75,21 +69,21 @@ def _meant(given: str) -> list[str]:
         return [given]
     if given.startswith("s3://"):
         path = local(given)
-        if _is_image(path):
+        if is_image(path):
             return [given]
         _reach(addresses.parts(given)[0])
-        found = [file for file in listing(path) if _is_image(file)]
+        found = [file for file in listing(path) if is_image(file)]
     else:
         path = expanded(given)
         if "://" in given and not path.exists():
             raise UserError(f"{given}: images are files, or at http://, https:// and s3://; download it first")
         if path.is_dir():
-            found = [file for file in listing(path) if _is_image(file)]
+            found = [file for file in listing(path) if is_image(file)]
         elif path.exists() or not glob.has_magic(str(path)):
             return [str(path)]
         else:
             matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-            found = [match for match in matches if match.is_file() and _is_image(match)]
+            found = [match for match in matches if match.is_file() and is_image(match)]
     if not found:
         endings = ", ".join(sorted(SUFFIXES))
         raise UserError(f"{given}: there is no image in it, no file that ends in {endings}; correct its name")
@@ -174,17 +168,9 @@ def _decoded(source: Source, brought: Future[Path]) -> tuple[Source, np.ndarray 
     except UserError as error:
         return source, error
     try:
-        return source, _upright(path)
+        return source, decode_image(path, upright=True)
     except UserError as error:
         return source, UserError(str(error).replace(str(path), source.shown))
     finally:
         if _is_http(source.location):
             path.unlink()
-
-
-def _upright(path: Path) -> np.ndarray:
-    """An image's pixels turned as its EXIF says, as every viewer shows it."""
-    pixels = decode_image(path)
-    with Image.open(path, formats=[FORMATS[path.suffix.lower()]]) as image:
-        transposed, down, right = TURNS.get(orientation(image), TURNS[1])
-    return (pixels.swapaxes(0, 1) if transposed else pixels)[::down, ::right]
