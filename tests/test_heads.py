@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,8 @@ from acw.features.tensors import Features
 from acw.heads import finalizer, readout
 from acw.heads.finalizer import Finalizer
 from acw.heads.readout import Parameters
+from acw.training.bank import Head
+from acw.training.dropout import dropped
 
 CHANNELS = (5, 3, 4)
 READOUT = (6, 9)
@@ -128,6 +131,38 @@ def predict(bank: Parameters, taps: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def loss_weights(shape: torch.Size) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(7))
+
+
+def test_dropout_leaves_out_normalised_channels_and_enlarges_the_rest() -> None:
+    bank, taps = random_bank(), random_taps()
+    plain_head = Head(fold=1, seed=0, sigma=16, learn_sigma=True, learning_rate=1, weight_decay=0, initial_scale=1)
+    members = [dataclasses.replace(plain_head, seed=k, dropout=0.4 * (k > 0)) for k in range(len(SIGMAS))]
+    once = dropped(bank, members, 0, 3, 5)
+    assert dropped(bank, members[:1], 0, 3, 5) is bank
+    assert once["conv0.weight"][0].equal(bank["conv0.weight"][0]), "the first has none"
+    kept = (once["conv0.weight"][:, 0] != 0).float()
+    assert 0.4 < kept[1:].mean() < 0.8
+    assert not kept[1].equal(kept[2]), "each head leaves out others"
+    # The same in another bank, and others in the next step.
+    assert dropped(readout.select(bank, [2]), members[2:3], 0, 3, 5)["conv0.weight"][0].equal(once["conv0.weight"][2])
+    assert not dropped(bank, members, 0, 3, 6)["conv0.weight"].equal(once["conv0.weight"])
+    priority = readout.readout(once, features_of(taps))
+    for k in range(1, len(SIGMAS)):
+        plain = PlainHead(readout.select(bank, [k]))
+        first = plain.conv[0]
+        plain.conv[0] = nn.Sequential(Channels(kept[k] / 0.6), first)
+        torch.testing.assert_close(priority[k], plain(taps)[0], rtol=1e-4, atol=1e-4)
+
+
+class Channels(nn.Module):
+    """Each channel of a map times its factor."""
+
+    def __init__(self, factor_C: Tensor) -> None:
+        super().__init__()
+        self.factor_C = factor_C
+
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        return x_BChw * self.factor_C[:, None, None]
 
 
 def test_a_bank_equals_plain_heads_in_values_and_gradients(precision: float) -> None:

@@ -439,6 +439,7 @@ def test_heads_with_hyperparameters_of_their_own_end_as_under_recipes_of_their_o
         {"learning_rate": 1e-3},
         {"sigma": 40.0, "learn_sigma": False},
         {"weight_decay": 0.3, "initial_scale": 0.2},
+        {"dropout": 0.5},
     ]
     recipes = [dataclasses.replace(RECIPE, **change) for change in changes]
     population = Bank("stub", tuple(Head.of(recipe, 1, 0) for recipe in recipes))

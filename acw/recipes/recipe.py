@@ -86,6 +86,13 @@ class Recipe:
     weight_decay: float = field(
         0.0, "decoupled weight decay of the readout's convolutions, times the rate a step", NOT_NEGATIVE
     )
+    dropout: float = field(
+        0.0,
+        "of a head's input channels that a training step leaves out at random",
+        Range(0, 0.95),
+        "share",
+        later=True,
+    )
     initial_scale: float = field(1.0, "factor on the initial weights of the readout's last convolution", POSITIVE)
     lr_factor: float = field(0.1, "by which the rate falls when validation IG stands still", SHARE)
     lr_patience: int = field(
@@ -260,6 +267,7 @@ def check(recipe: Recipe) -> None:
         "refit",
         "false with --joint: add --refit false",
     )
+    require(not (recipe.dropout and recipe.joint), "dropout", "0 with --joint")
     require(not (recipe.unseen and (recipe.refit or recipe.joint)), "unseen", "none with --refit or --joint")
     require(
         recipe.joint_min_learning_rate < recipe.joint_learning_rate,

@@ -38,6 +38,7 @@ class Head:
     learning_rate: float
     weight_decay: float
     initial_scale: float
+    dropout: float = 0.0
 
     @classmethod
     def of(cls, recipe: Recipe, fold: int, seed: int) -> Head:

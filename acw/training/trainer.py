@@ -26,6 +26,7 @@ from acw.storage.errors import UserError
 from acw.storage.files import fetch
 from acw.training.bank import Bank, BankState, Head, checkpoint_path
 from acw.training.batches import Batches, TrainingSet
+from acw.training.dropout import dropped
 from acw.training.loss import coarsest, image_loss, log_likelihood
 
 ADAM_BETAS = (0.9, 0.999)
@@ -88,13 +89,15 @@ def _train_epoch(
     fold_of = batches.training_set.fold
     total, count = torch.zeros(len(members), device=device), torch.zeros(len(members), dtype=torch.int64)
     # Images of one fold at a time: all heads but that fold's own take part, whole, and those cost nothing.
-    steps = [(torch.nonzero(folds != int(fold_of[i[0]]))[:, 0], i) for i in epoch_batches(recipe, batches, epoch)]
-    steps = [(on, images) for on, images in steps if len(on)]
-    parts = [batches.groups(images) for _, images in steps]
+    numbered = enumerate(epoch_batches(recipe, batches, epoch))
+    steps = [(step, torch.nonzero(folds != int(fold_of[i[0]]))[:, 0], i) for step, i in numbered]
+    steps = [(step, on, images) for step, on, images in steps if len(on)]
+    parts = [batches.groups(images) for _, _, images in steps]
     reader = batches.ahead(group for groups in parts for group in groups)
-    for (on, images), groups in zip(steps, parts, strict=True):
+    for (step, on, images), groups in zip(steps, parts, strict=True):
         flat_KP = adam.flat.index_select(0, on.to(device)).requires_grad_(True)
         parameters = bank_of_heads.unflatten(flat_KP, adam.like)
+        parameters = dropped(parameters, [members[head] for head in on.tolist()], recipe.seed, epoch, step)
         loss_K = torch.zeros(len(on), device=device)
         for _ in groups:
             loss_KB = image_loss(log_likelihood(parameters, folds[on], next(reader), batches, strides[on]))
