@@ -57,5 +57,5 @@ $(INSTALLED): pyproject.toml
 			"Name one that is: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[lite,cluster,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[lite,cluster,serve,dev]'
 	@touch $@

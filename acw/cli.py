@@ -26,6 +26,7 @@ COMMANDS = {
     "search": ("search", "search recipe fields with Ray Tune"),
     "evaluate": ("evaluate", "score a finished model, and others beside it, on a data set"),
     "predict": ("predict", "where people look in images: pictures, densities, contours, likeliest places"),
+    "serve": ("serve", "serve a model: a page in the browser, and the same for programs"),
     "reproduce": ("reproduce", "every system of ACW and DeepGaze IIE on one data set, with both tables of ACW"),
     "check": ("check", "say what is wrong with a data set, what mends it, and what a run on it would take"),
     "plan": ("plan_command", "what a recipe will take on a data set: bytes, memory, hours, cost"),

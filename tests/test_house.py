@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom: a wing imports from those before it, and from itself.
 WINGS = (
     *("storage", "cluster", "data", "features", "heads", "recipes", "provenance", "training", "search", "fusion"),
-    *("model", "evaluation", "starter", "report", "tracking", "pipeline", "cli"),
+    *("model", "evaluation", "starter", "report", "tracking", "serving", "pipeline", "cli"),
 )
 
 
