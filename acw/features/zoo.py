@@ -136,7 +136,6 @@ BACKBONE_SETS = {
     "registry": (
         "lite2_fine+dinov2_s+text+face",
         "lite1+dinov2_s+text+face",
-        "lite0",
         "lite2_fine",
     ),
     "modern": ("dinov2_b+clip_rn50x64", "dinov2_b_fine+clip_rn50x64_fine", "dinov3_b+convnext_clip"),

@@ -42,7 +42,9 @@ def gaze() -> Recipe:
     DINOv2's features alone take 7 minutes), of which the refit is 8. There it reached 1.57 bit per fixation over the
     centre bias on the 192 held-out images, where other people's fixations reach 1.58.
     """
-    return dataclasses.replace(acw(), name="gaze", backbones=BACKBONE_SETS["registry"], refit=True)
+    return dataclasses.replace(
+        acw(), name="gaze", backbones=BACKBONE_SETS["registry"], dropout=0.5, seeds=2, max_epochs=14, refit=True
+    )
 
 
 @recipe
@@ -111,7 +113,7 @@ def deepgaze_iie() -> Recipe:
 def cat2000_iie() -> Recipe:
     """DeepGaze IIE as its authors trained it, adapted to the categories of a data set: no head is trained.
 
-    acw import-deepgaze deepgaze2e.pth --out deepgaze2e
+    acw import-deepgaze --download
     acw run cat2000_iie --dataset CAT2000 [--heads FOLDER]
 
     For each category weights, temperature, blur and centre bias, fitted by cross-validation. Cost: features, 23 MB and
