@@ -26,6 +26,8 @@ COMMANDS = {
     "search": ("search", "search recipe fields with Ray Tune"),
     "evaluate": ("evaluate", "score a finished model, and others beside it, on a data set"),
     "predict": ("predict", "where people look in images: pictures, densities, contours, likeliest places"),
+    "models": ("models", "list the versions of the registered model with their scores and aliases"),
+    "promote": ("promote", "make a version the champion, if it is better beyond chance"),
     "serve": ("serve", "serve a model: a page in the browser, and the same for programs"),
     "reproduce": ("reproduce", "every system of ACW and DeepGaze IIE on one data set, with both tables of ACW"),
     "check": ("check", "say what is wrong with a data set, what mends it, and what a run on it would take"),

@@ -19,7 +19,11 @@ from acw.storage.errors import UserError
 from acw.storage.files import is_model_uri, write_atomic, write_json
 
 if TYPE_CHECKING:
+    from acw.cluster.costs import Cost
     from acw.evaluation.external_models import ExternalModel
+    from acw.evaluation.gold_standard import GoldStandard
+    from acw.evaluation.scoring import Scores
+    from acw.model.model import Model
 
 SEED = 0  # of the bootstrap
 
@@ -34,39 +38,11 @@ def evaluate(
     adaptive: bool,
 ) -> None:
     """Scores the model, and the external ones beside it, on all images and writes the two files; prints the table."""
-    import numpy as np
-
-    from acw.cluster.joining import connect
-    from acw.evaluation import gold_standard
-    from acw.evaluation.distributed import score_images
-    from acw.evaluation.scoring import ImageDensities, Scoring
     from acw.evaluation.summary import per_image_csv, summarise, table
     from acw.tracking.load import load
 
     model = load(location)
-    trained_on = model.provenance["dataset"]
-    if trained_on is None:
-        raise UserError(
-            f"{location}: has no centre bias yet, and IG no baseline; have them taken from training folds, and the "
-            f"held-out images scored: acw run cat2000_iie --heads {location} --dataset D"
-        )
-    if dataset.fingerprint == trained_on["fingerprint"]:
-        print("warning: the model was trained on images of this very data set; see its own evaluation.json", flush=True)
-    labelled = set(dataset.categories) <= set(model.categories)
-    if not labelled:
-        print("categories are not the model's: weights by inferred category only", flush=True)
-    images = np.arange(len(dataset.stimuli))
-    gold = None
-    if gold_standard.has_subjects(dataset, images):
-        gold = gold_standard.fit(dataset, images, model.center_bias, adaptive)
-    model.load_backbones()
-    connect()
-    densities = ImageDensities(model, dataset)
-    scoring = Scoring(
-        dataset, images, densities, model, {}, labelled, gold, external, model.adaptation, exact=exact, sim_opt=sim_opt
-    )
-    scores, cost = score_images(scoring, images)
-    print(f"scores: {cost}", flush=True)
+    scores, gold, cost = score(model, location, dataset, external, exact, sim_opt, adaptive)
     result = {
         "dataset": dataset.summary() | {"scored": "all images", "images_scored": len(scores)},
         **summarise(dataset, scores, SEED),
@@ -81,6 +57,55 @@ def evaluate(
     write_atomic(out.with_name(f"{out.name.removesuffix('.json')}.per_image.csv"), per_image_csv(dataset, scores))
     write_json(out, result)
     print(table(result))
+
+
+def score(
+    model: Model,
+    location: str,
+    dataset: Dataset,
+    external: tuple[ExternalModel, ...] = (),
+    exact: bool = False,
+    sim_opt: int = 0,
+    adaptive: bool = False,
+) -> tuple[dict[int, Scores], GoldStandard | None, Cost]:
+    """Scores of all images by index, of the model, what it is made of, and the external ones; how well people predict
+    people, where they are told apart; and what it took. location: what to call the model."""
+    import numpy as np
+
+    from acw.cluster.joining import connect
+    from acw.evaluation import gold_standard
+    from acw.evaluation.distributed import score_images
+    from acw.evaluation.scoring import ImageDensities, Scoring
+
+    trained_on = model.provenance["dataset"]
+    if trained_on is None:
+        raise UserError(
+            f"{location}: has no centre bias yet, and IG no baseline; have them taken from training folds, and the "
+            f"held-out images scored: acw run cat2000_iie --heads {location} --dataset D"
+        )
+    if dataset.fingerprint == trained_on["fingerprint"]:
+        print("warning: the model was trained on images of this very data set; see its own evaluation.json", flush=True)
+    labelled = is_labelled(model, dataset)
+    if not labelled:
+        print("categories are not the model's: weights by inferred category only", flush=True)
+    images = np.arange(len(dataset.stimuli))
+    gold = None
+    if gold_standard.has_subjects(dataset, images):
+        gold = gold_standard.fit(dataset, images, model.center_bias, adaptive)
+    model.load_backbones()
+    connect()
+    densities = ImageDensities(model, dataset)
+    scoring = Scoring(
+        dataset, images, densities, model, {}, labelled, gold, external, model.adaptation, exact=exact, sim_opt=sim_opt
+    )
+    scores, cost = score_images(scoring, images)
+    print(f"scores: {cost}", flush=True)
+    return scores, gold, cost
+
+
+def is_labelled(model: Model, dataset: Dataset) -> bool:
+    """Whether the data set's categories are the model's, whose own numbers are then used."""
+    return set(dataset.categories) <= set(model.categories)
 
 
 def add_options(parser: Parser) -> None:
