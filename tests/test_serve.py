@@ -7,10 +7,7 @@ import io
 import os
 import random
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -23,11 +20,12 @@ import requests
 import yaml
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from servers import acw_serve, processes_of
 from test_model import CATEGORIES, NAMES, image
 from test_model import folder as folder
 from test_model import model as model
 from test_page import browser as browser
-from three_nodes import wait_for
+from three_nodes import PATIENCE, wait_for
 from uploads import KINDS, encoded, malformed
 
 from acw.model.model import Model
@@ -41,36 +39,10 @@ PHONE, LAPTOP = (390, 844), (1280, 900)
 JSON = {"Accept": "application/json"}
 
 
-@contextlib.contextmanager
-def serving(*arguments: str | Path, **environment: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The address of a server, and its process, which is ended as by Ctrl-C in a terminal."""
-    words = [sys.executable, "-m", "acw.cli", "serve", *map(str, arguments), "--port", "0"]
-    server = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
-    )
-    assert server.stdout
-    assert server.stderr
-    address = ""
-    for line in server.stdout:
-        address = line.strip()
-        if address.startswith("http://"):
-            break
-    try:
-        assert address.startswith("http://"), server.stderr.read()
-        yield address, server
-    finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            raise
-
-
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[str]:
     """Its address, ending in a slash."""
-    with serving(folder) as (address, process):
+    with acw_serve(folder) as (address, process):
         yield address
     assert process.returncode == 0
 
@@ -155,12 +127,9 @@ def test_the_service_says_what_it_is(server: str) -> None:
 
 
 def test_nothing_listens_where_others_could_reach_it(server: str) -> None:
-    """Of this server's own Ray: its processes are this test's children."""
-    import psutil
-
-    ours = psutil.Process().children(recursive=True)
-    listening = [c for one in ours for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    assert listening
+    """Of this server's own Ray: its processes come from this test's."""
+    listening = [c for one in processes_of(os.getpid()) for c in one.net_connections("inet") if c.status == "LISTEN"]
+    assert f"127.0.0.1:{server.split(':')[2].strip('/')}" in [f"{c.laddr.ip}:{c.laddr.port}" for c in listening]
     assert {connection.laddr.ip for connection in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
@@ -326,7 +295,7 @@ def scheme(browser: Any, value: str) -> None:
 def wait(browser: Any, condition: str) -> Any:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(browser, 60, 0.1).until(lambda one: one.execute_script(f"return {condition}"), condition)
+    return WebDriverWait(browser, PATIENCE, 0.1).until(lambda one: one.execute_script(f"return {condition}"), condition)
 
 
 DONE = "!document.body.classList.contains('stale') && !document.getElementById('result').hidden"

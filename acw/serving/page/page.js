@@ -47,7 +47,6 @@ async function describe() {
   const { models: [model], limits } = await (await ask("models")).json();
   find("access").hidden = true;
   find("model").textContent = `${limits.formats.join(", ")}, up to ${Math.round(limits.pixels / 1e6)} million pixels.`;
-  find("category").closest("main").dataset.categories = model.categories.length;
 }
 
 // --- Showing -------------------------------------------------------------------------------------------------------
@@ -78,8 +77,8 @@ async function update() {
       say(`${now.name}, ${answer.width} × ${answer.height} px, in ${((performance.now() - start) / 1000).toFixed(1)} s`);
     }
     if (now !== shown || category !== now.category) return;
-    await draw(now.answers[category]);
     document.body.classList.add("shown");
+    await draw(now.answers[category]);
     document.body.classList.remove("stale");
     await remember(now);
   } catch (error) {
@@ -91,6 +90,7 @@ async function update() {
 }
 
 async function draw(answer) {
+  find("stage").style.setProperty("--shape", answer.width / answer.height);
   await paint(find("image"), answer);
   find("image").alt = shown.name;
   heat(find("heat"), answer.density, FINE);
