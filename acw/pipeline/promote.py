@@ -99,7 +99,7 @@ def _learned_from(model: Model) -> Iterator[str]:
     while provenance:
         adapted_to = [record["dataset"] for record in provenance.get("adapted", [])]
         yield from (data["fingerprint"] for data in (provenance["dataset"], *adapted_to) if data)
-        heads = provenance["recipe"].get("heads")
+        heads = provenance.get("recipe", {}).get("heads")
         known = heads and present(local(heads) / "model.json")
         provenance = describe(local(heads))["provenance"] if known else None
 
