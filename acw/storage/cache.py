@@ -125,8 +125,9 @@ def put(temporary: Path, path: Path) -> None:
         if info is None:
             cached.forget()  # another node has written it since; whoever reads it fetches that one
             return
-        # Features are read through `fetch` wherever they are; of other files a job may rely on what it has written.
-        cached.settle(temporary, info.etag, kept=not path.match("features/*/shard-*"))
+        # Shards, of features and of predictions, are read through `fetch` wherever they are, and are many; of other
+        # files a job may rely on what it has written.
+        cached.settle(temporary, info.etag, kept=not any(part.startswith("shard-") for part in path.parts))
 
 
 def fetch(path: Path, immutable: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -78,10 +79,13 @@ def head(uri: str) -> ObjectInfo | None:
 def listing(uri: str) -> Iterator[ObjectInfo]:
     """All objects below a prefix, without their checksums, in order of their keys."""
     bucket, prefix = parts(uri)
+    where = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
     with explained(uri):
-        pages = client().get_paginator("list_objects_v2")
-        start = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
-        for page in _outlasting(lambda: list(pages.paginate(**start))):
+        while where:
+            # Page by page: of a million objects, all would be a gigabyte.
+            page = _outlasting(functools.partial(client().list_objects_v2, **where))
+            more = page.get("NextContinuationToken")
+            where = where | {"ContinuationToken": more} if more else {}
             for entry in page.get("Contents", []):
                 # A key that ends so is how some programs show an empty folder.
                 if not entry["Key"].endswith("/"):

@@ -27,16 +27,22 @@ def load(location: str | Path | None = None, device: torch.device | str = "cpu")
     """
     from acw.model import files
     from acw.model.arguments import as_device
+
+    device = as_device(device)
+    return files.load(folder_of(location), device)
+
+
+def folder_of(location: str | Path | None) -> Path:
+    """The folder that `load` reads: with model.json where there is a model; what is in MLflow is downloaded."""
     from acw.storage.addresses import local
     from acw.storage.files import is_model_uri, present
 
-    device = as_device(device)
     if location is None:
         print(STARTER, file=sys.stderr, flush=True)
-        return files.load(starter.FOLDER, device)
+        return starter.FOLDER
     if is_model_uri(location):
         from acw.tracking.registry import download_model
 
-        return files.load(download_model(str(location)), device)
+        return download_model(str(location))
     folder = local(location)
-    return files.load(folder / "model" if present(folder / "model" / "model.json") else folder, device)
+    return folder / "model" if present(folder / "model" / "model.json") else folder
