@@ -30,6 +30,8 @@ GRID = (36, 48)
 KERNELS = (0.0, 1 / 40, 1 / 10)
 # Of a density on a grid, below which its logarithm would be one of rounding.
 SMALLEST = 1e-12
+# Of shares that add up to 1.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,12 @@ class Numbers:
     temperature: float
     center_bias_weight: float
     own: np.ndarray
+
+    @property
+    def only_mix(self) -> bool:
+        """Whether they change nothing but the weights, up to rounding: the density is then the views' mixture."""
+        values = [self.kernels[0] - 1, self.temperature - 1, self.center_bias_weight, np.abs(self.own).max()]
+        return float(np.abs(values).max()) < ROUNDING
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +68,26 @@ class Adaptation:
     center_bias_weight: np.ndarray
     own_weight: np.ndarray
     own: np.ndarray
+
+    @classmethod
+    def none(cls, weights: np.ndarray) -> Adaptation:
+        """Numbers that change nothing but the weights, (G + 1, C)."""
+        rows = len(weights)
+        kernels = np.tile(np.eye(len(KERNELS))[0], (rows, 1))
+        return cls(weights, kernels, np.ones(rows), np.zeros(rows), np.zeros(rows), np.zeros((rows - 1, *GRID), "f"))
+
+    def alone(self) -> Adaptation:
+        """The numbers for all, without any category's."""
+        return Adaptation(**{name: values[:0] if name == "own" else values[-1:] for name, values in vars(self).items()})
+
+    def beside(self, new: Adaptation) -> Adaptation:
+        """With the categories of another one behind its own; the numbers for all are its own."""
+        joined = {
+            name: np.concatenate([own[:-1], getattr(new, name)[:-1], own[-1:]])
+            for name, own in vars(self).items()
+            if name != "own"
+        }
+        return Adaptation(**joined, own=np.concatenate([self.own, new.own]))
 
     def of(self, shares: np.ndarray) -> Numbers:
         """The numbers of an image whose categories are uncertain: their mean by shares, (G + 1,) with sum 1."""

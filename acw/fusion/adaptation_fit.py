@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from acw.fusion.adaptation import GRID, KERNELS, SMALLEST, Adaptation, blurring
+from acw.fusion.adaptation import GRID, KERNELS, SMALLEST, Adaptation, Numbers, blurring
 from acw.fusion.category_weights import CROSSVALIDATION_FOLDS, dealt
 from acw.heads.center_bias import CenterBias
 
@@ -197,11 +197,16 @@ def climb(
 
 def unadapted(weights: np.ndarray) -> Tensor:
     """(P,) float64: the numbers of the mixture with these weights (C,) as it is."""
+    return theta_of(Adaptation.none(weights[None]).row(-1))
+
+
+def theta_of(numbers: Numbers) -> Tensor:
+    """(P,) float64: the same numbers as they are fitted, without a centre bias of their own."""
     # A weight of 0 has no logarithm, and one near it no slope by which it could return.
-    shares = np.full(len(KERNELS), LEAST_SHARE)
-    shares[0] = 1
-    logs = [np.log(np.maximum(values, LEAST_SHARE)) for values in (weights, shares)]
-    return torch.from_numpy(np.concatenate([np.zeros(3), *logs]))
+    logs = [np.log(np.maximum(values, LEAST_SHARE)) for values in (numbers.weights, numbers.kernels)]
+    return torch.from_numpy(
+        np.concatenate([[math.log(numbers.temperature), numbers.center_bias_weight, 0.0], *logs]).astype(np.float64)
+    )
 
 
 def precision(views: int, strength: float) -> Tensor:
@@ -248,10 +253,15 @@ class FittedAdaptation:
     @property
     def pays(self) -> bool:
         """Whether images that no number was fitted on are foretold better, by more than chance would have it."""
-        return bool(self.gain.mean() > self.gain.std(ddof=1) / math.sqrt(len(self.gain)))
+        return pays(self.gain)
 
 
 NONE = "none"
+
+
+def pays(gain: np.ndarray) -> bool:
+    """Whether the mean of some images' gain, (N,), is more than its standard error."""
+    return bool(gain.mean() > gain.std(ddof=1) / math.sqrt(len(gain)))
 
 
 def fit(maps: Maps, weights: np.ndarray, group: np.ndarray, groups: int, seed: int) -> FittedAdaptation:
@@ -269,12 +279,12 @@ def fit(maps: Maps, weights: np.ndarray, group: np.ndarray, groups: int, seed: i
         members = maps.subset(np.flatnonzero(group == g))
         finite = len(members) and math.isfinite(float(strength))
         thetas.append(fit_category(members, overall, [float(strength)])[0] if finite else overall)
-        own.append(_own_on_grid(members))
+        own.append(own_on_grid(members))
     return FittedAdaptation(
-        _adaptation([*thetas, overall], np.stack(own), len(weights)),
+        adaptation_of([*thetas, overall], np.stack(own), len(weights)),
         float(strength),
         {name: float(values.mean()) for name, values in left_out.items()},
-        np.array([_area(maps.subset(np.flatnonzero(group == g)), thetas[g], overall) for g in range(groups)]),
+        np.array([area(maps.subset(np.flatnonzero(group == g)), thetas[g], overall) for g in range(groups)]),
         left_out[strength] - left_out[NONE],
     )
 
@@ -321,7 +331,7 @@ def fit_new(maps: Maps, overall_P: Tensor, seed: int) -> tuple[Tensor, float]:
     return theta, strength
 
 
-def _area(members: Maps, theta_P: Tensor, overall_P: Tensor) -> float:
+def area(members: Maps, theta_P: Tensor, overall_P: Tensor) -> float:
     """The geometric mean over images of exp(entropy) by a category's numbers over that by the numbers for all."""
     if not len(members):
         return 1.0
@@ -332,7 +342,7 @@ def _area(members: Maps, theta_P: Tensor, overall_P: Tensor) -> float:
     return float((entropies[0] - entropies[1]).mean().exp())
 
 
-def _own_on_grid(members: Maps) -> np.ndarray:
+def own_on_grid(members: Maps) -> np.ndarray:
     """(*GRID,) float32, log c_own - log c of a category's images; 0 where there are none."""
     if not len(members):
         return np.zeros(GRID, np.float32)
@@ -341,7 +351,8 @@ def _own_on_grid(members: Maps) -> np.ndarray:
     return (own / center_bias).log().view(GRID).numpy()
 
 
-def _adaptation(thetas: Sequence[Tensor], own: np.ndarray, views: int) -> Adaptation:
+def adaptation_of(thetas: Sequence[Tensor], own: np.ndarray, views: int) -> Adaptation:
+    """The numbers of G categories, with own centre biases (G, *GRID), and in the last place those for all."""
     stacked = torch.stack(list(thetas))
     return Adaptation(
         stacked[:, 3 : 3 + views].softmax(1).numpy(),

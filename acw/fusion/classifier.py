@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.special import softmax
+from scipy.optimize import minimize
+from scipy.special import log_softmax, logsumexp, softmax
 
 # Inverse strengths of the L2 penalty that cross-validation chooses from.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -101,3 +103,69 @@ def fit(pooled: np.ndarray, category: np.ndarray, categories: int, fold: np.ndar
     final = fitted(penalty, np.full(len(pooled), True))
     accuracy = results[penalty][1]
     return CategoryClassifier(mean, scale, final.weight, final.bias, accuracy, _centroids(standard, category), farthest)
+
+
+def extended(
+    classifier: CategoryClassifier, pooled: np.ndarray, category: np.ndarray, fold: np.ndarray
+) -> tuple[CategoryClassifier, np.ndarray]:
+    """A classifier that knows further categories, to which between those that it knew nothing changes.
+
+    pooled: (N, D) of their images; category: (N,) int64 in 0..K-1, each present in all but each fold; fold: (N,).
+    Of the images that it was fitted on it has kept their centroids alone. So they are stood in for by these, scattered
+    as the new images are about theirs, and the new rows are fitted to tell both apart, the old ones staying as they
+    are. Also gives (N, K + 1): how likely each image is of an old category, in the first column, or of the new ones, by
+    a fit without its fold.
+    """
+    standard = (pooled - classifier.mean) / classifier.scale
+    known = classifier.centroids if len(classifier.centroids) else np.zeros((1, standard.shape[1]))
+    basis = np.linalg.svd(np.concatenate([standard, known]), full_matrices=False)[2]
+
+    def examples(chosen: np.ndarray, middles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(M, D) images and stand-ins, and 0 for a stand-in, else the number of its category from 1 on."""
+        scatter = standard[chosen] - middles[category[chosen]]
+        stand_ins = (known[:, None] + scatter).reshape(-1, standard.shape[1])
+        label = np.concatenate([category[chosen] + 1, np.zeros(len(stand_ins), np.int64)])
+        return np.concatenate([standard[chosen], stand_ins]), label
+
+    def fitted(images: np.ndarray, label: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+        rotated = np.column_stack([images @ basis.T, np.ones(len(images))])
+        old = logsumexp(images @ classifier.weight.T + classifier.bias, axis=1)
+        target = np.eye(int(category.max()) + 2)[label]
+
+        def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            rows = flat.reshape(target.shape[1] - 1, -1)
+            log_p = log_softmax(np.column_stack([old, rotated @ rows.T]), axis=1)
+            free = np.column_stack([rows[:, :-1], np.zeros(len(rows))])  # of the penalty, a bias is
+            slope = ((np.exp(log_p) - target).T @ rotated)[1:] + free / penalty
+            return float(np.square(free).sum() / (2 * penalty) - log_p[target == 1].sum()), slope.ravel()
+
+        start = np.zeros((target.shape[1] - 1) * rotated.shape[1])
+        rows = minimize(loss, start, jac=True, method="L-BFGS-B").x.reshape(target.shape[1] - 1, -1)
+        return rows[:, :-1] @ basis, rows[:, -1]
+
+    def log_p(images: np.ndarray, rows: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        old = logsumexp(images @ classifier.weight.T + classifier.bias, axis=1)
+        return log_softmax(np.column_stack([old, images @ rows[0].T + rows[1]]), axis=1)
+
+    results = {}
+    for penalty in PENALTIES:
+        left_out, total = np.empty((len(pooled), int(category.max()) + 2)), 0.0
+        for number in np.unique(fold):
+            middles = _centroids(standard[fold != number], category[fold != number])
+            rows = fitted(*examples(np.flatnonzero(fold != number), middles), penalty)
+            images, label = examples(np.flatnonzero(fold == number), middles)
+            inferred = log_p(images, rows)
+            total += inferred[np.arange(len(label)), label].sum()
+            left_out[fold == number] = np.exp(inferred[: np.count_nonzero(fold == number)])
+        results[penalty] = total, left_out
+    penalty = max(results, key=lambda p: results[p][0])
+    middles = _centroids(standard, category)
+    weight, bias = fitted(*examples(np.arange(len(pooled)), middles), penalty)
+    wider = dataclasses.replace(
+        classifier,
+        weight=np.concatenate([classifier.weight, weight]),
+        bias=np.concatenate([classifier.bias, bias]),
+    )
+    if len(classifier.centroids):
+        wider = dataclasses.replace(wider, centroids=np.concatenate([classifier.centroids, middles]))
+    return wider, results[penalty][1]

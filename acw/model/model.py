@@ -235,12 +235,11 @@ class Model:
         """The prediction for an image (H, W, 3); given_HW: a centre bias of its size instead of the model's own."""
         size = (image.shape[0], image.shape[1])
         probabilities = self.classifier.probabilities(pooled[None])[0]
-        if self.adaptation is None:
-            weights = self.mixing_weights(category, probabilities)
+        numbers = None if self.adaptation is None else self.adaptation.of(self.shares(category, pooled))
+        weights = self.mixing_weights(category, probabilities) if numbers is None else numbers.weights
+        if numbers is None or numbers.only_mix:
             log_density = self._mixture(log_densities_CHW, weights, size)
         else:
-            numbers = self.adaptation.of(self.shares(category, pooled))
-            weights = numbers.weights
             log_density = self.adapted(log_densities_CHW, numbers, size, given_HW)
         return Prediction(
             log_density.cpu().numpy(),

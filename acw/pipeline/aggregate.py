@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from acw.evaluation.gold_standard import GoldStandard
     from acw.evaluation.scoring import StoredDensities
     from acw.features.joined import Store
+    from acw.fusion.adaptation import Adaptation
     from acw.fusion.adaptation_fit import FittedAdaptation
     from acw.fusion.category_weights import CategoryWeights
     from acw.fusion.out_of_fold import OutOfFold
@@ -93,7 +94,8 @@ def _evaluate(
         _save(folder, model)
     _write_weights(folder, model, fitted.category)
     if fitted.adaptation:
-        _write_adaptation(folder, model, fitted.adaptation)
+        numbers = fitted.adaptation
+        write_adaptation(folder, model.categories, model.components, numbers.adaptation, numbers.area.tolist())
     write_atomic(folder / "out_of_fold.csv", _out_of_fold_csv(job, predictions, fitted.left_out(predictions)))
 
     gold = people()
@@ -236,12 +238,16 @@ def _write_weights(folder: Path, model: Model, weights: CategoryWeights) -> None
     write_atomic(folder / "category_weights_history.npy", array.getvalue())
 
 
-def _write_adaptation(folder: Path, model: Model, fitted: FittedAdaptation) -> None:
-    """The numbers of each category and, in the row `all`, of all images together; see `acw.fusion.adaptation`."""
-    numbers = fitted.adaptation
+def write_adaptation(
+    folder: Path, categories: Sequence[str], components: Sequence[str], numbers: Adaptation, area: Sequence[float]
+) -> None:
+    """The numbers of each category and, in the row `all`, of all images together; see `acw.fusion.adaptation`.
+
+    area: of each category, as `FittedAdaptation` has it.
+    """
     header = ["category", "temperature", "center_bias", "own_center_bias", "area"]
-    header += [f"weight:{name}" for name in model.components] + [f"blur:{width:g}" for width in KERNELS]
-    names, areas = [*model.categories, ALL], [*fitted.area, 1.0]
+    header += [f"weight:{name}" for name in components] + [f"blur:{width:g}" for width in KERNELS]
+    names, areas = [*categories, ALL], [*area, 1.0]
     columns = numbers.temperature, numbers.center_bias_weight, numbers.own_weight, areas
     rows = [
         [name, *(f"{value:.6f}" for value in (*each, *weights, *kernels))]

@@ -78,6 +78,44 @@ taken; weights and all that was chosen stayed. So the scores are those of the sa
 pictures of this data set it cannot be scored."""
 
 
+ADAPTED = """\
+# acw: where people look in a picture, adapted
+
+{model} (recipe `{recipe}`), adapted by acw {commit} to {name} (fingerprint {fingerprint}): {images} pictures, \
+{fixations} fixations. Networks and heads are that model's, and so are all categories that it knew.
+
+| new category | pictures | gain, bit per fixation | inferred rightly | what changes |
+|---|---|---|---|---|
+{rows}
+
+A gain is over the model as it was, on pictures that the numbers were not fitted on (cross-validation over pictures; \
+95 % interval by bootstrap). Of other kinds of pictures, and of what the model was trained on, its own card says what \
+there is to say.
+
+Licence of the new data: {licence}.
+"""
+
+
+def adapted(provenance: Mapping[str, Any], record: Mapping[str, Any], words: Mapping[str, str]) -> str:
+    """The card of an adapted model; provenance: of the model before; record: the content of adaptation.json; words:
+    category -> what its numbers change."""
+    rows = [
+        f"| {_plain(name).replace('|', ' ')} | {of['images']} | {of['gain_bits']:+.4f} [{of['low']:+.4f}, "
+        f"{of['high']:+.4f}] | {of['inferred_rightly']:.0%} | {words[name]} |"
+        for name, of in record["categories"].items()
+    ]
+    data = record["dataset"]
+    return ADAPTED.format(
+        model=_plain(record["model"]),
+        recipe=provenance["recipe"]["name"],
+        commit=record["commit"][:12],
+        name=_plain(data["name"]),
+        **{name: data[name] for name in ("fingerprint", "images", "fixations")},
+        rows="\n".join(rows),
+        licence=_plain(data.get("licence") or "not stated; ask who gave them"),
+    )
+
+
 def write(recipe: Recipe, evaluation: Mapping[str, Any]) -> str:
     """The card as Markdown; evaluation: the content of evaluation.json."""
     data, record = evaluation["dataset"], evaluation["provenance"]
