@@ -109,7 +109,7 @@ def _write(path: Path, location: str | None, token: str | None, options: dict[st
 
 def _serve(location: str | None, token: str | None, options: dict[str, Any]) -> None:
     """Until it is interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _heed_signals()
     try:
         from acw.serving.local import running
         from acw.serving.routes import digest
@@ -117,8 +117,7 @@ def _serve(location: str | None, token: str | None, options: dict[str, Any]) -> 
 
         service = Service(location, options["device"], token and digest(token))
         with running(service, options["host"], options["port"], options["replicas"]) as (address, about):
-            # Ray has put a handler of its own there.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            _heed_signals()  # Ray has put a handler of its own there
             categories = ", ".join(about["categories"])
             print(f"model: {location or 'starter'}, recipe {about['recipe']}, categories {categories}", flush=True)
             print(address, flush=True)
@@ -126,3 +125,9 @@ def _serve(location: str | None, token: str | None, options: dict[str, Any]) -> 
                 time.sleep(3600)
     except KeyboardInterrupt:
         pass
+
+
+def _heed_signals() -> None:
+    """SIGTERM ends it as Ctrl-C does; SIGINT too where it was started with that ignored, as shells do behind `&`."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.default_int_handler)
