@@ -49,9 +49,7 @@ def describe(folder: Path) -> dict[str, Any]:
             # What a model names is fetched only if this version knows it: a model may come from anywhere.
             row = BACKBONES.get(backbone["name"])
             if row is None or row.weights != backbone["source"] or not backbone["weights_sha256"]:
-                raise UserError(
-                    f"{path}: needs other weights of {backbone['name']} than this acw; use its own"
-                )
+                raise UserError(f"{path}: needs other weights of {backbone['name']} than this acw; use its own")
             continue
         # timm would ask a model hub, or another folder, for a name with a colon.
         if file.name != backbone["weights"] or file.suffix != ".safetensors" or ":" in backbone["timm_name"]:
