@@ -38,7 +38,7 @@ def megabytes(pid: int) -> int:
 
 
 def replica_megabytes(pid: int) -> int:
-    return max(one.memory_info().rss for one in processes_of(pid) if "SERVE_REPLICA" in " ".join(one.cmdline())) // MIB
+    return max(one.memory_info().rss for one in processes_of(pid) if "replica" in " ".join(one.cmdline()).lower()) // MIB
 
 
 def uploads(address: str, count: int) -> tuple[Counter[str], list[str]]:

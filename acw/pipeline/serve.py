@@ -73,9 +73,7 @@ def _token(given: str | None, host: str) -> str | None:
     if token is None and not _is_own(host):
         raise UserError(f"--host {host}: others reach it there; give a token that callers must know, as {TOKEN}")
     if token is not None and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable()):
-        raise UserError(
-            f"--token: give {SHORTEST_TOKEN} printable ASCII characters or more, such as: openssl rand -hex 16"
-        )
+        raise UserError(f"--token: give {SHORTEST_TOKEN} printable characters or more, as `openssl rand -hex 16` makes")
     return token
 
 
