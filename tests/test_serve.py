@@ -109,7 +109,8 @@ def test_images_that_wait_are_predicted_together_and_none_is_mixed_up(server: st
         found = pool.map(lambda size: post(server, encoded(photo(*size), "PNG"), "application/x-npy").content, sizes)
     for size, content in zip(sizes, found, strict=True):
         expected = model.predict(photo(*size)).log_density
-        np.testing.assert_allclose(np.load(io.BytesIO(content)), expected, rtol=0, atol=1e-4)
+        # In float32, by other numbers of threads and images at a time; another image's is off by far more.
+        np.testing.assert_allclose(np.load(io.BytesIO(content)), expected, rtol=0, atol=1e-3)
 
 
 def test_the_service_says_what_it_is(server: str) -> None:
