@@ -85,7 +85,8 @@ def _decide_on(dataset: Dataset, store: str, version: ModelVersion, champion: Mo
         if reason and number == version.version:
             return "challenger", reason
         scores.append(of_model)
-    return registry.compare(f"LL on {dataset.name} ({dataset.fingerprint})", *scores, champion.version)
+    ours, theirs = scores
+    return registry.compare(f"LL on {dataset.name} ({dataset.fingerprint})", ours, theirs, champion.version)
 
 
 def _learned_from(model: Model) -> Iterator[str]:

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -57,7 +57,8 @@ class Predictor:
     def __serve_build_asgi_app__(self) -> Any:
         return routes.application(self.model, self.predicted, self.service.token_sha256, self.threads)
 
-    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=BATCH_SECONDS)
+    # Its types know no methods of several arguments.
+    @cast(Any, serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=BATCH_SECONDS))
     async def predicted(self, images: list[np.ndarray], categories: list[str | None]) -> list[Prediction]:
         """The predictions of the images that wait, each for who has sent it."""
         return await asyncio.get_running_loop().run_in_executor(self.worker, self._predict, images, categories)
