@@ -45,7 +45,10 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
         """The options, by their names with underscores. Underscores are taken for hyphens, as once they were typed."""
-        return vars(self.parse_args([hyphenated(text) for text in argv]))
+        texts = [hyphenated(text) for text in argv]
+        # An optional MODEL may stand apart from what follows it; what comes after -- is only understood without that.
+        parse = self.parse_args if "--" in texts else self.parse_intermixed_args
+        return vars(parse(texts))
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
