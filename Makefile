@@ -30,7 +30,7 @@ test-faults: $(INSTALLED) ## the slow tests that kill processes in mid-training
 PHOTOGRAPHS := --dataset ../shared/gaze --pixels-per-degree 30
 starter: $(INSTALLED) ## the package's starter model, trained on ../shared/gaze; half an hour
 	$(BIN)/acw run gaze $(PHOTOGRAPHS) --root runs/starter | tee runs/starter.log
-	exec $(BIN)/python -m acw.pipeline.starter "$$(sed -n 's/^run: //p' runs/starter.log)" $(PHOTOGRAPHS)
+	exec $(BIN)/python jobs/starter.py "$$(sed -n 's/^run: //p' runs/starter.log)" $(PHOTOGRAPHS)
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

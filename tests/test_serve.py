@@ -487,7 +487,8 @@ def test_a_written_configuration_is_what_ray_serve_deploys(
     (application,) = config.applications
     assert (config.http_options.host, config.http_options.port) == ("0.0.0.0", 8000)
     assert application.import_path == "acw.serving.service:app"
-    assert application.args == {"model": str(folder), "device": "cpu", "token_sha256": routes.digest(TOKEN)}
+    own = {"model": str(folder), "device": "cpu", "token_sha256": routes.digest(TOKEN), "own_ray": False}
+    assert application.args == own
     (deployment,) = application.deployments
     assert (deployment.name, deployment.num_replicas) == (service.Predictor.name, 2)  # type: ignore[attr-defined]
     assert isinstance(service.app(application.args), Application)

@@ -164,12 +164,17 @@ def connect() -> None:
 
 def _of_our_own() -> str:
     """Prepares the environment for a Ray that only this process and its workers reach; where it keeps its files."""
-    # Ray listens on all interfaces unless this is set before its import; a cluster's own nodes must keep doing so.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    keep_to_loopback()
     if "RAY_AUTH_TOKEN_PATH" not in os.environ and not _home_can_be_written():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", _token())
     return str(_temporary_folder())
+
+
+def keep_to_loopback() -> None:
+    """Has a Ray of our own listen on 127.0.0.1 alone, if this is called before Ray is imported; else it listens on all
+    interfaces, as a cluster's own nodes must."""
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def _home_can_be_written() -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from acw.cluster.joining import on_cluster
+from acw.cluster.joining import keep_to_loopback, on_cluster
 from acw.pipeline.options import Parser, local_path
 from acw.storage.errors import UserError
 from acw.storage.files import is_model_uri, write_atomic
@@ -108,12 +108,13 @@ def _write(path: Path, location: str | None, token: str | None, options: dict[st
 def _serve(location: str | None, token: str | None, options: dict[str, Any]) -> None:
     """Until it is interrupted."""
     _heed_signals()
+    keep_to_loopback()
     try:
         from acw.serving.local import running
         from acw.serving.routes import digest
         from acw.serving.service import Service
 
-        service = Service(location, options["device"], token and digest(token))
+        service = Service(location, options["device"], token and digest(token), own_ray=True)
         with running(service, options["host"], options["port"], options["replicas"]) as (address, about):
             _heed_signals()  # Ray has put a handler of its own there
             categories = ", ".join(about["categories"])

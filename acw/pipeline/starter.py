@@ -1,6 +1,6 @@
 """Makes the package's starter model of a finished run, a few MB in acw/starter/, and says what that costs.
 
-python -m acw.pipeline.starter RUN --dataset FOLDER
+python jobs/starter.py RUN --dataset FOLDER
 
 FOLDER: the data set that the run was trained on, of which ten images are kept by their hashes, with the model's scores,
 so that a test can tell whether a later version still predicts as this one does.
@@ -69,9 +69,3 @@ def main(argv: Sequence[str]) -> None:
     folder = local_path(options["run"], "RUN") / "model"
     dataset = read_dataset(options)
     make(files.load(folder), dataset, fetch(folder / model_card.FILE).read_text(encoding="utf-8"))
-
-
-if __name__ == "__main__":
-    from acw.cli import run
-
-    run(main)

@@ -21,6 +21,7 @@ from acw.serving import limits, routes
 from acw.tracking.load import load
 
 NAME = "acw"
+LOOPBACK = "127.0.0.1"
 BATCH = 8  # images that pass the backbones together, at most
 BATCH_SECONDS = 0.01  # how long the first one waits for others
 # Above what a replica admits, so that it is the replica that refuses, in a sentence of its own.
@@ -32,11 +33,13 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}
 @dataclass(frozen=True)
 class Service:
     """model: a run's folder, a model's folder, an address or an MLflow URI; None for the package's own. token_sha256:
-    of the token that callers must know, in hexadecimal; None where only this machine can call."""
+    of the token that callers must know, in hexadecimal; None where only this machine can call. own_ray: whether it runs
+    on a Ray of this machine alone."""
 
     model: str | None = None
     device: str = "cpu"
     token_sha256: str | None = None
+    own_ray: bool = False
 
 
 @serve.deployment(
@@ -48,6 +51,8 @@ class Predictor:
 
     def __init__(self, **fields: Any) -> None:
         self.service = Service(**fields)
+        if self.service.own_ray:
+            _keep_replica_to_loopback()
         self.threads = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
         compute_with(self.threads)
         self.model = load(self.service.model, self.service.device)
@@ -65,6 +70,15 @@ class Predictor:
 
     def _predict(self, images: Sequence[np.ndarray], categories: Sequence[str | None]) -> list[Prediction]:
         return list(self.model.predict_batch(images, categories))
+
+
+def _keep_replica_to_loopback() -> None:
+    """Has this replica listen for others on 127.0.0.1 alone: Ray Serve (2.60) does so on all interfaces, whatever Ray
+    was told, and takes pickles there, which whoever reaches it could have run."""
+    from ray.serve._private import replica
+
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", LOOPBACK))
 
 
 def app(arguments: dict[str, Any]) -> serve.Application:
