@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,8 +105,7 @@ def test_a_kind_that_differs_becomes_a_category(run: Run, model: Model) -> None:
     assert run.result.returncode == 0, run.result.stderr
     *_, last = run.result.stdout.splitlines()
     assert last == str(run.out)
-    assert "odd: +" in run.result.stdout
-    assert "temperature 1.00 -> 0." in run.result.stdout
+    assert re.search(r"odd: \+.*own centre bias 0\.", run.result.stdout)
     adapted = acw.load(run.out)
     assert adapted.categories == [*CATEGORIES, "odd"]
     recorded = json.loads((run.out / "adaptation.json").read_text(encoding="utf-8"))["categories"]["odd"]
@@ -116,8 +116,9 @@ def test_a_kind_that_differs_becomes_a_category(run: Run, model: Model) -> None:
         p = np.exp(best.astype(np.float64))
         gained.append((p * (now - before)).sum() / np.log(2))
         possible.append((p * (best - before)).sum() / np.log(2))
-    assert np.mean(gained) > 0.6 * np.mean(possible), (gained, possible)
-    assert recorded["gain_bits"] == pytest.approx(np.mean(gained), rel=0.5)
+    # Of 12 images with 60 fixations each, the numbers find .88 of what is to be had; told is 6 % more than they find.
+    assert np.mean(gained) > 0.75 * np.mean(possible), (gained, possible)
+    assert recorded["gain_bits"] == pytest.approx(np.mean(gained), rel=0.25)
 
 
 def test_what_was_known_stays_to_the_bit(run: Run, folder: Path) -> None:
