@@ -38,7 +38,8 @@ def megabytes(pid: int) -> int:
 
 
 def replica_megabytes(pid: int) -> int:
-    return max(one.memory_info().rss for one in processes_of(pid) if "replica" in " ".join(one.cmdline()).lower()) // MIB
+    replicas = [one for one in processes_of(pid) if "replica" in " ".join(one.cmdline()).lower()]
+    return max(one.memory_info().rss for one in replicas) // MIB
 
 
 def uploads(address: str, count: int) -> tuple[Counter[str], list[str]]:
