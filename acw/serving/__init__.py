@@ -1,0 +1,1 @@
+"""Serves a model: a page in the browser, and the same for programs."""
