@@ -17,7 +17,7 @@ from acw.storage.errors import UserError
 def test_a_recipe_is_valid_and_the_paper_is_its_shape(name: str) -> None:
     recipe = named_recipe(name)
     assert recipe.name == name
-    heads = {"acw_v1": 20, "acw_v2": 20, "displays": 45, "modern": 45}
+    heads = {"acw_v1": 20, "acw_v2": 20, "displays": 45, "gaze": 30, "modern": 45}
     assert len(recipe.backbones) * recipe.folds * recipe.seeds == heads.get(name, 60)
     assert [view.name for view in recipe.views] == list(recipe.backbones)
     assert derive(recipe, {}) == recipe
