@@ -94,6 +94,7 @@ def test_driver_killed_in_training(done: Run, tmp_path: Path) -> None:
     assert_same_heads(folder, done.job.folder)
 
 
+@pytest.mark.faults
 def test_worker_killed_in_training(done: Run, tmp_path: Path) -> None:
     """One bank is there already, as if an earlier run had ended between the two."""
     root = tmp_path / "runs"

@@ -40,6 +40,7 @@ def status(*words: object) -> int:
     return 0
 
 
+@pytest.mark.faults
 def test_a_killed_driver_leaves_no_image_out_and_none_twice(model: Model, folder: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     for number in range(IMAGES):
