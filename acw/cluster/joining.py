@@ -23,7 +23,6 @@ SOCKET_BYTES = 103
 SESSION_BYTES = len("/session_2026-11-29_16-14-44_123456_1234567/sockets/plasma_store.1")
 # A head that is alive answers at once.
 ANSWER_SECONDS = 5.0
-IDLE_SECONDS = 30  # after which a worker of a Ray of our own ends
 # With this a client of HTTP/2, which Ray speaks, introduces itself: the preface, and an empty frame of settings. The
 # server's first frame is one of settings, too.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
@@ -147,7 +146,7 @@ def connect() -> None:
             logging_level=logging.WARNING,
             # Workers chatter into Ray's log files: errors come as exceptions, progress is the driver's to print.
             log_to_driver=False,
-            **({"runtime_env": _runtime_env()} if own is None else _own_settings(own)),
+            **({"runtime_env": _runtime_env()} if own is None else {"include_dashboard": False, "_temp_dir": own}),
         )
     except (RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
         if own is not None:
@@ -170,13 +169,6 @@ def _of_our_own() -> str:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", _token())
     return str(_temporary_folder())
-
-
-def _own_settings(folder: str) -> dict[str, Any]:
-    """What a Ray of our own is started with. Ray keeps as many idle workers as there are cores for good, and what they
-    have computed with: half a gigabyte each, while others train."""
-    ends = {"num_workers_soft_limit": 0, "idle_worker_killing_time_threshold_ms": IDLE_SECONDS * 1000}
-    return {"include_dashboard": False, "_temp_dir": folder, "_system_config": ends}
 
 
 def keep_to_loopback() -> None:
