@@ -50,7 +50,7 @@ def acw_serve(*arguments: object) -> Iterator[tuple[str, subprocess.Popen[str]]]
     words = [sys.executable, "-m", "acw.cli", "serve", *map(str, arguments), "--port", "0"]
     # A busy machine may need more than the half minute that Ray waits for its own start.
     patient = os.environ | {"RAY_raylet_start_wait_time_s": f"{PATIENCE:.0f}"}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=patient) as server:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, encoding="utf-8", env=patient) as server:
         try:
             assert server.stdout
             last = next((line for line in server.stdout if line.startswith("http://")), None)

@@ -88,10 +88,10 @@ def _own(host: str) -> str:
 
 def _wait(url: str) -> None:
     """Until it answers; raises UserError where it does not."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     end = time.monotonic() + SECONDS_TO_ANSWER
     while time.monotonic() < end:
-        with contextlib.suppress(OSError), direct.open(url, timeout=SECONDS_TO_ANSWER):
+        with contextlib.suppress(OSError), opener.open(url, timeout=SECONDS_TO_ANSWER):
             return
         time.sleep(0.1)
     raise UserError(

@@ -100,7 +100,9 @@ def _go_on(
         if not goes_on:
             stated = answer.headers.get("ETag") or ""
             etag.write_text("" if stated.startswith("W/") else stated, encoding="utf-8")
-        with partial.open("ab" if goes_on else "wb") as file:
+        with partial.open("ab") as file:
+            if not goes_on:
+                file.truncate(0)
             _receive(answer, file, address, most_bytes, have if goes_on else 0, told)
 
 
