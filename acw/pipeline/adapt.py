@@ -23,10 +23,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from acw.pipeline.options import Parser, add_reader_options, check_writable, local_path, read_dataset, root_folder
+from acw.pipeline.models import add_store_options
+from acw.pipeline.options import (
+    MODEL_MEANS,
+    Parser,
+    add_reader_options,
+    check_writable,
+    local_path,
+    model_location,
+    read_dataset,
+    root_folder,
+)
 from acw.storage.addresses import in_cache, shown
 from acw.storage.errors import UserError
-from acw.storage.files import csv_text, is_model_uri, plain_name, present, write_atomic, write_json
+from acw.storage.files import csv_text, plain_name, present, write_atomic, write_json
 
 if TYPE_CHECKING:
     from acw.data import Dataset
@@ -40,8 +50,7 @@ Groups = Mapping[str, np.ndarray]  # new category -> indices of its images
 
 
 def add_options(parser: Parser) -> None:
-    about = "a run's folder, a model's folder or an MLflow URI such as models:/acw@champion (default: acw's starter)"
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=about)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_MEANS)
     about = "the data set, as for --dataset: a folder, or s3://BUCKET/PREFIX"
     parser.add_argument("dataset", metavar="PATH", help=about)
     add_reader_options(parser)
@@ -51,19 +60,14 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--name", metavar="NAME", help=about)
     about = "folder to write, which is not there yet, here or in S3 (default: adapted-NAME below the root)"
     parser.add_argument("--out", metavar="FOLDER", help=about)
-    about = "folder, or s3://BUCKET/PREFIX, with MLflow's store (default: runs)"
-    parser.add_argument("--root", default="runs", metavar="PATH", help=about)
-    about = "MLflow server or sqlite:///FILE (default: MLFLOW_TRACKING_URI, else sqlite under the root, in S3 too)"
-    parser.add_argument("--tracking-uri", metavar="URI", help=about)
+    add_store_options(parser)
 
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(__doc__)
     add_options(parser)
     options = parser.read(argv)
-    location = options["model"]
-    if location is not None and not is_model_uri(location):
-        location = local_path(location, "MODEL")
+    location = model_location(options["model"], "MODEL")
     dataset = read_dataset(options | {"pixels_per_degree": None})
     groups = new_categories(dataset, options["name"], options["by_category"])
     root = root_folder(options["root"])

@@ -19,7 +19,7 @@ from acw.data.plausibility import degree
 from acw.data.readers import READERS
 from acw.storage.addresses import expanded, local
 from acw.storage.errors import UserError
-from acw.storage.files import refuse_undecodable, remove, write_atomic
+from acw.storage.files import is_model_uri, refuse_undecodable, remove, write_atomic
 
 # A shell's variable, which in single quotes stays as it is.
 VARIABLE = re.compile(r"\$[A-Za-z_]\w*|\$\{\w+\}|%[A-Za-z_]\w*%")
@@ -128,6 +128,15 @@ def read_dataset(options: dict[str, Any]) -> Dataset:
         return dataset
     widest = max(stimulus.size[1] for stimulus in dataset.stimuli)
     return dataclasses.replace(dataset, blur_sigma=degree(stated, widest, "--pixels-per-degree"))
+
+
+# Of an argument or option, that may be left out, which names a model.
+MODEL_MEANS = "a run's folder, a model's folder or an MLflow URI such as models:/acw@champion (default: acw's starter)"
+
+
+def model_location(given: str | None, option: str) -> str | Path | None:
+    """Where a model is that a command was given; None for the package's own."""
+    return given if given is None or is_model_uri(given) else local_path(given, option)
 
 
 def local_path(location: str, option: str) -> Path:

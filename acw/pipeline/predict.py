@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acw.pipeline.options import Parser, check_writable, local_path
+from acw.pipeline.options import MODEL_MEANS, Parser, check_writable, local_path, model_location
 from acw.storage.addresses import shown
 from acw.storage.errors import UserError
-from acw.storage.files import fetch, is_model_uri, write_atomic
+from acw.storage.files import fetch, write_atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,8 +46,7 @@ def add_options(parser: Parser) -> None:
     about = "files, folders, quoted patterns such as 'photos/*.jpg', http(s):// and s3:// addresses; - reads a list of "
     about += "these from standard input, one a line"
     parser.add_argument("images", nargs="+", metavar="PATH", help=about)
-    about = "a run's folder, a model's folder or an MLflow URI such as models:/acw@champion (default: acw's starter)"
-    parser.add_argument("--model", metavar="MODEL", help=about)
+    parser.add_argument("--model", metavar="MODEL", help=MODEL_MEANS)
     about = "folder to write to, here or in S3 (default: predictions)"
     parser.add_argument("--out", default="predictions", metavar="FOLDER", help=about)
     described = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
@@ -65,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(__doc__)
     add_options(parser)
     options = parser.read(argv)
-    formats, location = _formats(options["write"]), _location(options["model"])
+    formats, location = _formats(options["write"]), model_location(options["model"], "--model")
     out = local_path(options["out"], "--out")
     from acw.pipeline.sources import sources
 
@@ -94,11 +93,6 @@ def _given(words: Sequence[str]) -> Iterator[str]:
             yield from filter(None, (line.rstrip("\r\n") for line in sys.stdin))
         else:
             yield word
-
-
-def _location(given: str | None) -> str | Path | None:
-    """Where the model is; None for the package's own."""
-    return given if given is None or is_model_uri(given) else local_path(given, "--model")
 
 
 def _model(location: str | Path | None, device: str, bias: str) -> Model:

@@ -71,7 +71,7 @@ class ShardPredictor:
         self._work = work
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Columns number, offset and images of shards in; images, failed, peak_rss and problem of each out.
+        """Columns number, offset and images of shards in; images, peak_rss and problem of each out.
 
         problem: what ends the job, an error of the user's; a column, as Ray would wrap an exception.
         """
@@ -80,12 +80,12 @@ class ShardPredictor:
         return {name: np.array([row[name] for row in done]) for name in done[0]}
 
     def _done(self, shard: Shard) -> dict[str, Any]:
-        failed, problem = 0, ""
+        problem = ""
         try:
-            failed = self._write(shard)
+            self._write(shard)
         except UserError as error:
             problem = shown(str(error))
-        return {"images": shard.images, "failed": failed, "peak_rss": peak_rss(), "problem": problem}
+        return {"images": shard.images, "peak_rss": peak_rss(), "problem": problem}
 
     @functools.cached_property
     def _model(self) -> Model:
@@ -99,8 +99,8 @@ class ShardPredictor:
         model.load_backbones()
         return model
 
-    def _write(self, shard: Shard) -> int:
-        """Writes a shard's files, the table last; how many of its images could not be predicted."""
+    def _write(self, shard: Shard) -> None:
+        """Writes a shard's files, the table last."""
         import pyarrow.parquet as pq
 
         work, locations = self._work, images_of(self._work.images, shard)
@@ -119,7 +119,6 @@ class ShardPredictor:
 
         table = pa.Table.from_pylist(rows, schema=schema(self._model.categories, work.form))
         write_atomic(table_path(work.out, shard.number), lambda path: pq.write_table(table, path, compression="zstd"))
-        return len(failed)
 
     def _predicted(self, locations: Sequence[str]) -> Iterator[tuple[int, Prediction | str]]:
         """Of each image its number and its prediction, or why there is none. Images that fail together are tried one by

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from acw.cluster.joining import keep_to_loopback, on_cluster
-from acw.pipeline.options import Parser, local_path
+from acw.pipeline.options import MODEL_MEANS, Parser, local_path
 from acw.storage.errors import UserError
 from acw.storage.files import is_model_uri, write_atomic
 
@@ -30,8 +30,7 @@ LOCAL = "127.0.0.1"
 
 
 def add_options(parser: Parser) -> None:
-    about = "a run's folder, a model's folder or an MLflow URI such as models:/acw@champion (default: acw's starter)"
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=about)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_MEANS)
     about = f"address of this machine to listen on (default: {LOCAL}); any that others reach needs a token"
     parser.add_argument("--host", default=LOCAL, metavar="ADDRESS", help=about)
     about = "port to listen on; 0 for one that is free (default: 8000)"
