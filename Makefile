@@ -20,8 +20,8 @@ help: ## list the targets
 demo: $(INSTALLED) ## train 45 heads on built-in displays, adapt them to others, on a local Ray head; results in runs/
 	exec $(BIN)/python jobs/local_cluster.py -- python jobs/pipeline.py displays --root "$(CURDIR)/runs"
 
-test: lint ## lint, types and the tests
-	exec $(BIN)/python -m pytest
+test: lint ## lint, types and the tests, in two processes, a file in one of them
+	exec $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(INSTALLED) ## the slow tests that kill processes in mid-training
 	exec $(BIN)/python -m pytest -m faults

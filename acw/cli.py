@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "score a finished model, and others beside it, on a data set"),
     "predict": ("predict", "where people look in images: pictures, densities, contours, likeliest places"),
     "adapt": ("adapt", "adapt a model to a small data set of another kind of images, as a category more"),
+    "categories": ("categories", "name the categories that a run has found by itself"),
     "models": ("models", "list the versions of the registered model with their scores and aliases"),
     "promote": ("promote", "make a version the champion, if it is better beyond chance"),
     "serve": ("serve", "serve a model: a page in the browser, and the same for programs"),

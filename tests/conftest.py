@@ -43,6 +43,14 @@ os.environ |= {
 }
 
 
+# Whole pipelines: begun last, they would leave one of `make test`'s two processes without work.
+LONG = ("test_reproduce.py", "test_jobs.py", "test_faults.py", "test_views.py", "test_security.py", "test_promote.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def gaze() -> Path:
     """The folder of real human fixations (pysaliency's HDF5 pair), which lies beside the repository where it exists."""

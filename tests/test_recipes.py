@@ -124,7 +124,7 @@ def test_runs_of_before_there_was_a_field_keep_their_names() -> None:
     recipe = named_recipe("acw")
     how = ("workers", "accelerator", "gpus_per_worker", "price_per_hour")
     fields = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe)}
-    later = ("mirrored", "refit", "gold_standard", "unseen", "dropout")
+    later = ("mirrored", "refit", "gold_standard", "unseen", "dropout", "categories")
     before = {name: value for name, value in fields.items() if name not in (*how, *later)}
     assert recipe.fingerprint == fingerprint(before)
 
@@ -142,7 +142,7 @@ def test_the_fingerprint_leaves_out_how_a_run_is_computed() -> None:
         "upsampling": "nearest", "joint": True, "category_weights": False,
         "joint_learning_rate": 2e-4, "joint_patience": 4, "joint_min_learning_rate": 1e-7, "joint_max_epochs": 9,
         "weights": "lite0=random", "unseen": "Street", "mirrored": True, "refit": True, "gold_standard": "adaptive",
-        "dropout": 0.3,
+        "dropout": 0.3, "categories": "auto",
     }  # fmt: skip
     others = {derive(recipe, {name: value}).fingerprint for name, value in changes.items()}
     bicubic = {"upsampling": "bicubic"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -122,6 +124,13 @@ class Dataset:
         }
         categories = [stimulus.category for stimulus in self.stimuli]
         return fingerprint({"stimuli": self.stimuli_fingerprint, "categories": categories, "fixations": fixations})
+
+    def recategorised(self, categories: Sequence[str], *notes: str) -> Dataset:
+        """The same data set, its fingerprint too, with every stimulus in a category that is given for it."""
+        stimuli = (dataclasses.replace(s, category=name) for s, name in zip(self.stimuli, categories, strict=True))
+        result = dataclasses.replace(self, stimuli=tuple(stimuli), notes=(*self.notes, *notes))
+        result.__dict__["fingerprint"] = self.fingerprint
+        return result
 
     @cached_property
     def _offsets(self) -> np.ndarray:

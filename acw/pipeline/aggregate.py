@@ -71,6 +71,7 @@ def _evaluate(
     from acw.evaluation.summary import HEADLINES, per_image_csv, summarise
     from acw.features import joined
     from acw.fusion import out_of_fold
+    from acw.pipeline import found_categories
     from acw.pipeline.refit import refit
     from acw.report import figures
     from acw.report.examples import Predictions
@@ -78,13 +79,15 @@ def _evaluate(
 
     recipe, dataset, split, folder = job.recipe, job.dataset, job.split, job.folder
     stores, heads = list(views.values()), assembly.heads_by_fold(recipe, banks, systems)
-    # Each takes one core for long, beside what follows; asked for where it is needed.
-    shared = ray.put(dataset)
-    classifier = submit(out_of_fold.fit_classifier, shared, split, stores)
+    # It takes one core for long, beside what follows, as the classifier does; asked for where it is needed.
     center_bias = training_set.kde_of(dataset, job.heads_split.development)
-    people = _gold_standard(job, shared, center_bias)
+    people = _gold_standard(job, ray.put(dataset), center_bias)
     training = training_set.training_set(dataset, job.heads_split, recipe)
     predictions = out_of_fold.out_of_fold(recipe, dataset, training, split, heads, stores)
+    if recipe.categories == "auto":
+        job = found_categories.found(job, predictions, stores)
+        dataset = job.dataset
+    classifier = submit(out_of_fold.fit_classifier, ray.put(dataset), split, stores)
     fitted = _weights(job, predictions, systems)
     standards = joined.read_standards(folder / joined.FILE)
     model = assembly.assemble(

@@ -15,6 +15,7 @@ import numpy as np
 
 from acw.cluster.event_log import kept
 from acw.data import Dataset, Split, split
+from acw.data.recording import NO_CATEGORY
 from acw.features.view import JOIN
 from acw.pipeline.options import Parser, add_dataset_options, check_writable, local_path, read_dataset, root_folder
 from acw.recipes import RECIPES, Range, Recipe, derive, named_recipe
@@ -145,6 +146,8 @@ def job_of(options: dict[str, Any], *, writes: bool = True) -> Job:
     if writes:
         check_writable(root)
     dataset = read_dataset(options)
+    if recipe.categories == "auto":  # found once the networks have seen the images, in the aggregation
+        dataset = dataset.recategorised([NO_CATEGORY] * len(dataset.stimuli))
     # A category too small to split is refused here, before hours of extraction.
     folds = split(dataset, recipe.seed, recipe.folds, recipe.holdout)
     _check_unseen(recipe, dataset)

@@ -62,6 +62,12 @@ class Recipe:
         "of images that is new to the heads",
         later=True,
     )
+    categories: str = field(
+        "given",
+        "the images' categories: the data set's, or found by clustering the networks' features, one if more do not pay",
+        ("given", "auto"),
+        later=True,
+    )
     seeds: int = field(3, "initialisations per backbone and fold", COUNT, "heads")
     center_bias: str = field("kde", "centre bias in the finalizer: KDE, or ACW's fixed Gaussian", ("kde", "gaussian"))
     center_bias_bandwidth: float = field(
@@ -269,6 +275,9 @@ def check(recipe: Recipe) -> None:
     )
     require(not (recipe.dropout and recipe.joint), "dropout", "0 with --joint")
     require(not (recipe.unseen and (recipe.refit or recipe.joint)), "unseen", "none with --refit or --joint")
+    found = recipe.categories == "auto"
+    require(not (found and (recipe.unseen or recipe.joint)), "categories", "given with --unseen or --joint")
+    require(not found or recipe.category_weights, "categories", "given with --category-weights false")
     require(
         recipe.joint_min_learning_rate < recipe.joint_learning_rate,
         "joint_min_learning_rate",

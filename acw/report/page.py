@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ from acw.report.numbers import interval, number
 from acw.report.pictures import Example
 from acw.report.tables import Interval, Row, Table, Value, table
 from acw.report.weights import Weights, adapted_weights_of, changes, progressions, weights_of
-from acw.storage.files import csv_rows
+from acw.storage.files import csv_rows, fetch
 
 NOTES = {
     "category_adaptation": "a handful of numbers per category: weights, temperature, spread, centre bias",
@@ -240,6 +240,18 @@ def _by_source(run: Run) -> Table | None:
     return table(groups, ["", *sources], notes=NOTES, marked={run.model}) if len(sources) > 1 else None
 
 
+def found(run: Run) -> dict[str, Any] | None:
+    """The categories that the run has found by itself, each with the images that are most typical of it."""
+    path = fetch(run.folder / "categories.json")
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    images = Counter(record["images"].values())
+    montages = {name: (picture, images[name]) for name, picture in record["montages"].items()}
+    gains = [f"{c}: {number(mean, True)} ± {number(error)}" for c, (mean, error) in record["gain_bits"].items()]
+    return {"montages": montages, "gains": gains, "run": run.folder.name}
+
+
 def weights(run: Run) -> dict[str, Any]:
     """The backbones' shares in each category's mixture, and how they were learned."""
     fit = run.evaluation.get("weights", {})
@@ -302,6 +314,7 @@ def recipe(run: Run) -> dict[str, Any]:
 SECTIONS: Sections[Run] = {
     "Scores": scores,
     "Categories": categories,
+    "Categories found": found,
     "Weights": weights,
     "Examples": examples,
     "Where it fails": failures,
