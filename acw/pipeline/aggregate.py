@@ -223,10 +223,10 @@ def _report(job: Job, predictions: Predictions, curves: dict[str, list[np.ndarra
     from acw.report import figures, page, pictures
 
     dataset, held_out = job.dataset, [job.dataset.stimuli[index] for index in job.split.held_out]
-    first = [
-        next(stimulus.name for stimulus in held_out if stimulus.category == c) for c in dataset.categories[:EXAMPLES]
-    ]
-    figures.save(pictures.examples_figure([predictions(name) for name in first]), job.folder / "examples.png")
+    # Of categories that were found, one may have no image that is held out.
+    first = {stimulus.category: stimulus.name for stimulus in reversed(held_out)}
+    rows = [predictions(first[name]) for name in [name for name in dataset.categories if name in first][:EXAMPLES]]
+    figures.save(pictures.examples_figure(rows), job.folder / "examples.png")
     page.write(job.folder, predictions, curves)
 
 
