@@ -48,10 +48,10 @@ def find(pooled: np.ndarray, images: np.ndarray, maps: Maps, weights: np.ndarray
 
     from acw.cluster.tasks import submit
 
-    shared = ray.put(maps)
+    shared, components = ray.put(maps), _principal(pooled, images)
     grouped = {1: (np.zeros(len(pooled), np.int64), np.zeros(len(pooled)))}
     for categories in TRIED:
-        of_all = clustered(pooled, images, categories, seed)
+        of_all = clustered(components, images, categories, seed)
         if np.bincount(of_all[0][images], minlength=categories).min() >= FEWEST:
             grouped[categories] = of_all
     pending = {
@@ -63,15 +63,16 @@ def find(pooled: np.ndarray, images: np.ndarray, maps: Maps, weights: np.ndarray
     return Clusters(*grouped[_chosen(left_out)], {c: of for c, of in gain.items() if c > 1})
 
 
-def clustered(pooled: np.ndarray, fitted_on: np.ndarray, categories: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def clustered(
+    components: np.ndarray, fitted_on: np.ndarray, categories: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(N,) int64 the cluster of each image, 0 that of most, and (N,) float64 how typical of it the image is.
 
-    pooled: (N, D); fitted_on: indices of the images that decide.
+    components: (N, D) features of the images; fitted_on: indices of those that decide.
     """
     from sklearn.mixture import GaussianMixture
     from threadpoolctl import threadpool_limits
 
-    components = _principal(pooled, fitted_on)
     with threadpool_limits(1):
         mixture = GaussianMixture(categories, covariance_type="diag", n_init=STARTS, reg_covar=1e-4, random_state=seed)
         mixture.fit(components[fitted_on])
