@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import harness
 import numpy as np
@@ -177,31 +178,36 @@ def plain_heads(bank: Parameters, dtype: torch.dtype) -> list[Head]:
     return [Head({name: value[k].to(dtype) for name, value in bank.items()}) for k in range(HEADS)]
 
 
-def random_model() -> Model:
-    """Random networks, and heads all of whose parameters are moved: those that training starts from are nearly flat."""
-    backbones = [dataclasses.replace(BACKBONES[name], weights="random") for name in NAMES]
-    networks = {backbone.name: load_backbone(backbone) for backbone in backbones}
+def random_model(names: Sequence[str] = NAMES, heads: int = HEADS, device: torch.device | str = "cpu") -> Model:
+    """Random networks, and heads all of whose parameters are moved: those that training starts from are nearly flat.
+
+    heads: of each network. The same numbers on every device.
+    """
+    backbones = [dataclasses.replace(BACKBONES[name], weights="random") for name in names]
+    networks = {backbone.name: load_backbone(backbone, device) for backbone in backbones}
     generator = torch.Generator().manual_seed(0)
     banks = {}
     for number, (name, network) in enumerate(networks.items()):
-        bank = readout.new_heads(sum(network.channels), 16.0, range(HEADS * number, HEADS * (number + 1)))
+        bank = readout.new_heads(sum(network.channels), 16.0, range(heads * number, heads * (number + 1)))
         for value in bank.values():
             value += 0.3 * torch.randn(value.shape, generator=generator)
-        banks[name] = bank
+        banks[name] = {key: value.to(device) for key, value in bank.items()}
     pooled = sum(sum(network.channels) for network in networks.values())
     classifier = CategoryClassifier(np.zeros(pooled), np.ones(pooled), np.zeros((1, pooled)), np.zeros(1), 1.0)
     bias = fixed_gaussian()
+    weights = WEIGHTS[:, : len(names)] / WEIGHTS[:, : len(names)].sum()
     return Model(
         [View((backbone,)) for backbone in backbones],
         banks,
         Finalizer(cell=CELL),
         ["all"],
-        WEIGHTS,
-        WEIGHTS[0],
+        weights,
+        weights[0],
         bias,
         bias,
         classifier,
         {},
+        device=torch.device(device),
         _loaded=networks,
     )
 

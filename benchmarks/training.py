@@ -46,48 +46,68 @@ FOLDS, SEEDS = 5, 3
 
 
 class Step:
-    """Training steps of K heads on one backbone's features; `on` of them see the batch."""
+    """Training steps of K heads on one backbone's features; `on` of them see the batch. The features are on the device.
 
-    def __init__(self, backbone: str, readout: tuple[int, int], count: int, on: int, stride: int) -> None:
+    A call makes one step and returns the heads' losses (on,), nats, and their gradient (on, P).
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        readout: tuple[int, int],
+        count: int,
+        on: int,
+        stride: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         recipe = named_recipe("cat2000")
         bank = Bank(backbone, tuple(Head.of(recipe, 0, seed) for seed in range(count)))
         generator = torch.Generator().manual_seed(0)
-        self.taps = [
+        taps = [
             torch.rand(BATCH, math.ceil(readout[0] / by), math.ceil(readout[1] / by), channels, generator=generator)
             for channels, by in TAPS[backbone]
         ]
-        self.stored = [tap.half() for tap in self.taps]
-        self.readout, self.on = readout, torch.arange(on)
+        self.stored = [tap.half().to(device) for tap in taps]
+        self.readout, self.on, self.on_device = readout, torch.arange(on), torch.arange(on, device=device)
+        self.mean, self.variance = (torch.full((BATCH,), value, device=device) for value in (0.5, 1 / 12))
         state = BankState.new(recipe, bank, sum(channels for channels, _ in TAPS[backbone]))
-        self.adam = BankAdam(state, torch.arange(count), bank.members, torch.device("cpu"))
+        self.adam = BankAdam(state, torch.arange(count), bank.members, torch.device(device))
         target = torch.rand(BATCH, *GRID, generator=generator)
-        self.target = target / target.sum((1, 2), keepdim=True)
+        self.target = (target / target.sum((1, 2), keepdim=True)).to(device)
         # A uniform centre bias.
         log_density = -math.log(math.prod(GRID))
-        self.bias = torch.full((on, BATCH), log_density)
-        coarse = torch.full((on, *(math.ceil(length / stride) for length in GRID)), log_density)
-        self.coarse = [(self.on, coarse)]
+        self.bias = torch.full((on, BATCH), log_density, device=device)
+        coarse = torch.full((on, *(math.ceil(length / stride) for length in GRID)), log_density, device=device)
+        self.coarse = [(self.on_device, coarse)]
 
-    def __call__(self) -> None:
-        flat = self.adam.flat.index_select(0, self.on).requires_grad_(True)
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        flat = self.adam.flat.index_select(0, self.on_device).requires_grad_(True)
         parameters = readout.unflatten(flat, self.adam.like)
-        features = Features(
-            [tap.float() for tap in self.stored], torch.full((BATCH,), 0.5), torch.full((BATCH,), 1 / 12), self.readout
-        )
+        features = Features([tap.float() for tap in self.stored], self.mean, self.variance, self.readout)
         priority = readout.readout(parameters, features)
         how = Finalizer(cell=CELL)
         log_p = per_cell_log_likelihood(parameters, priority, self.bias, self.coarse, self.target, how)
-        image_loss(log_p).mean(1).sum().backward()
+        loss = image_loss(log_p).mean(1)
+        loss.sum().backward()
         self.adam.step(self.on, flat)
+        assert flat.grad is not None
+        return loss.detach(), flat.grad
 
 
-def roofline(readout: tuple[int, int]) -> tuple[float, float]:
-    """Multiplications and additions an image of all 60 heads' first layers, which no way of computing avoids (forward
-    and weight gradients, 12 of 15 heads on, taps at their own resolution), and this machine's matrix products a second.
-    """
-    cells = {by: math.ceil(readout[0] / by) * math.ceil(readout[1] / by) for by in (1, 2)}
-    values = sum(channels * cells[by] for taps in TAPS.values() for channels, by in taps)
-    operations = values * readout.WIDTHS[0] * SEEDS * (FOLDS - 1) * 2 * 2
+def values_an_image(backbone: str, grid: tuple[int, int]) -> int:
+    """How many numbers a backbone's stored features of an image are, at a readout's grid."""
+    return sum(channels * math.prod(math.ceil(length / by) for length in grid) for channels, by in TAPS[backbone])
+
+
+def operations_an_image(backbone: str, grid: tuple[int, int]) -> int:
+    """Multiplications and additions an image of a full bank's first layers, which no way of computing avoids: forward
+    and weight gradients, 12 of 15 heads on, taps at their own resolution."""
+    return values_an_image(backbone, grid) * readout.WIDTHS[0] * SEEDS * (FOLDS - 1) * 2 * 2
+
+
+def roofline(grid: tuple[int, int]) -> tuple[float, float]:
+    """`operations_an_image` of all 60 heads, and this machine's matrix products a second."""
+    operations = sum(operations_an_image(backbone, grid) for backbone in TAPS)
     x, w = torch.rand(2048, 2048), torch.rand(128, 2048)
     seconds = harness.alternate({"product": lambda: F.linear(x, w)}, 15)["product"]
     return operations, 2 * x.numel() * len(w) / seconds

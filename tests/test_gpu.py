@@ -1,0 +1,110 @@
+"""benchmarks/gpu.py at tiny sizes: on a GPU where there is one, else on the CPU, and without what it does not need."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+# As if these were not installed, also for a library that asks whether they are: a machine with a GPU may lack them.
+WITHOUT = """
+import runpy, sys
+from importlib.machinery import PathFinder
+
+ABSENT = "ray mlflow boto3 botocore pysaliency h5py pandas pyarrow matplotlib sklearn onnx onnxruntime".split()
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in ABSENT else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+for name in ABSENT:
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    sys.exit(f"{name} is there")
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("gpu") / "results.json"
+    command = [sys.executable, "-c", WITHOUT, str(BENCHMARKS / "gpu.py"), "--tiny", "1", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_device_and_cpu_compute_the_same(results: dict[str, Any]) -> None:
+    figures = results["figures"]
+    assert figures["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    differences = {name: value for name, value in figures.items() if name.endswith("device against CPU, float32")}
+    bits = {name: value for name, value in figures.items() if name.endswith("two runs equal to the last bit")}
+    sections = ("training, 15 heads", "extraction, resnext50_32x4d", "extraction, dinov2_s", "prediction", "scores")
+    for what in sections:
+        assert any(name.startswith(what) for name in differences), what
+        assert any(name.startswith(what) for name in bits), what
+    assert max(differences.values()) <= 1e-4
+    assert set(bits.values()) == {True}
+    assert figures["failures"] == figures["left out"] == []
+
+
+def test_every_figure_is_there(results: dict[str, Any]) -> None:
+    rates = [f"matrix products, {dtype}, TFLOP/s" for dtype in ("float32", "bfloat16")]
+    rates += [f"copies {what}, GB/s" for what in ("on the device", "from the host", "from page-locked memory")]
+    networks = [
+        f"extraction, {name}, {what}"
+        for name in ("resnext50_32x4d", "dinov2_s")
+        for what in ("images/s", "the bare network, images/s", "share of the bare network", "MB an image", "channels")
+    ]
+    heads = [
+        f"15 heads, {readout}, {what}"
+        for readout in ("8x15", "34x60")
+        for what in ("ms an image", "heads x images a second", "share of what binds")
+    ]
+    predictions = [f"prediction, 2 heads, {size}, images/s" for size in ("80x64", "128x96")]
+    scores = [f"scores, {what} of 25 mixtures, {where}, s an image" for what, where in
+              (("all eight", "one core"), ("seven", "the device"))]  # fmt: skip
+    memory = [f"{section}, peak memory, GiB" for section in ("heads at 34x60", "extraction, dinov2_s", "prediction")]
+    for name in (*rates, *networks, *heads, *predictions, *scores, *memory):
+        assert results["figures"][name] > 0, name
+    for readout in ("8x15", "34x60"):
+        assert results["figures"][f"15 heads, {readout}, what binds"] in ("matrix products", "copies")
+    assert "extraction, dinov2_s: bfloat16 against float32" in results["figures"]
+
+
+def test_what_does_not_hold_is_kept_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import device
+
+    bench = device.Bench(torch.device("cpu"), device.TINY, [])
+    one = torch.ones(3)
+    assert bench.equal("fine", 1e-5) == {"fine: device against CPU, float32": 1e-5}
+    assert bench.same("fine", [one], [one.clone()]) == {"fine: two runs equal to the last bit": True}
+    assert bench.failures == []
+    bench.equal("far", 2e-4)
+    bench.equal("nothing", float("nan"))
+    bench.same("by a bit", [one], [torch.nextafter(one, one + 1)])
+
+    def no_memory() -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 GiB")
+
+    assert bench.section("large", no_memory).keys() == {"large, peak memory, GiB", "large, benchmark's seconds"}
+    assert bench.failures == [
+        "far: device and CPU differ by 0.0002, more than 0.0001",
+        "nothing: device and CPU differ by nan, more than 0.0001",
+        "by a bit: two runs on the device differ",
+        "large: OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB",
+    ]
