@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from acw import cli
+from acw.storage.errors import UserError
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # As if these were not installed, also for a library that asks whether they are: a machine with a GPU may lack them.
 WITHOUT = """
@@ -83,6 +86,18 @@ def test_every_figure_is_there(results: dict[str, Any]) -> None:
     for readout in ("8x15", "34x60"):
         assert results["figures"][f"15 heads, {readout}, what binds"] in ("matrix products", "copies")
     assert "extraction, dinov2_s: bfloat16 against float32" in results["figures"]
+
+
+def test_a_plan_is_made_of_them(results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.json"
+    command = ["plan", "cat2000", "--backbones", "resnext50_32x4d", "--hardware", str(file), "--root", str(tmp_path)]
+    file.write_text(json.dumps(results), encoding="utf-8")
+    with pytest.raises(UserError, match="was measured at tiny sizes"):
+        cli._command(command)
+    as_on_a_gpu = {"machine": results["machine"] | {"gpu": "A Card"}, "figures": results["figures"] | {"tiny": False}}
+    file.write_text(json.dumps(as_on_a_gpu), encoding="utf-8")
+    cli._command(command)
+    assert "what was measured on A Card" in capsys.readouterr().out
 
 
 def test_what_does_not_hold_is_kept_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

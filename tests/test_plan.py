@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from job_runs import displays
 
@@ -13,7 +15,8 @@ from acw.cluster import costs
 from acw.features.batch_size import Pace
 from acw.features.extraction import write_shards
 from acw.features.store import SHARD_IMAGES, shard_path
-from acw.pipeline import plan, plan_command
+from acw.features.zoo import BACKBONE_SETS
+from acw.pipeline import plan, plan_command, plan_hardware
 from acw.pipeline.job import job_of, read_options
 from acw.storage.errors import UserError
 from acw.storage.files import write_json
@@ -99,3 +102,96 @@ def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
         cli._command(["plan", "gase"])
     with pytest.raises(UserError, match="'price_per_hour' must be 0 or more, not -1"):
         cli._command(["plan", *options(tmp_path), "--price-per-hour", "-1"])
+
+
+def hardware(folder: Path, **changes: object) -> Path:
+    """A results file of benchmarks/gpu.py with round figures; changes: of its figures, None to leave one out."""
+    figures: dict[str, object] = {
+        "tiny": False,
+        "image, px": "1920x1080",
+        "copies from the host, GB/s": 10.0,
+        "scores, all eight of 25 mixtures, one core, s an image": 1.6,
+        "heads at 34x60, peak memory, GiB": 3.0,
+    }
+    for name in BACKBONE_SETS["paper"]:
+        figures |= {f"bank of 15 heads, {name}, {readout}, ms an image": ms for readout, ms in
+                    (("8x15", 1.0), ("34x60", 2.0))}  # fmt: skip
+        extraction = {"images/s": 100.0, "channels": 2000, "MB an image": 6.0, "peak memory, GiB": 2.0}
+        figures |= {f"extraction, {name}, {what}": value for what, value in extraction.items()}
+    figures = {name: value for name, value in (figures | changes).items() if value is not None}
+    file = folder / "results.json"
+    write_json(file, {"machine": {"gpu": "A Card", "cores": 8}, "figures": figures})
+    return file
+
+
+def test_a_plan_by_a_gpus_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, figures = hardware(tmp_path), tmp_path / "plan.json"
+    command = ["plan", "cat2000", "--hardware", str(file), "--price-per-hour", "1.5", "--root", str(tmp_path / "root")]
+    cli._command([*command, "--json", str(figures)])
+    shown = capsys.readouterr().out
+    made = json.loads(figures.read_text(encoding="utf-8"))
+    one, four = made["seconds"]["1"], made["seconds"]["4"]
+    assert one["features"] == pytest.approx(2000 * 4 / 100 + plan.START_UP / 2)
+    # 15 heads for 1,600 images and at most 20 epochs, of which heads need a part.
+    bank = 1600 * 20 * 2.0e-3 * plan_hardware.BESIDES_STEPS
+    bank *= (plan.OTHER_HEADS + plan.EXPECTED_SHARE * 15) / (plan.OTHER_HEADS + 15)
+    assert one["heads"] == pytest.approx(4 * bank + plan.START_UP / 2)
+    assert four["heads"] == pytest.approx(bank + plan.START_UP / 2)
+    assert one["scores"] == pytest.approx(400 * 1.6 / 8 + plan.FINISHING)
+    assert made["worker_bytes"] == 3 * 2**30
+    # GPUs; features, heads, scores, in all, at most, each with its unit; cost.
+    row = next(line for line in shown.splitlines() if line.split()[:1] == ["1"]).split()
+    hours, most, dollars = float(row[7]), float(row[9]), float(row[11])
+    assert hours == pytest.approx(sum(one.values()) / 3600, abs=0.006)
+    assert most > hours
+    assert dollars == pytest.approx(sum(one.values()) / 3600 * 1.5, abs=0.006)
+    assert "cat2000: 2000 images of 1 sizes, 400 held out" in shown
+    assert "time on so many GPUs, by what was measured on A Card; nothing was run there" in shown
+
+
+def test_a_gpus_figures_are_scaled_to_the_images(tmp_path: Path) -> None:
+    results = plan_hardware.Results.read(hardware(tmp_path))
+    small = ["cat2000", "--root", str(tmp_path / "root"), *displays(tmp_path, ("Contour", "Text"), 10)]
+    job = job_of(read_options(small, "", plan_command.add_options), writes=False)
+    made = plan_hardware.make(job, results, dataset_given=True)
+    assert made.images == 20
+    pixels = np.mean([np.prod(stimulus.size) for stimulus in job.dataset.stimuli])
+    share = pixels / (1080 * 1920)
+    assert made.backbones[0].extraction == pytest.approx(share / 100, rel=0.02)
+    assert made.backbones[0].image_bytes == pytest.approx(share * 6e6, rel=0.02)
+    assert made.scoring == pytest.approx(share * 1.6 / 8)
+    assert 1.0e-3 <= made.epochs["densenet201"] / plan_hardware.BESIDES_STEPS <= 2.0e-3
+    slow = plan_hardware.Results.read(hardware(tmp_path, **{"copies from the host, GB/s": 1e-3}))
+    read = plan_hardware.make(job, slow, dataset_given=True).epochs["densenet201"]
+    assert read == pytest.approx(made.backbones[0].image_bytes / 1e6), "the features' way there takes longer"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        ("{", "is damaged"),
+        ("[1]", "holds no results of benchmarks/gpu.py"),
+        ('{"machine": {"gpu": null}, "figures": {"60 heads, ms an image": 13}}', "holds no results"),
+        ({"tiny": True}, "was measured at tiny sizes"),
+        ({"extraction, densenet201, images/s": None}, "says nothing of 'extraction, densenet201, images/s'"),
+        ({"extraction, densenet201, images/s": "many"}, "says nothing of 'extraction, densenet201"),
+        ({"extraction, densenet201, images/s": 0}, "says nothing of 'extraction, densenet201"),
+    ],
+)
+def test_a_wrong_results_file_is_one_line(tmp_path: Path, content: object, said: str) -> None:
+    file = hardware(tmp_path, **content) if isinstance(content, dict) else tmp_path / "other.json"
+    if isinstance(content, str):
+        file.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=said) as error:
+        cli._command(["plan", "cat2000", "--hardware", str(file), "--root", str(tmp_path / "root")])
+    assert "\n" not in str(error.value)
+    assert "python benchmarks/gpu.py --json FILE" in str(error.value)
+
+
+def test_a_plan_for_what_was_not_measured_on_a_gpu(tmp_path: Path) -> None:
+    command = ["--hardware", str(hardware(tmp_path)), "--root", str(tmp_path / "root")]
+    with pytest.raises(UserError, match="says nothing of 'extraction, lite0"):
+        cli._command(["plan", "gaze_small", *command])
+    with pytest.raises(UserError, match="trains jointly, of which nothing was measured"):
+        cli._command(["plan", "acw_v1", "--backbones", "paper", *command])

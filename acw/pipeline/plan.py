@@ -85,6 +85,7 @@ class Plan:
 
     joint: seconds an image and epoch of one jointly trained system; 0 without. scoring: seconds a held-out image.
     worker_bytes: the largest resident memory of a worker; disk_free: bytes. unknown: views that no run has trained.
+    card: the GPU whose seconds these are, with its share of CPU cores, in place of one core's; empty for a core's.
     """
 
     recipe: Recipe
@@ -99,6 +100,7 @@ class Plan:
     worker_bytes: int
     disk_free: int
     unknown: list[str]
+    card: str = ""
 
     @property
     def feature_bytes(self) -> int:
@@ -108,7 +110,7 @@ class Plan:
         return plan_banks(self.recipe)
 
     def seconds(self, cores: int, share: float | None = None) -> dict[str, float]:
-        """Expected wall-clock seconds of each step on so many cores; share: of the most epochs that are trained."""
+        """Expected wall-clock seconds of each step on so many cores or GPUs; share: of the most epochs that are run."""
         mirrored = self.held_out if self.recipe.mirrored else 0
         images = self.images + mirrored
         extraction = sum(0 if b.stored else images * b.extraction for b in self.backbones) / cores
@@ -125,7 +127,7 @@ class Plan:
     def _training(self, images: int, cores: int, share: float | None) -> float:
         """Seconds in which all banks train on so many images."""
         trained = EXPECTED_SHARE if share is None else share
-        of = {name: epoch / (OTHER_HEADS + _full(self.recipe)) for name, epoch in self.epochs.items()}
+        of = {name: epoch / (OTHER_HEADS + full_bank(self.recipe)) for name, epoch in self.epochs.items()}
         bank_costs = [
             # A bank goes on until its last head stops.
             self.recipe.max_epochs * images * of[bank.backbone] * (OTHER_HEADS + trained * len(bank.members))
@@ -153,7 +155,7 @@ class Plan:
         return result
 
 
-def _full(recipe: Recipe) -> int:
+def full_bank(recipe: Recipe) -> int:
     """Heads of the largest bank."""
     return min(recipe.heads_per_worker, recipe.folds * recipe.seeds)
 
@@ -271,10 +273,10 @@ def make(job: Job) -> Plan:
         len(dataset.x),
         len({stimulus.size for stimulus in dataset.stimuli}),
         backbones,
-        {name: seconds * (OTHER_HEADS + _full(recipe)) for name, seconds in of_heads.items()},
+        {name: seconds * (OTHER_HEADS + full_bank(recipe)) for name, seconds in of_heads.items()},
         joint if recipe.joint else 0.0,
         known.scoring or scoring,
-        known.worker_bytes or round(WORKER + WORKER_CELL * cells * recipe.batch_size * _full(recipe)),
+        known.worker_bytes or round(WORKER + WORKER_CELL * cells * recipe.batch_size * full_bank(recipe)),
         shutil.disk_usage(next(p for p in (job.root, *job.root.parents) if p.exists())).free,
         unknown,
     )
@@ -339,10 +341,11 @@ def text(plan: Plan, price: float | None) -> str:
     lines += [
         "",
         f"disk: {wanted / 1e9:.2f} GB of features to write, {plan.disk_free / 1e9:.1f} GB free{enough}",
-        f"memory: about {plan.worker_bytes / 2**30:.1f} GiB a worker, whatever the number of images",
+        f"memory: about {plan.worker_bytes / 2**30:.1f} GiB {'of the GPU' if plan.card else 'a worker'}, "
+        "whatever the number of images",
         "",
-        f"time on so many cores, by {'figures of another machine' if plan.unknown else 'earlier runs of this kind'}:",
-        f"{'cores':>9}"
+        f"time on so many {'GPUs' if plan.card else 'cores'}, by {_source(plan)}:",
+        f"{'GPUs' if plan.card else 'cores':>9}"
         + "".join(f"{step:>11}" for step in (*plan.seconds(1), "in all", "at most"))
         + ("" if price is None else f"{'cost':>10}"),
     ]
@@ -351,7 +354,7 @@ def text(plan: Plan, price: float | None) -> str:
         steps = plan.seconds(cores)
         lines.append(
             f"{cores:>9}"
-            + "".join(f"{_duration(seconds):>11}" for seconds in (*steps.values(), expected, most))
+            + "".join(f"{_duration(seconds, plan.card):>11}" for seconds in (*steps.values(), expected, most))
             + ("" if cost is None else f"{cost:>10.2f}")
             + ("  <- more hardly pay off" if cores == paying else "")
         )
@@ -362,5 +365,13 @@ def text(plan: Plan, price: float | None) -> str:
     return "\n".join(lines)
 
 
-def _duration(seconds: float) -> str:
+def _source(plan: Plan) -> str:
+    if plan.card:
+        return f"what was measured on {plan.card}; nothing was run there"
+    return "figures of another machine" if plan.unknown else "earlier runs of this kind"
+
+
+def _duration(seconds: float, card: str) -> str:
+    if card:
+        return f"{seconds / 3600:.2f} h"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
