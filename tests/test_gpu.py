@@ -1,9 +1,8 @@
-"""benchmarks/gpu.py at tiny sizes: on a GPU where there is one, else on the CPU, and without what it does not need."""
+"""GPUs, real or pretended: benchmarks/gpu.py at tiny sizes, on the CPU where there is none, and workers on a GPU."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_training import BANK, RECIPE, make_store, make_training_set
 
 from acw import cli
 from acw.storage.errors import UserError
+from acw.training import trainer
+from acw.training.trainer import train_epochs
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # As if these were not installed, also for a library that asks whether they are: a machine with a GPU may lack them.
@@ -45,7 +47,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("gpu") / "results.json"
     command = [sys.executable, "-c", WITHOUT, str(BENCHMARKS / "gpu.py"), "--tiny", "1", "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ, timeout=300)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -123,3 +125,61 @@ def test_what_does_not_hold_is_kept_and_the_rest_goes_on(monkeypatch: pytest.Mon
         "by a bit: two runs on the device differ",
         "large: OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB",
     ]
+
+
+# --- Workers -----------------------------------------------------------------------------------------------------
+
+# Ray takes a GPU's word for it: with no CUDA device behind it, tasks compute on the CPU.
+EXTRACTION = """
+import dataclasses, sys
+from pathlib import Path
+import ray
+from acw.cluster.allocation import allocate
+from acw.data import load_dataset
+from acw.features.batch_size import Pace
+from acw.features.extraction import extract, write_shards
+from acw.features.backbone import load_backbone
+from acw.features.zoo import BACKBONES
+
+root = Path(sys.argv[1])
+stimuli = load_dataset("synthetic").stimuli[:20]
+backbone = dataclasses.replace(BACKBONES["lite0"].of_long_side(64), weights="random")
+ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=200 * 2**20)
+print(allocate(2, 0, "auto", 0.5))
+stores, cost = extract(root, [backbone], stimuli, "fingerprint", 0, "gpu", 0.5)
+ray.shutdown()
+assert cost.images == 20, cost
+network = load_backbone(backbone)
+(root / "alone").mkdir()
+write_shards(network, backbone, stimuli, [0, 1], root / "alone", Pace(network.device))
+for shard in ("shard-00000.safetensors", "shard-00001.safetensors"):
+    assert (stores["lite0"].folder / shard).read_bytes() == (root / "alone" / shard).read_bytes(), shard
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU rounds otherwise")
+def test_extraction_on_halves_of_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", EXTRACTION, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 workers of 1 CPU and 0.5 GPU" in done.stdout
+
+
+def test_a_bank_too_large_for_the_gpu_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "features")
+
+    def epochs() -> list[int]:
+        states = train_epochs(RECIPE, BANK, make_training_set(), store, tmp_path, torch.device("cpu"))
+        return [len(state.history) for state in states]
+
+    def none_left(loss: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 GiB")
+
+    with monkeypatch.context() as small:
+        small.setattr(trainer, "image_loss", none_left)
+        with pytest.raises(
+            UserError, match=r"15 heads on stub do not fit .* memory of cpu; .*gpus-per-worker"
+        ) as error:
+            epochs()
+    assert "\n" not in str(error.value)
+    assert epochs() == [1, 2, 3]

@@ -53,7 +53,8 @@ def train_epochs(
     """Trains a bank from its checkpoint in the run's folder, or from the start, to the end; yields after each epoch.
 
     Each epoch's checkpoint is on disk before it is yielded, so at most one epoch is ever done twice. location: where
-    that is, for the notes on each epoch, as `allocation.location_of` gives it.
+    that is, for the notes on each epoch, as `allocation.location_of` gives it. Raises UserError where the loss is not
+    finite (Diverged), and where the bank does not fit into the GPU's memory.
     """
     path = checkpoint_path(folder, bank)
     state = BankState.load(path) if fetch(path).exists() else BankState.new(recipe, bank, sum(store.channels))
@@ -63,10 +64,17 @@ def train_epochs(
         # The heads that still train, as a smaller bank: a stopped head costs nothing.
         members = [bank.members[head] for head in active]
         adam = BankAdam(state, active, members, device)
-        strides, errors = coarsest(adam.parameters(), members, batches, fresh=not state.history)
-        loss, images = _train_epoch(recipe, adam, members, len(state.history), batches, strides)
-        adam.write_back(state)
-        ig, validated = _validate(adam.parameters(), members, batches)
+        try:
+            strides, errors = coarsest(adam.parameters(), members, batches, fresh=not state.history)
+            loss, images = _train_epoch(recipe, adam, members, len(state.history), batches, strides)
+            adam.write_back(state)
+            ig, validated = _validate(adam.parameters(), members, batches)
+        except torch.OutOfMemoryError:  # of the GPU, where the same bank would end in the same way each time
+            raise UserError(
+                f"training: {len(members)} heads on {bank.backbone} do not fit into the memory of {device}; give "
+                "--gpus-per-worker 1, or workers with larger GPUs, and run the same command again: it goes on; or lower "
+                "--heads-per-worker"
+            ) from None
         seconds = time.monotonic() - start
         notes = {
             "seconds": round(seconds, 3),
