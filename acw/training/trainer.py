@@ -72,8 +72,8 @@ def train_epochs(
         except torch.OutOfMemoryError:  # of the GPU, where the same bank would end in the same way each time
             raise UserError(
                 f"training: {len(members)} heads on {bank.backbone} do not fit into the memory of {device}; give "
-                "--gpus-per-worker 1, or workers with larger GPUs, and run the same command again: it goes on; or lower "
-                "--heads-per-worker"
+                "--gpus-per-worker 1, or workers with larger GPUs, and run the command again: it goes on; or lower "
+                "--heads-per-worker, with which it begins anew"
             ) from None
         seconds = time.monotonic() - start
         notes = {
