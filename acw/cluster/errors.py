@@ -8,7 +8,12 @@ from acw.storage.errors import UserError
 
 
 def trouble(error: BaseException) -> UserError | None:
-    """What befell the cluster, in a line, where Ray has tried again in vain; None for any other error."""
+    """What befell the cluster, in a line, where Ray has tried again in vain, or a GPU; None for any other error."""
+    if "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError):
+        reason = str(error).strip().partition("\n")[0][:200]
+        return UserError(
+            f"a GPU has not enough memory for one image; take a larger one, or --accelerator cpu ({reason})"
+        )
     if "ray" not in sys.modules:
         return None
     from ray import exceptions

@@ -71,7 +71,9 @@ def at_pixels(log_mean: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor
 
     Not normalised there: a constant changes no rank.
     """
-    (top, bottom, down), (left, right, across) = (_between(SIDE, cells) for cells in size)
+    (top, bottom, down), (left, right, across) = (
+        [each.to(pixels.device) for each in _between(SIDE, cells)] for cells in size
+    )
     row, column = pixels // size[1], pixels % size[1]
     upper, lower = (
         torch.lerp(log_mean[rows[row], left[column]], log_mean[rows[row], right[column]], across[column])
