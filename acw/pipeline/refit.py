@@ -13,6 +13,7 @@ import numpy as np
 
 from acw.cluster.costs import note
 from acw.cluster.process import give_back_when_idle
+from acw.cluster.tasks import end_idle_workers
 from acw.features.joined import Store
 from acw.heads.readout import concatenate
 from acw.model.model import Model
@@ -29,6 +30,7 @@ def refit(job: Job, scored: Model, stores: dict[str, Store]) -> Model:
     everything = np.arange(len(dataset.stimuli))
     print(f"refit: the heads are trained again, on all {len(everything)} images", flush=True)
     give_back_when_idle()  # what drawing, scoring and fitting have left in this process
+    end_idle_workers()  # and in those that did it
     training = training_set(dataset, job.split.with_held_out(), recipe)
     note(job.folder, "refit", distributed.train(recipe, training, stores, folder))
     of_folds = checkpoints.best_heads(recipe, checkpoints.trained_heads(recipe, folder))
