@@ -113,8 +113,8 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
-        # At its end Python would look through all objects for some to free, 660,000 with torch, Ray and MLflow, and take
-        # classes apart: 5 to 30 s for what the system frees at once.
+        # At its end Python would look through all objects for some to free, 660,000 with torch, Ray and MLflow, and
+        # take classes apart: 5 to 30 s for what the system frees at once.
         gc.freeze()
     sys.exit(0)
 
