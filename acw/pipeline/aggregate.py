@@ -81,13 +81,15 @@ def _evaluate(
     stores, heads = list(views.values()), assembly.heads_by_fold(recipe, banks, systems)
     # It takes one core for long, beside what follows, as the classifier does; asked for where it is needed.
     center_bias = training_set.kde_of(dataset, job.heads_split.development)
-    people = _gold_standard(job, ray.put(dataset), center_bias)
+    shared = ray.put(dataset)
+    people = _gold_standard(job, shared, center_bias)
     training = training_set.training_set(dataset, job.heads_split, recipe)
     predictions = out_of_fold.out_of_fold(recipe, dataset, training, split, heads, stores)
     if recipe.categories == "auto":
         job = found_categories.found(job, predictions, stores)
         dataset = job.dataset
-    classifier = submit(out_of_fold.fit_classifier, ray.put(dataset), split, stores)
+        shared = ray.put(dataset)
+    classifier = submit(out_of_fold.fit_classifier, shared, split, stores)
     fitted = _weights(job, predictions, systems)
     standards = joined.read_standards(folder / joined.FILE)
     model = assembly.assemble(

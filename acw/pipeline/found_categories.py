@@ -13,11 +13,11 @@ from acw.data import Dataset
 from acw.features.joined import Store, parts_of
 from acw.fusion import category_weights, clusters
 from acw.fusion.out_of_fold import OutOfFold
+from acw.pipeline.categories import FOUND
 from acw.pipeline.job import Job
 from acw.report.pictures import jpeg
 from acw.storage.files import write_json
 
-FILE = "categories.json"
 UNNAMED = "unnamed"  # before a category's number, until `acw categories` names it
 # Of a montage: pictures beside each other and below each other, and their size and the gap between them, in px.
 COLUMNS, ROWS = 6, 2
@@ -25,7 +25,7 @@ WIDTH, HEIGHT, GAP = 146, 104, 4
 
 
 def found(job: Job, predictions: OutOfFold, stores: Sequence[Store]) -> Job:
-    """The job with its images in the categories that are found; leaves FILE in its folder.
+    """The job with its images in the categories that are found; leaves FOUND in its folder.
 
     That holds what each number of categories would gain, which image is in which, and a montage of each category.
     """
@@ -49,7 +49,7 @@ def found(job: Job, predictions: OutOfFold, stores: Sequence[Store]) -> Job:
         most_typical = members[np.argsort(-these.typical[members], kind="stable")]
         montages[name] = jpeg(montage(labelled, most_typical[: COLUMNS * ROWS]))
     placed = {stimulus.name: stimulus.category for stimulus in labelled.stimuli}
-    write_json(job.folder / FILE, {"gain_bits": gains, "images": placed, "montages": montages})
+    write_json(job.folder / FOUND, {"gain_bits": gains, "images": placed, "montages": montages})
     return dataclasses.replace(job, dataset=labelled)
 
 
