@@ -127,16 +127,13 @@ def said(job: Job, view: str, excluded: Seen, others: Sequence[Job]) -> dict[str
     result = {}
     batches = Batches(training, store, finalizer, CPU)
     for number, (name, out) in enumerate(excluded.items()):
-        for group in batches.groups(np.flatnonzero(out)):
-            grid = finalizer.grid(dataset.stimuli[group[0]].size)
-            bias = torch.from_numpy(training.finalizer_bias[number].of_size(grid))
-            for start in range(0, len(group), EVALUATION_BATCH):
-                some = group[start : start + EVALUATION_BATCH].tolist()
-                densities = ensemble(readout.select(parameters, [number]), store.load(some), bias, finalizer)
-                for index, log_density in zip(some, densities, strict=True):
-                    x, y, _ = dataset.fixations_of(index)
-                    result[f"{name}/{index}"] = on_grid(log_density[None])[0]
-                    result[f"{name}/{index}/at"] = finalizer.at_pixels(log_density, x, y, dataset.stimuli[index].size)
+        for some in batches.passes(np.flatnonzero(out), EVALUATION_BATCH):
+            bias = torch.from_numpy(training.finalizer_bias[number].of_size(finalizer.grid(training.sizes[some[0]])))
+            densities = ensemble(readout.select(parameters, [number]), store.load(some), bias, finalizer)
+            for index, log_density in zip(some.tolist(), densities, strict=True):
+                x, y, _ = dataset.fixations_of(index)
+                result[f"{name}/{index}"] = on_grid(log_density[None])[0]
+                result[f"{name}/{index}/at"] = finalizer.at_pixels(log_density, x, y, dataset.stimuli[index].size)
     everywhere = kde_of(dataset, job.split.development)
     for other in others:
         features = other.stores()[view]

@@ -46,9 +46,10 @@ def run(description: str, benchmark: Callable[[argparse.Namespace], Figures], **
     torch.set_num_threads(arguments.threads)
     machine = {
         "cpu": _cpu(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "threads": arguments.threads,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpus": torch.cuda.device_count(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),

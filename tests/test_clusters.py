@@ -49,6 +49,16 @@ def test_kinds_that_people_look_at_alike_are_one_category() -> None:
     assert set(found.gain) >= {2, 3}, "more were tried"
 
 
+@pytest.mark.usefixtures("ray_local")
+def test_few_images_are_one_category() -> None:
+    generator = np.random.default_rng(3)
+    kind = np.arange(15) % 2
+    maps = looked_at(generator, len(kind), unadapted(EVEN))
+    found = clusters.find(features(generator, kind), np.arange(len(kind)), maps, EVEN, seed=0)
+    assert not found.number.any()
+    assert found.gain == {}
+
+
 def test_typical_images_are_near_the_middle_of_their_cluster() -> None:
     generator = np.random.default_rng(2)
     kind = np.repeat([0, 0, 1], 30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tiny_training import BANK, RECIPE, make_store, make_training_set
 from acw import cli
 from acw.storage.errors import UserError
 from acw.training import trainer
+from acw.training.bank import BankState
+from acw.training.loss import image_loss
 from acw.training.trainer import train_epochs
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -165,21 +168,36 @@ def test_extraction_on_halves_of_a_gpu(tmp_path: Path) -> None:
     assert "2 workers of 1 CPU and 0.5 GPU" in done.stdout
 
 
-def test_a_bank_too_large_for_the_gpu_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bank_too_large_for_the_gpu_takes_fewer_images_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = make_store(tmp_path / "features")
 
-    def epochs() -> list[int]:
-        states = train_epochs(RECIPE, BANK, make_training_set(), store, tmp_path, torch.device("cpu"))
-        return [len(state.history) for state in states]
+    def trained(name: str) -> BankState:
+        states = train_epochs(RECIPE, BANK, make_training_set(), store, tmp_path / name, torch.device("cpu"))
+        *_, last = states
+        return last
 
-    def none_left(loss: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 GiB")
+    def room_for(images: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def loss(log_likelihood: torch.Tensor) -> torch.Tensor:
+            if log_likelihood.shape[1] > images:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 GiB")
+            return image_loss(log_likelihood)
 
-    with monkeypatch.context() as small:
-        small.setattr(trainer, "image_loss", none_left)
-        with pytest.raises(
-            UserError, match=r"15 heads on stub do not fit .* memory of cpu; .*gpus-per-worker"
-        ) as error:
-            epochs()
+        return loss
+
+    plain = trained("plain")
+    monkeypatch.setattr(trainer, "image_loss", room_for(1))
+    in_parts = trained("in_parts")
+    told = [line for line in capsys.readouterr().out.splitlines() if "do not fit" in line]
+    assert [line.partition("with up to ")[2] for line in told] == [
+        f"{before} images at once; the epoch begins again with {after}"
+        for before, after in ((16, 8), (8, 4), (4, 2), (2, 1))
+    ]
+    assert (in_parts.best_ig - plain.best_ig).abs().max() < 1e-4
+    for name, value in plain.parameters.items():
+        assert torch.allclose(in_parts.parameters[name], value, atol=1e-4), name
+    monkeypatch.setattr(trainer, "image_loss", room_for(0))
+    with pytest.raises(UserError, match=r"15 heads on stub do not fit .* memory of cpu; .*gpus-per-worker") as error:
+        trained("nowhere")
     assert "\n" not in str(error.value)
-    assert epochs() == [1, 2, 3]

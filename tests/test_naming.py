@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from test_tracking import model as model
 import acw
 from acw.model.model import Model
 from acw.pipeline import categories
+from acw.storage.addresses import local, shown
 from acw.storage.errors import UserError
 from acw.storage.files import csv_rows, write_json
 from acw.tracking import mlflow_store
@@ -74,6 +77,22 @@ def test_another_run_is_one_line(run: Path, tmp_path: Path) -> None:
         categories.main([str(tmp_path), "--name", "1=street"])
 
 
+@pytest.mark.parametrize("root", ["/somewhere/runs", "s3://bucket/runs"])
+def test_a_store_is_known_by_its_record(root: str) -> None:
+    uri = tracking_uri(local(root), None)
+    assert mlflow_store.recorded(shown(uri)) == uri
+
+
+def test_a_servers_account_is_found_by_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@here:5000")
+    assert mlflow_store.recorded("http://there:5000") == "http://there:5000"
+    assert not os.environ["MLFLOW_TRACKING_PASSWORD"]
+    assert mlflow_store.recorded("http://here:5000") == "http://here:5000"
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "secret"
+
+
 def test_names_are_given_and_given_again(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,3 +113,9 @@ def test_names_are_given_and_given_again(
         client, _ = mlflow_store.connect(tracking_uri(run.parent, None))
         assert dict(client.get_registered_model("acw").aliases) == {"champion": version}
         assert acw.load("models:/acw@champion").categories == [name, "unnamed-2"]
+    again = run.parent / "again"
+    shutil.copytree(run, again)
+    categories.forget(again)
+    (again / "categories.json").unlink()
+    with pytest.raises(UserError, match="names what a run"):
+        categories.main([str(again)])

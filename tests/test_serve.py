@@ -161,6 +161,7 @@ def test_requests_that_cannot_be_meant(server: str) -> None:
         ),
         ({"data": content, "headers": {"Accept": "text/html"}}, 406, "answers are application/json, image/png"),
         ({"files": {"note": (None, "no file")}}, 400, "the form has no file"),
+        ({"files": {"image": content}, "data": {"category": "cars"}}, 400, "unknown category 'cars'"),
         ({"data": b"--x", "headers": {"Content-Type": "multipart/form-data; boundary=y"}}, 400, "the form"),
         ({"data": content, "headers": {"Content-Type": "multipart/form-data"}}, 400, "the form cannot be read"),
         ({"data": bytes(limits.MOST_BYTES + 1)}, 413, "more than 32 MiB"),

@@ -50,7 +50,7 @@ def find(pooled: np.ndarray, images: np.ndarray, maps: Maps, weights: np.ndarray
 
     shared, components = ray.put(maps), _principal(pooled, images)
     grouped = {1: (np.zeros(len(pooled), np.int64), np.zeros(len(pooled)))}
-    for categories in TRIED:
+    for categories in (number for number in TRIED if number * FEWEST <= len(images)):
         of_all = clustered(components, images, categories, seed)
         if np.bincount(of_all[0][images], minlength=categories).min() >= FEWEST:
             grouped[categories] = of_all

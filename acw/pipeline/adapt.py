@@ -76,13 +76,14 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--out {shown(out)}: is there already; name another folder, or remove it")
     check_writable(root)
     check_writable(out.parent)
+    from acw.model import files
     from acw.tracking import mlflow_store
-    from acw.tracking.load import load
+    from acw.tracking.load import folder_of
 
-    model = load(location)
+    uri = mlflow_store.ready(root, options["tracking_uri"])
+    model = files.load(folder_of(location, uri), "cpu")
     if taken := [name for name in groups if name in model.categories]:
         raise UserError(f"the model knows a category '{taken[0]}' already; give --name for what is put in its place")
-    uri = mlflow_store.ready(root, options["tracking_uri"])
     seen = look(model, dataset)
     fitted = fit(model, seen, groups)
     adopted = {name: category for name, category in fitted.items() if category.pays}

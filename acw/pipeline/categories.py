@@ -18,7 +18,7 @@ from typing import Any
 
 from acw.pipeline.options import Parser, local_path
 from acw.storage.errors import UserError
-from acw.storage.files import fetch, present, write_atomic, write_json
+from acw.storage.files import fetch, present, remove, write_atomic, write_json
 from acw.tracking import model_card
 
 FOUND = "categories.json"
@@ -85,6 +85,13 @@ def _named(names: Mapping[str, str], given: Sequence[str]) -> dict[str, str]:
     if twice := [name for name, count in Counter(result.values()).items() if count > 1]:
         raise UserError(f"--name: two categories would be called '{twice[0]}'; give each a name of its own")
     return result
+
+
+def forget(run: Path) -> None:
+    """Of categories that are found anew, which names and copies of the ones before do not fit."""
+    # First what says that the copies are whole.
+    for text in (f"{ORIGINALS}/{LAST}", NAMES, *(f"{ORIGINALS}/{text}" for text in TEXTS)):
+        remove(run / text)
 
 
 def rename(run: Path, names: Mapping[str, str]) -> None:

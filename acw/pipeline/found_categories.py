@@ -13,7 +13,7 @@ from acw.data import Dataset
 from acw.features.joined import Store, parts_of
 from acw.fusion import category_weights, clusters
 from acw.fusion.out_of_fold import OutOfFold
-from acw.pipeline.categories import FOUND
+from acw.pipeline.categories import FOUND, forget
 from acw.pipeline.job import Job
 from acw.report.pictures import jpeg
 from acw.storage.files import write_json
@@ -49,6 +49,7 @@ def found(job: Job, predictions: OutOfFold, stores: Sequence[Store]) -> Job:
         most_typical = members[np.argsort(-these.typical[members], kind="stable")]
         montages[name] = jpeg(montage(labelled, most_typical[: COLUMNS * ROWS]))
     placed = {stimulus.name: stimulus.category for stimulus in labelled.stimuli}
+    forget(job.folder)
     write_json(job.folder / FOUND, {"gain_bits": gains, "images": placed, "montages": montages})
     return dataclasses.replace(job, dataset=labelled)
 

@@ -125,7 +125,9 @@ class Plan:
         return steps | {"scores": self.held_out * self.scoring / cores + FINISHING}
 
     def _training(self, images: int, cores: int, share: float | None) -> float:
-        """Seconds in which all banks train on so many images."""
+        """Seconds in which all banks train on so many images; none where heads are another model's."""
+        if self.recipe.heads:
+            return 0.0
         trained = EXPECTED_SHARE if share is None else share
         of = {name: epoch / (OTHER_HEADS + full_bank(self.recipe)) for name, epoch in self.epochs.items()}
         bank_costs = [
@@ -323,9 +325,10 @@ def _backbone_plan(job: Job, backbone: Backbone, joined: bool) -> BackbonePlan:
 def text(plan: Plan, price: float | None) -> str:
     """The plan as a person reads it."""
     recipe = plan.recipe
+    heads = f"{sum(len(bank.members) for bank in plan.banks())} heads in {len(plan.banks())} banks"
     lines = [
         f"{recipe.name}: {plan.images} images of {plan.sizes} sizes, {plan.held_out} held out, {plan.fixations} "
-        f"fixations; {sum(len(bank.members) for bank in plan.banks())} heads in {len(plan.banks())} banks",
+        f"fixations; {f'the heads of {recipe.heads}' if recipe.heads else heads}",
         "",
         f"{'backbone':18}{'input':>11}{'readout':>9}{'channels':>10}{'MB/image':>10}{'GB':>8}{'img/s':>8}  features",
     ]
@@ -358,6 +361,8 @@ def text(plan: Plan, price: float | None) -> str:
             + ("" if cost is None else f"{cost:>10.2f}")
             + ("  <- more hardly pay off" if cores == paying else "")
         )
+    if recipe.heads:
+        return "\n".join(lines)
     if plan.unknown:
         names = ", ".join(plan.unknown)
         lines.append(f"no run with {names} under --root yet: all but features may take half or twice as long here")

@@ -52,7 +52,8 @@ class Results:
         try:
             content = json.loads(fetch(path).read_text(encoding="utf-8"))
             machine, figures = content["machine"], content["figures"]
-            card, cores, width_height = machine["gpu"], int(machine["cores"]), figures["image, px"]
+            card, width_height = machine["gpu"], figures["image, px"]
+            cores = int(machine["cores"]) // max(int(machine["gpus"]), 1)
             width, height = (int(side) for side in width_height.split("x"))
             tiny = bool(figures["tiny"])
         except OSError as error:
@@ -82,6 +83,11 @@ def make(job: Job, results: Results, dataset_given: bool) -> Plan:
     if recipe.joint:
         raise UserError(
             f"--hardware: {recipe.name} trains jointly, of which nothing was measured; leave --hardware out"
+        )
+    if lacking := [b.name for b in recipe.backbone_values if _bank(b.name, READOUTS[0]) not in results.figures]:
+        raise UserError(
+            f"--hardware {results.file}: has no heads on {', '.join(lacking)}, only on the networks of the papers; "
+            "leave --hardware out"
         )
     sizes, fixations = Counter(stimulus.size for stimulus in job.dataset.stimuli), len(job.dataset.x)
     held_out = len(job.split.held_out)
@@ -132,6 +138,11 @@ def _backbone(results: Results, backbone: Backbone, sizes: Counter[tuple[int, in
     )
 
 
+def _bank(network: str, readout: tuple[int, int]) -> str:
+    """What its step is called in the results."""
+    return f"bank of {HEADS} heads, {network}, {readout[0]}x{readout[1]}, ms an image"
+
+
 def _epoch(
     results: Results, recipe: Recipe, view: View, sizes: Counter[tuple[int, int]], image_bytes: Mapping[str, int]
 ) -> float:
@@ -140,10 +151,7 @@ def _epoch(
     (few, many), seconds = (math.prod(readout) for readout in READOUTS), 0.0
     cells = _mean(sizes, lambda size: math.prod(view.readout_size(size)))
     for part in view.parts:
-        small, large = (
-            results[f"bank of {HEADS} heads, {part.name}, {rows}x{columns}, ms an image"] / 1e3
-            for rows, columns in READOUTS
-        )
+        small, large = (results[_bank(part.name, readout)] / 1e3 for readout in READOUTS)
         seconds += small + max(large - small, 0.0) * max(cells - few, 0.0) / (many - few)
     seconds *= (OTHER_HEADS + full_bank(recipe)) / (OTHER_HEADS + HEADS)
     read = sum(image_bytes[part.name] for part in view.parts) / (results["copies from the host, GB/s"] * 1e9)

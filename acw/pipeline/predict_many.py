@@ -20,6 +20,7 @@ from typing import Any
 from acw.cluster import joining
 from acw.cluster.allocation import Allocation, allocate
 from acw.cluster.costs import Cost
+from acw.model.description import describe
 from acw.pipeline import image_list
 from acw.pipeline.image_list import Shard
 from acw.pipeline.options import Parser, check_writable, local_path
@@ -107,7 +108,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _model(given: str | None) -> Path:
     """The folder of the model, which every worker reads."""
-    from acw.model.description import describe
     from acw.tracking.load import folder_of
 
     if given and is_model_uri(given):
@@ -125,6 +125,7 @@ def _begin(out: Path, options: Mapping[str, Any], images: str, model: Path) -> N
     """Writes the list of images, and then of what the predictions are; where that is noted already, raises UserError
     unless it is the same, and leaves the list as it is."""
     content = [sha256_file(fetch(model / name)) for name in ("heads.safetensors", "fusion.safetensors")]
+    content += describe(model)["categories"]
     names = ("format", "long_side", "category", "shard_images")
     record = {"images": images, "model": fingerprint(content)} | {name: options[name] for name in names}
     path = fetch(out / RECORD)

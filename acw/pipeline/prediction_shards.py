@@ -113,12 +113,13 @@ class ShardPredictor:
         failed = [(row["image"], row["error"]) for row in rows if "error" in row]
         if failed:
             write_atomic(failures_path(work.out, shard.number), csv_text(HEADER, failed))
-        else:
-            remove(failures_path(work.out, shard.number))
         import pyarrow as pa
 
         table = pa.Table.from_pylist(rows, schema=schema(self._model.categories, work.form))
         write_atomic(table_path(work.out, shard.number), lambda path: pq.write_table(table, path, compression="zstd"))
+        # Not before: killed in between, a table of an earlier try would be there with failures that nothing tells of.
+        if not failed:
+            remove(failures_path(work.out, shard.number))
 
     def _predicted(self, locations: Sequence[str]) -> Iterator[tuple[int, Prediction | str]]:
         """Of each image its number and its prediction, or why there is none. Images that fail together are tried one by
@@ -166,7 +167,7 @@ class ShardPredictor:
     def _row(self, prediction: Prediction, shard: Shard, number: int, location: str) -> dict[str, Any]:
         work, (height, width) = self._work, prediction.log_density.shape
         row: dict[str, Any] = {"height": height, "width": width, "categories": prediction.categories}
-        row["category"] = max(prediction.categories, key=prediction.categories.__getitem__)
+        row["category"] = work.category or max(prediction.categories, key=prediction.categories.__getitem__)
         row["places"] = [dataclasses.asdict(place) for place in prediction.places()]
         if work.form == PARQUET:
             grid = self._grid((height, width))

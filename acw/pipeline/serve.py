@@ -11,7 +11,6 @@ POST /predict takes an image and answers by its Accept header: JSON, image/png, 
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 import os
 import signal
 import time
@@ -70,18 +69,18 @@ def _token(given: str | None, host: str) -> str | None:
     """The token, if one is needed or given."""
     token = given or os.environ.get(TOKEN) or None
     if token is None and not _is_own(host):
-        raise UserError(f"--host {host}: others reach it there; give a token that callers must know, as {TOKEN}")
+        raise UserError(
+            f"--host {host}: others may reach it there; give a token that callers must know, as {TOKEN}, or "
+            f"listen on {LOCAL}"
+        )
     if token is not None and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable()):
         raise UserError(f"--token: give {SHORTEST_TOKEN} printable characters or more, as `openssl rand -hex 16` makes")
     return token
 
 
 def _is_own(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    """Whether only this machine reaches an address, by which it is answered without a token (`routes.OWN_NAMES`)."""
+    return host in (LOCAL, "localhost", "::1")
 
 
 def _location(given: str | None) -> str | None:

@@ -137,7 +137,7 @@ def _suffix(content: bytes) -> str:
 
 
 def _too_large(found: str) -> str:
-    return f"the image has {found} pixels, and may have {MOST_PIXELS / 1e6:.0f} million; scale it down"
+    return f"the image has {found} pixels, and may have {MOST_PIXELS // 10**6} million; scale it down"
 
 
 def _sentence(error: UserError, name: Path) -> str:

@@ -41,7 +41,10 @@ UPLOAD = {
                 "schema": {
                     "type": "object",
                     "required": ["image"],
-                    "properties": {"image": {"type": "string", "format": "binary"}},
+                    "properties": {
+                        "image": {"type": "string", "format": "binary"},
+                        "category": {"type": "string"},
+                    },
                 }
             },
         },
@@ -94,14 +97,15 @@ def application(model: Model, batched: Batched, token_sha256: str | None, thread
 
     @app.post("/predict", dependencies=[Depends(authorised)], responses=PREDICTED | REFUSALS, openapi_extra=UPLOAD)
     async def predict(request: Request, category: str | None = None) -> Response:
-        """Where people look in an image, which is the body or a file of a form; `category` is inferred where it is not
-        given."""
+        """Where people look in an image, which is the body or a file of a form; `category`, of the query or the form,
+        is inferred where it is not given."""
         with queue.admitted():
             content = await limits.body(request)
             if (media_type := answers.wanted(request.headers.get("accept", "*/*"))) is None:
                 raise HTTPException(406, f"answers are {', '.join(answers.MEDIA_TYPES)}; accept one of them")
             if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-                content = await _file_of_form(request, content)
+                content, field = await _file_of_form(request, content)
+                category = field if category is None else category
             if category is not None:
                 _known(model, category)
             try:
@@ -162,17 +166,18 @@ def _known(model: Model, category: str) -> None:
         raise HTTPException(400, f"unknown category '{category[:80]}'; the model knows {known}, or none")
 
 
-async def _file_of_form(request: Request, content: bytes) -> bytes:
-    """The file in a form; `content` is all of the form, which `body` has read."""
+async def _file_of_form(request: Request, content: bytes) -> tuple[bytes, str | None]:
+    """The file in a form, and its field `category`; `content` is all of the form, which `body` has read."""
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": content, "more_body": False}
 
     try:
         async with Request(request.scope, receive).form(max_files=1, max_fields=8) as form:
+            category = form.get("category")
             for value in form.values():
                 if not isinstance(value, str):
-                    return await value.read()
+                    return await value.read(), category if isinstance(category, str) else None
     except AnyHTTPException as error:
         raise HTTPException(400, f"the form cannot be read ({error.detail.rstrip('.')}); send it anew") from None
     raise HTTPException(400, "the form has no file; send the image as its field 'image'")

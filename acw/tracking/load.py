@@ -32,8 +32,9 @@ def load(location: str | Path | None = None, device: torch.device | str = "cpu")
     return files.load(folder_of(location), device)
 
 
-def folder_of(location: str | Path | None) -> Path:
-    """The folder that `load` reads: with model.json where there is a model; what is in MLflow is downloaded."""
+def folder_of(location: str | Path | None, store: str | None = None) -> Path:
+    """The folder that `load` reads: with model.json where there is a model; what is in MLflow is downloaded, from the
+    store that `download_model` takes."""
     from acw.storage.addresses import local
     from acw.storage.files import is_model_uri, present
 
@@ -43,6 +44,6 @@ def folder_of(location: str | Path | None) -> Path:
     if is_model_uri(location):
         from acw.tracking.registry import download_model
 
-        return download_model(str(location))
+        return download_model(str(location), store)
     folder = local(location)
     return folder / "model" if present(folder / "model" / "model.json") else folder

@@ -65,6 +65,18 @@ def tracking_uri(root: Path, given: str | None) -> str:
     return found
 
 
+def recorded(uri: str) -> str:
+    """A store's URI from what `shown` has made of it in a record.
+
+    A password that MLFLOW_TRACKING_URI holds for the same server goes to the environment, as by `tracking_uri`.
+    """
+    ours = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    if urlsplit(ours).hostname and urlsplit(ours).hostname == urlsplit(uri).hostname:
+        secrets.taken_out(ours)
+    in_bucket = uri.startswith("sqlite:///s3://")
+    return _usable("registration.json", uri.removeprefix("sqlite:///") if in_bucket else uri)
+
+
 def _usable(name: str, uri: str) -> str:
     """A URI in the one form that it is compared in."""
     if uri.startswith("s3://"):

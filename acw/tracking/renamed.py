@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from acw.storage.addresses import shown
 from acw.storage.files import fetch, listing, present, write_json
 from acw.tracking import mlflow_store, model_card, registry
 from acw.tracking.registry import Registration
@@ -19,7 +20,7 @@ def log(run: Path) -> int:
     registration.json names, cannot be used.
     """
     registered = json.loads(fetch(run / "registration.json").read_text(encoding="utf-8"))
-    store = registered.pop("store")
+    store = mlflow_store.recorded(registered.pop("store"))
     before = Registration(**registered)
     for path in listing(run / "model"):
         fetch(path)
@@ -44,5 +45,5 @@ def log(run: Path) -> int:
         return int(version.version)
 
     version = mlflow_store.log(store, write)
-    write_json(run / "registration.json", dataclasses.asdict(before) | {"version": version, "store": store})
+    write_json(run / "registration.json", dataclasses.asdict(before) | {"version": version, "store": shown(store)})
     return version

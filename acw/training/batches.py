@@ -78,10 +78,14 @@ def group_by_shape(
 
 
 class Batches:
-    """Serves one view's features with their targets."""
+    """Serves one view's features with their targets.
+
+    at_once: the most images that one pass may take, None for as many as are asked for.
+    """
 
     def __init__(self, training_set: TrainingSet, store: Store, finalizer: Finalizer, device: torch.device) -> None:
         self.training_set, self.store, self.finalizer, self.device = training_set, store, finalizer, device
+        self.at_once: int | None = None
         self.offsets = np.searchsorted(training_set.image, np.arange(len(training_set.sizes) + 1))
         self._biases: dict[tuple[str, tuple[int, int], float], Tensor] = {}
 
@@ -89,6 +93,11 @@ class Batches:
         """The images split into those that fit one batch."""
         groups = group_by_shape([self.store], self.training_set.sizes, indices, self.finalizer)
         return [np.array(group) for group in groups]
+
+    def passes(self, indices: Sequence[int] | np.ndarray, most: int) -> list[np.ndarray]:
+        """`groups` in parts of at most so many images, or of `at_once`."""
+        size = min(most, self.at_once or most)
+        return [group[start : start + size] for group in self.groups(indices) for start in range(0, len(group), size)]
 
     def load(self, indices: np.ndarray) -> Batch:
         sizes = [self.training_set.sizes[index] for index in indices]

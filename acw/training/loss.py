@@ -88,12 +88,11 @@ def coarsest(parameters: Parameters, members: Sequence[Head], batches: Batches, 
     folds = torch.tensor([head.fold for head in members])
     development = np.flatnonzero(batches.training_set.fold >= 0)
     chosen = development[np.linspace(0, len(development) - 1, min(CHECKED_IMAGES, len(development))).astype(int)]
-    groups = batches.groups(chosen)
+    passes = batches.passes(chosen, CHECKED_AT_ONCE)
 
     def mean_of(strides: Sequence[float]) -> Tensor:
         mean_SK = torch.zeros(len(strides), len(members), dtype=torch.float64, device=batches.device)
-        parts = (g[k : k + CHECKED_AT_ONCE] for g in groups for k in range(0, len(g), CHECKED_AT_ONCE))
-        for batch in batches.ahead(parts):
+        for batch in batches.ahead(passes):
             priority = bank_of_heads.readout(parameters, batch.features)
             for row, stride in zip(mean_SK, strides, strict=True):
                 row += likelihood_of(priority, parameters, folds, batch, batches, stride).double().sum(1) / len(chosen)

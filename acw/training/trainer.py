@@ -53,8 +53,9 @@ def train_epochs(
     """Trains a bank from its checkpoint in the run's folder, or from the start, to the end; yields after each epoch.
 
     Each epoch's checkpoint is on disk before it is yielded, so at most one epoch is ever done twice. location: where
-    that is, for the notes on each epoch, as `allocation.location_of` gives it. Raises UserError where the loss is not
-    finite (Diverged), and where the bank does not fit into the GPU's memory.
+    that is, for the notes on each epoch, as `allocation.location_of` gives it. Where the bank does not fit into the
+    GPU's memory, fewer images go through it at once, which changes the heads by rounding. Raises UserError where the
+    loss is not finite (Diverged), and where not one image fits.
     """
     path = checkpoint_path(folder, bank)
     state = BankState.load(path) if fetch(path).exists() else BankState.new(recipe, bank, sum(store.channels))
@@ -67,14 +68,12 @@ def train_epochs(
         try:
             strides, errors = coarsest(adam.parameters(), members, batches, fresh=not state.history)
             loss, images = _train_epoch(recipe, adam, members, len(state.history), batches, strides)
-            adam.write_back(state)
             ig, validated = _validate(adam.parameters(), members, batches)
-        except torch.OutOfMemoryError:  # of the GPU, where the same bank would end in the same way each time
-            raise UserError(
-                f"training: {len(members)} heads on {bank.backbone} do not fit into the memory of {device}; give "
-                "--gpus-per-worker 1, or workers with larger GPUs, and run the command again: it goes on; or lower "
-                "--heads-per-worker, with which it begins anew"
-            ) from None
+        except torch.OutOfMemoryError:  # of the GPU; the state is as it was before the epoch, which is done again
+            most = max(recipe.batch_size, EVALUATION_BATCH)
+            _take_fewer(batches, f"{len(members)} heads on {bank.backbone}", most)
+            continue
+        adam.write_back(state)
         seconds = time.monotonic() - start
         notes = {
             "seconds": round(seconds, 3),
@@ -86,6 +85,19 @@ def train_epochs(
         _record(recipe, bank, state, active, {"loss": loss, "ig": ig, "stride": strides, "loss_error": errors}, notes)
         state.save(path)
         yield state
+
+
+def _take_fewer(batches: Batches, heads: str, most: int) -> None:
+    """Halves the images of a pass, of which there have been `most` at first; raises UserError where it was one."""
+    before = batches.at_once or most
+    trouble = f"training: {heads} do not fit into the memory of {batches.device}"
+    if before == 1:
+        raise UserError(
+            f"{trouble}; give --gpus-per-worker 1, or workers with larger GPUs, and run the command again: it goes on; "
+            "or lower --heads-per-worker, with which it begins anew"
+        )
+    batches.at_once = before // 2
+    print(f"{trouble} with up to {before} images at once; the epoch begins again with {batches.at_once}", flush=True)
 
 
 def _train_epoch(
@@ -100,20 +112,19 @@ def _train_epoch(
     numbered = enumerate(epoch_batches(recipe, batches, epoch))
     steps = [(step, torch.nonzero(folds != int(fold_of[i[0]]))[:, 0], i) for step, i in numbered]
     steps = [(step, on, images) for step, on, images in steps if len(on)]
-    parts = [batches.groups(images) for _, _, images in steps]
-    reader = batches.ahead(group for groups in parts for group in groups)
-    for (step, on, images), groups in zip(steps, parts, strict=True):
+    parts = [batches.passes(images, recipe.batch_size) for _, _, images in steps]
+    reader = batches.ahead(part for of_step in parts for part in of_step)
+    for (step, on, images), of_step in zip(steps, parts, strict=True):
         flat_KP = adam.flat.index_select(0, on.to(device)).requires_grad_(True)
-        parameters = bank_of_heads.unflatten(flat_KP, adam.like)
-        parameters = dropped(parameters, [members[head] for head in on.tolist()], recipe.seed, epoch, step)
-        loss_K = torch.zeros(len(on), device=device)
-        for _ in groups:
+        for _ in of_step:
+            parameters = bank_of_heads.unflatten(flat_KP, adam.like)
+            parameters = dropped(parameters, [members[head] for head in on.tolist()], recipe.seed, epoch, step)
             loss_KB = image_loss(log_likelihood(parameters, folds[on], next(reader), batches, strides[on]))
-            loss_K = loss_K + loss_KB.sum(1) / len(images)
-        # A sum over heads: no head's gradient reaches another's parameters.
-        loss_K.sum().backward()
+            # A sum over heads: no head's gradient reaches another's parameters. Of each pass by itself, lest what one
+            # keeps for its gradient be in memory during the next.
+            (loss_KB.sum() / len(images)).backward()
+            total[on.to(device)] += loss_KB.detach().sum(1)
         adam.step(on, flat_KP)
-        total[on.to(device)] += loss_K.detach() * len(images)
         count[on] += len(images)
     return total.cpu() / count, int(count.sum())
 
@@ -219,12 +230,7 @@ def _validate(parameters: Parameters, members: Sequence[Head], batches: Batches)
         of_fold, folds = bank_of_heads.select(parameters, mine), torch.full((len(mine),), fold)
         images = np.flatnonzero(batches.training_set.fold == fold)
         total = torch.zeros(len(mine), dtype=torch.float64)
-        groups = batches.groups(images)
-        for batch in batches.ahead(
-            group[start : start + EVALUATION_BATCH]
-            for group in groups
-            for start in range(0, len(group), EVALUATION_BATCH)
-        ):
+        for batch in batches.ahead(batches.passes(images, EVALUATION_BATCH)):
             baseline_B = batches.at_fixations("baseline", batch)[fold] - batch.log_area_B
             gain_KB = log_likelihood(of_fold, folds, batch, batches) - baseline_B
             total += gain_KB.double().sum(1).cpu()

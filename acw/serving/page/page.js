@@ -46,7 +46,7 @@ function askForToken(wrong) {
 async function describe() {
   const { models: [model], limits } = await (await ask("models")).json();
   find("access").hidden = true;
-  find("model").textContent = `${limits.formats.join(", ")}, up to ${Math.round(limits.pixels / 1e6)} million pixels.`;
+  find("model").textContent = `${limits.formats.join(", ")}, up to ${Math.floor(limits.pixels / 1e6)} million pixels.`;
 }
 
 // --- Showing -------------------------------------------------------------------------------------------------------
