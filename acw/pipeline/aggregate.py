@@ -107,7 +107,7 @@ def _evaluate(
     stored = _stored(job, model, stores)
     scores = _held_out_scores(job, stored, fitted, gold)
     write_atomic(folder / "per_image.csv", per_image_csv(dataset, scores))
-    refitted = refit(job, model, views) if recipe.refit else None
+    refitted = refit(job, model, banks, views) if recipe.refit else None
     evaluation: dict[str, Any] = {
         "dataset": dataset.summary() | {"scored": "held-out images", "images_scored": len(scores)},
         **summarise(dataset, scores, recipe.seed),

@@ -36,7 +36,7 @@ from acw.features.zoo import BACKBONES
 from acw.pipeline.job import Job
 from acw.recipes import Recipe
 from acw.storage.files import fetch, listing, present
-from acw.training.bank import Bank, plan_banks
+from acw.training.bank import Bank, further, plan_banks
 from acw.training.progress import Unit, bank_units, images_per_second, read, recorded_recipe, system_units
 from acw.training.scheduler import soonest_end
 
@@ -115,16 +115,19 @@ class Plan:
         images = self.images + mirrored
         extraction = sum(0 if b.stored else images * b.extraction for b in self.backbones) / cores
         development = self.images - self.held_out
-        steps = {"features": extraction + START_UP / 2, "heads": self._training(development, cores, share)}
+        steps = {
+            "features": extraction + START_UP / 2,
+            "heads": self._training(development, cores, share, self.recipe.max_epochs),
+        }
         if self.recipe.refit:
-            steps["refit"] = self._training(self.images, cores, share)
+            steps["refit"] = self._training(self.images, cores, 1.0, further(self.recipe).max_epochs)
         if self.recipe.joint:
             rounds = math.ceil(self.recipe.folds / cores)
             of_joint = JOINT_SHARE if share is None else share
             steps["systems"] = rounds * development * self.joint * self.recipe.joint_max_epochs * of_joint
         return steps | {"scores": self.held_out * self.scoring / cores + FINISHING}
 
-    def _training(self, images: int, cores: int, share: float | None) -> float:
+    def _training(self, images: int, cores: int, share: float | None, epochs: int) -> float:
         """Seconds in which all banks train on so many images; none where heads are another model's."""
         if self.recipe.heads:
             return 0.0
@@ -132,7 +135,7 @@ class Plan:
         of = {name: epoch / (OTHER_HEADS + full_bank(self.recipe)) for name, epoch in self.epochs.items()}
         bank_costs = [
             # A bank goes on until its last head stops.
-            self.recipe.max_epochs * images * of[bank.backbone] * (OTHER_HEADS + trained * len(bank.members))
+            epochs * images * of[bank.backbone] * (OTHER_HEADS + trained * len(bank.members))
             for bank in self.banks()
         ]
         return soonest_end(bank_costs, cores) + START_UP / 2

@@ -119,7 +119,7 @@ class Recipe:
     )
     refit: bool = field(
         False,
-        "once the heads are scored, train them again on every image, for the model that is registered",
+        "once the heads are scored, train them on, on every image, for the model that is registered",
         later=True,
     )
     heads_per_worker: int = field(

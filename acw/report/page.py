@@ -154,9 +154,7 @@ def lead(run: Run) -> dict[str, Any]:
     cards += [(number(overall[m]["mean"]), f"{m} {ends(overall[m])}") for m in ("AUC", "NSS")]
     notes = [("Note", note) for note in evaluation["dataset"]["notes"]]
     if refit := evaluation.get("refit"):
-        again = (
-            f"The registered model's heads were trained once more, on all {refit['images']} images, held-out ones too"
-        )
+        again = f"The registered model's heads were trained on, on all {refit['images']} images, held-out ones too"
         notes.append(("Refit", f"{again}; these are the scores of those before, which had not seen them."))
     notes += [("Warning", f"{name}: {doubt}") for name, doubt in evaluation.get("doubts", {}).items()]
     return {"cards": cards, "notes": notes}

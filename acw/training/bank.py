@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from acw.heads.readout import Parameters
 
 
+# Of heads that were trained before: they go on from where they were best.
+FURTHER_EPOCHS = 6
+
+
 @dataclass(frozen=True)
 class Head:
     """A head's place in the cross-validation, and the fields of the recipe in which heads of one bank may differ."""
@@ -69,6 +73,11 @@ def plan_banks(recipe: Recipe) -> list[Bank]:
     return [Bank(backbone, part) for backbone in recipe.backbones for part in parts]
 
 
+def further(recipe: Recipe) -> Recipe:
+    """By which heads that are trained already are trained on, on more images (`--refit`)."""
+    return dataclasses.replace(recipe, max_epochs=min(FURTHER_EPOCHS, recipe.max_epochs))
+
+
 @dataclass
 class BankState:
     """All that a bank's training needs to go on after an interruption.
@@ -89,8 +98,6 @@ class BankState:
 
     @classmethod
     def new(cls, recipe: Recipe, bank: Bank, channels: int) -> BankState:
-        import torch
-
         from acw.heads import readout as bank_of_heads
 
         parameters = bank_of_heads.stack(
@@ -104,6 +111,16 @@ class BankState:
                 for head in bank.members
             ]
         )
+        return cls._before_training(bank, parameters)
+
+    def further(self, bank: Bank) -> BankState:
+        """The same heads, as they were best, before another training; bank: of its rates."""
+        return self._before_training(bank, self.best)
+
+    @classmethod
+    def _before_training(cls, bank: Bank, parameters: Parameters) -> BankState:
+        import torch
+
         count = len(bank.members)
         return cls(
             parameters,

@@ -186,11 +186,13 @@ def in_hand(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def read(unit: Unit) -> Progress:
-    """What a unit's checkpoint says; nothing yet where there is none."""
+    """What a unit's checkpoint says; nothing yet where there is none, or one of before the first epoch."""
     try:
         with safe_open(fetch(unit.path), framework="numpy") as file:
             metadata = file.metadata()
             history = json.loads(metadata["history"])
+            if not history:
+                return Progress(unit)
             if "numbers" in metadata:
                 numbers = json.loads(metadata["numbers"])
                 rates, bad_epochs = [numbers["rate"]], [numbers["bad_epochs"]]
