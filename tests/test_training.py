@@ -375,6 +375,16 @@ def test_a_damaged_checkpoint_is_trained_again(tmp_path: Path, capsys: pytest.Ca
     assert not path.exists()
 
 
+def test_heads_that_are_trained_on_begin_where_they_were_best(
+    tmp_path: Path, training_set: TrainingSet, store: FeatureStore, trained: BankState
+) -> None:
+    trained.further(BANK).save(checkpoint_path(tmp_path, BANK))
+    assert BankState.load(checkpoint_path(tmp_path, BANK)).parameters.keys() == trained.best.keys()
+    state = next(train_epochs(RECIPE, BANK, training_set, store, tmp_path, CPU))
+    assert len(state.history) == 1
+    assert (np.array(state.history[0]["loss"]) < trained.history[0]["loss"]).all(), "not from the start"
+
+
 def moved(training_set: TrainingSet, fold: int) -> TrainingSet:
     """Other fixations on the images of a fold, or on the held-out ones (-1)."""
     theirs = training_set.fold[training_set.image] == fold
