@@ -28,7 +28,7 @@ test-faults: $(INSTALLED) ## the slow tests that kill processes in mid-training
 
 # The photographs of OSIE and SUN500 are not part of this repository.
 PHOTOGRAPHS := --dataset ../shared/gaze --pixels-per-degree 30
-starter: $(INSTALLED) ## the package's starter model, trained on ../shared/gaze; half an hour
+starter: $(INSTALLED) ## the package's starter model, trained on ../shared/gaze; 20 minutes
 	$(BIN)/acw run gaze $(PHOTOGRAPHS) --root runs/starter | tee runs/starter.log
 	exec $(BIN)/python jobs/starter.py "$$(sed -n 's/^run: //p' runs/starter.log)" $(PHOTOGRAPHS)
 

