@@ -456,7 +456,8 @@ def test_a_wrong_command_line_serves_nothing(folder: Path, tmp_path: Path, monke
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         cases: list[tuple[list[str | Path], str]] = [
-            ([folder, "--host", "0.0.0.0"], "--host 0.0.0.0: others reach it there; give a token"),
+            ([folder, "--host", "0.0.0.0"], "--host 0.0.0.0: others may reach it there; give a token"),
+            ([folder, "--host", "127.0.0.2"], "or listen on 127.0.0.1"),
             ([folder, "--host", "0.0.0.0", "--token", "short"], "--token: give 16 printable characters or more"),
             ([folder, "--replicas", "0"], "--replicas 0: give 1 or more"),
             ([folder, "--port", str(port)], f"--port {port}: cannot be listened on"),

@@ -32,13 +32,19 @@ def compute_with(threads: int) -> None:
             libc.mallopt(setting, value)
 
 
+def give_back() -> None:
+    """Gives the system what is kept, for a process that meets many sizes of images: of each it keeps other pieces, some
+    ten megabytes an image under the starter model, between which larger ones do not fit."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
 def give_back_when_idle() -> None:
     """Gives the system what is kept, unless this process soon computes again: Ray may keep it for other tasks."""
     global _idle
-    if libc := _glibc():
-        _idle = threading.Timer(IDLE_SECONDS, libc.malloc_trim, (0,))
-        _idle.daemon = True
-        _idle.start()
+    _idle = threading.Timer(IDLE_SECONDS, give_back)
+    _idle.daemon = True
+    _idle.start()
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from acw.heads.center_bias import CenterBias
     from acw.model.model import Model
+    from acw.model.prediction import Prediction
     from acw.pipeline.sources import Source
 
 # What --write calls a file, and what is in it.
@@ -156,22 +158,35 @@ def predict(model: Model, images: Sequence[Source], out: Path, formats: Sequence
 
     Raises UserError for a category that the model does not know, or where nothing can be written.
     """
-    from acw.model.prediction import FORMATS
+    from acw.cluster.process import give_back
 
     readable, done = _Readable(images), 0
     pixels, alike = itertools.tee(readable)
     start = last = time.monotonic()
-    for done, prediction in enumerate(model.predict_batch(pixels, (category for _ in alike)), 1):
-        name = readable.waiting.popleft().name
-        for form in formats:
-            path = out / f"{name}{FORMATS[form].suffix}"
-            write_atomic(path, prediction.encoded(form))
-            print(shown(path), flush=True)
-        if (now := time.monotonic()) > last + SECONDS_BETWEEN_LINES:
-            _tell(done, len(images), now - start)
-            last = now
+    # Drawing and compressing a picture takes a tenth of what its prediction does; meanwhile the next one is predicted.
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future[None] | None = None
+        for done, prediction in enumerate(model.predict_batch(pixels, (category for _ in alike)), 1):
+            if writing:
+                writing.result()
+            writing = writer.submit(_write, prediction, out, readable.waiting.popleft().name, formats)
+            if (now := time.monotonic()) > last + SECONDS_BETWEEN_LINES:
+                _tell(done, len(images), now - start)
+                give_back()
+                last = now
+        if writing:
+            writing.result()
     _tell(done, len(images), time.monotonic() - start)
     return readable.failed
+
+
+def _write(prediction: Prediction, out: Path, name: str, formats: Sequence[str]) -> None:
+    from acw.model.prediction import FORMATS
+
+    for form in formats:
+        path = out / f"{name}{FORMATS[form].suffix}"
+        write_atomic(path, prediction.encoded(form))
+        print(shown(path), flush=True)
 
 
 def _tell(done: int, count: int, seconds: float) -> None:

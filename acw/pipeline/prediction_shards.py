@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from acw.cluster.costs import peak_rss
-from acw.cluster.process import compute_with
+from acw.cluster.process import compute_with, give_back
 from acw.pipeline.image_list import Shard, images_of
 from acw.pipeline.sources import Source, read
 from acw.storage.addresses import shown
@@ -85,6 +85,7 @@ class ShardPredictor:
             self._write(shard)
         except UserError as error:
             problem = shown(str(error))
+        give_back()
         return {"images": shard.images, "peak_rss": peak_rss(), "problem": problem}
 
     @functools.cached_property

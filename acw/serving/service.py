@@ -15,7 +15,7 @@ import numpy as np
 import ray
 from ray import serve
 
-from acw.cluster.process import compute_with
+from acw.cluster.process import compute_with, give_back
 from acw.model.prediction import Prediction
 from acw.serving import limits, routes
 from acw.tracking.load import load
@@ -26,6 +26,7 @@ BATCH = 8  # images that pass the backbones together, at most
 BATCH_SECONDS = 0.01  # how long the first one waits for others
 # Above what a replica admits, so that it is the replica that refuses, in a sentence of its own.
 ONGOING = 16 * limits.MOST_REQUESTS
+GIVE_BACK_AFTER = 16  # images, in as many sizes
 GRACE_SECONDS = 5.0
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -57,7 +58,7 @@ class Predictor:
         compute_with(self.threads)
         self.model = load(self.service.model, self.service.device)
         self.model.load_backbones()
-        self.worker = ThreadPoolExecutor(1)
+        self.worker, self.kept_of = ThreadPoolExecutor(1), 0
 
     def __serve_build_asgi_app__(self) -> Any:
         return routes.application(self.model, self.predicted, self.service.token_sha256, self.threads)
@@ -69,7 +70,12 @@ class Predictor:
         return await asyncio.get_running_loop().run_in_executor(self.worker, self._predict, images, categories)
 
     def _predict(self, images: Sequence[np.ndarray], categories: Sequence[str | None]) -> list[Prediction]:
-        return list(self.model.predict_batch(images, categories))
+        predictions = list(self.model.predict_batch(images, categories))
+        self.kept_of += len(images)
+        if self.kept_of >= GIVE_BACK_AFTER:
+            give_back()
+            self.kept_of = 0
+        return predictions
 
 
 def _keep_replica_to_loopback() -> None:
