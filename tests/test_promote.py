@@ -18,7 +18,7 @@ from acw.data import load_dataset
 from acw.evaluation.bootstrap import interval
 from acw.heads.center_bias import GRID, CenterBias
 from acw.model.model import Model
-from acw.pipeline import models, promote
+from acw.pipeline import evaluate, models, promote
 from acw.storage.errors import UserError
 from acw.storage.files import write_json
 from acw.tracking import mlflow_store, registry
@@ -147,7 +147,7 @@ def test_images_that_a_version_has_learned_from_decide_nothing(
 ) -> None:
     data = displays(tmp_path / "displays", ("Colour", "Faces"), 2)
     dataset = load_dataset(data[1], fixations=data[3])
-    monkeypatch.setattr(promote, "_learned_from", lambda of: iter([dataset.fingerprint]))
+    monkeypatch.setattr(evaluate, "learned_from", lambda of: iter([dataset.fingerprint]))
     before = aliases(root)
     assert status([3, "--root", root, *data]) == 1
     assert "not comparable: version 3 has learned from images of displays" in capsys.readouterr().out

@@ -182,6 +182,11 @@ class FrozenBackbone:
         """Whether it computes in bfloat16, here: a copy on another machine may not."""
         return self.backbone.half and _quick_at_bfloat16(self.device)
 
+    @property
+    def precision(self) -> str:
+        """In which it computes, here."""
+        return "bfloat16" if self.half else "float32"
+
     def state(self) -> dict[str, torch.Tensor]:
         """The used weights, float32 on the CPU, contiguous; a .safetensors file of them is a weights source."""
         return dict(self._state)

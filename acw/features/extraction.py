@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -88,14 +89,42 @@ def extract(
         how = workers, accelerator, gpus_per_worker
         images, peak = _extract_shards(doubtful, stimuli, folders, hashes, precisions, *how)
         open_shard.cache_clear()
-    stores = {}
-    for backbone in backbones:
-        manifest = folders[backbone.name] / MANIFEST
-        if not fetch(manifest).exists():
-            made = {"weights_sha256": hashes[backbone.name], "computed_in": sorted(precisions[backbone.name])}
-            write_json(manifest, made | _manifest(manifest.parent, backbone, stimuli))
-        stores[backbone.name] = open_store(manifest.parent)
+    stores = {b.name: _finished(folders[b.name], b, stimuli, hashes[b.name], precisions[b.name]) for b in backbones}
     return stores, Cost(time.monotonic() - start, images, max(peak, peak_rss()))
+
+
+def extract_here(
+    root: Path,
+    network: Callable[[Backbone], FrozenBackbone],
+    backbones: Sequence[Backbone],
+    stimuli: Sequence[Stimulus],
+    stimuli_fingerprint: str,
+    joined: Collection[str] = (),
+) -> dict[str, FeatureStore]:
+    """As `extract`, in this process and without Ray, for few images; network: what gives a backbone's."""
+    shards = range(-(-len(stimuli) // SHARD_IMAGES))
+    stores = {}
+    for number, backbone in enumerate(backbones, 1):
+        loaded = network(backbone)
+        folder = store_folder(root, backbone, stimuli_fingerprint, loaded.weights_sha256, backbone.name in joined)
+        missing, pace = [shard for shard in shards if not verify(folder, shard)], Pace(loaded.device)
+        for at in range(0, len(missing), SHARDS_PER_TASK["CPU"]):
+            what = f"features: {backbone.name}, {number} of {len(backbones)}, {at} of {len(missing)} shards done"
+            print(what, file=sys.stderr, flush=True)
+            write_shards(loaded, backbone, stimuli, missing[at : at + SHARDS_PER_TASK["CPU"]], folder, pace)
+        open_shard.cache_clear()
+        stores[backbone.name] = _finished(folder, backbone, stimuli, loaded.weights_sha256, {loaded.precision})
+    return stores
+
+
+def _finished(
+    folder: Path, backbone: Backbone, stimuli: Sequence[Stimulus], weights_sha256: str, precisions: Collection[str]
+) -> FeatureStore:
+    """The store of shards that are all there, with its manifest."""
+    if not fetch(folder / MANIFEST).exists():
+        made = {"weights_sha256": weights_sha256, "computed_in": sorted(precisions)}
+        write_json(folder / MANIFEST, made | _manifest(folder, backbone, stimuli))
+    return open_store(folder)
 
 
 def _doubtful(folder: Path, shards: Sequence[int]) -> list[int]:
@@ -152,7 +181,7 @@ def _extract_shards(
             model, pace = _loaded_backbone(backbone, "cuda" if cuda else "cpu")
             if model.weights_sha256 != hashes[backbone.name]:
                 raise UserError(f"{backbone.name}: the weights on this node differ from those on the head node")
-            precision = "bfloat16" if model.half else "float32"
+            precision = model.precision
             decoders = max(1, int(gpus * _cores_per_gpu())) if cuda else 1
             write_shards(model, backbone, stimuli, missing, folders[backbone.name], pace, decoders)
             give_back_when_idle()

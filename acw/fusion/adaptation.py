@@ -14,6 +14,7 @@ Heads know a category's images only if they were trained on such; these numbers 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -76,9 +77,10 @@ class Adaptation:
         kernels = np.tile(np.eye(len(KERNELS))[0], (rows, 1))
         return cls(weights, kernels, np.ones(rows), np.zeros(rows), np.zeros(rows), np.zeros((rows - 1, *GRID), "f"))
 
-    def alone(self) -> Adaptation:
-        """The numbers for all, without any category's."""
-        return Adaptation(**{name: values[:0] if name == "own" else values[-1:] for name, values in vars(self).items()})
+    def only(self, categories: Sequence[int]) -> Adaptation:
+        """The numbers of some categories, and those for all."""
+        rows = [*categories, len(self.temperature) - 1]
+        return Adaptation(**{k: values[rows[:-1] if k == "own" else rows] for k, values in vars(self).items()})
 
     def beside(self, new: Adaptation) -> Adaptation:
         """With the categories of another one behind its own; the numbers for all are its own."""
@@ -109,8 +111,10 @@ class Adaptation:
 def adapt(log_densities_CHW: Tensor, numbers: Numbers, center_bias_HW: Tensor, size: tuple[int, int]) -> Tensor:
     """(H, W) log-density on the grid, normalised, from the views' for an image of `size` px; center_bias_HW: log c."""
     grid = (log_densities_CHW.shape[1], log_densities_CHW.shape[2])
-    weight_C = torch.from_numpy(numbers.weights).to(log_densities_CHW)
-    mixed_HW = torch.einsum("chw,c->hw", normalise(log_densities_CHW).exp(), weight_C)
+    # Without what weighs nothing, such as another category's readouts: they must not change so much as a rounding.
+    used = np.flatnonzero(numbers.weights)
+    weight_C = torch.from_numpy(numbers.weights[used]).to(log_densities_CHW)
+    mixed_HW = torch.einsum("chw,c->hw", normalise(log_densities_CHW[torch.from_numpy(used)]).exp(), weight_C)
     blurred_HW = torch.zeros_like(mixed_HW)
     for width, share in zip(KERNELS, numbers.kernels.tolist(), strict=True):
         rows, columns = blurring(width, size, grid)

@@ -279,17 +279,18 @@ def fit(maps: Maps, weights: np.ndarray, group: np.ndarray, groups: int, seed: i
     scores = {strength: float(values.mean()) for strength, values in left_out.items() if strength != NONE}
     strength = max(scores, key=lambda s: (scores[s], float(s)))
     overall = fit_all(maps, weights)
-    thetas, own = [], []
+    thetas, own, areas = [], [], []
     for g in range(groups):
         members = maps.subset(np.flatnonzero(group == g))
         finite = len(members) and math.isfinite(float(strength))
         thetas.append(fit_category(members, overall, [float(strength)])[0] if finite else overall)
         own.append(own_on_grid(members))
+        areas.append(area(members, thetas[g], members, overall))
     return FittedAdaptation(
         adaptation_of([*thetas, overall], np.stack(own), len(weights)),
         float(strength),
         {name: float(values.mean()) for name, values in left_out.items()},
-        np.array([area(maps.subset(np.flatnonzero(group == g)), thetas[g], overall) for g in range(groups)]),
+        np.array(areas),
         left_out[strength] - left_out[NONE],
     )
 
@@ -337,13 +338,19 @@ def fit_new(maps: Maps, overall_P: Tensor, seed: int) -> tuple[Tensor, float]:
     return theta, strength
 
 
-def area(members: Maps, theta_P: Tensor, overall_P: Tensor) -> float:
-    """The geometric mean over images of exp(entropy) by a category's numbers over that by the numbers for all."""
+def area(members: Maps, theta_P: Tensor, before: Maps, overall_P: Tensor) -> float:
+    """The geometric mean over images of exp(entropy) by a category's numbers over that by the numbers for all.
+
+    before: what the images were said to be before the category was known; `members`, where its readouts are all's.
+    """
     if not len(members):
         return 1.0
     entropies = []
-    for numbers, own in ((theta_P, own_center_bias(members)), (overall_P, torch.zeros_like(members.center_bias))):
-        log_p = _terms(numbers.float(), members, own)[1]
+    for maps, numbers, own in (
+        (members, theta_P, own_center_bias(members)),
+        (before, overall_P, torch.zeros_like(before.center_bias)),
+    ):
+        log_p = _terms(numbers.float(), maps, own)[1]
         entropies.append(-(log_p.exp() * log_p).sum(1))
     return float((entropies[0] - entropies[1]).mean().exp())
 

@@ -11,7 +11,9 @@ from acw.features.zoo import BACKBONES
 from acw.storage.errors import UserError
 from acw.storage.files import fetch
 
-FORMAT = 4
+FORMAT = 5  # of a model with categories that have readouts of their own; of others, SHARED_READOUTS
+# Models of before a category could have readouts of its own.
+SHARED_READOUTS = 4
 # Models of before categories had more than weights.
 WEIGHTS_ONLY = 3
 # Models of before there were views of several networks: each backbone is one.
@@ -41,7 +43,7 @@ def describe(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is no description of a model; copy the model anew") from error
     if version == BACKBONES_ONLY:
         description |= {"views": [[backbone["name"]] for backbone in description["backbones"]], "mirrored": False}
-    elif version not in (WEIGHTS_ONLY, FORMAT):
+    elif version not in (WEIGHTS_ONLY, SHARED_READOUTS, FORMAT):
         raise UserError(f"{path}: format {version}, this acw reads {FORMAT}; use the acw that wrote it")
     for backbone in description["backbones"]:
         file = Path(backbone["weights"])

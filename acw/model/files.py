@@ -28,7 +28,7 @@ from acw.heads.center_bias import CenterBias
 from acw.heads.finalizer import Finalizer
 from acw.heads.readout import Parameters
 from acw.model.arguments import as_device
-from acw.model.description import FORMAT, describe, stored_backbone
+from acw.model.description import FORMAT, SHARED_READOUTS, describe, stored_backbone
 from acw.model.model import Model
 from acw.storage.errors import UserError
 from acw.storage.files import fetch, write_atomic, write_json
@@ -62,11 +62,12 @@ def save(model: Model, folder: Path, networks: Sequence[FrozenBackbone], compact
     write_atomic(folder / "heads.safetensors", lambda temporary: save_file(heads, temporary))
     write_atomic(folder / "fusion.safetensors", lambda temporary: save_arrays(arrays, temporary))
     description = {
-        "format": FORMAT,
+        "format": FORMAT if model.readouts else SHARED_READOUTS,
         "backbones": backbones,
         "views": [[part.name for part in view.parts] for view in model.views],
         "finalizer": dataclasses.asdict(model.finalizer),
         "systems": model.systems,
+        "readouts": model.readouts,
         "mirrored": model.mirrored,
         "categories": model.categories,
         "center_bias": [model.center_bias.bandwidth, model.center_bias.uniform_weight],
@@ -155,6 +156,7 @@ def _read(folder: Path, description: dict[str, Any], device: torch.device) -> Mo
         ),
         description["provenance"],
         description["systems"],
+        description.get("readouts", []),
         joined.from_tensors(constants),
         description["mirrored"],
         Adaptation(**of_adaptation) if of_adaptation else None,

@@ -67,7 +67,8 @@ class Model:
     """All that prediction needs, and where it comes from.
 
     heads: per component the stacked parameters of its K heads. A component is a view with all of its heads or, in a
-    model of several `systems` that were trained jointly, each with weights of its own, with those of one system.
+    model of several `systems` that were trained jointly, each with weights of its own, with those of one system; or a
+    view with the readouts of one of the categories that have their own (`readouts`, their names), which alone weigh it.
     weights: (G, C) float64, rows of `categories`, columns of `components`. center_bias: the stored KDE, baseline of IG;
     finalizer_bias: what the heads add, it or Galván's. standards: by view, of those of several networks, what
     standardises their channels. mirrored: whether a prediction is the mean of the image's and its mirror image's.
@@ -91,6 +92,7 @@ class Model:
     classifier: CategoryClassifier
     provenance: dict[str, Any]
     systems: int = 1
+    readouts: list[str] = field(default_factory=list)
     standards: dict[str, Standard] = field(default_factory=dict)
     mirrored: bool = False
     adaptation: Adaptation | None = None
@@ -216,7 +218,7 @@ class Model:
         return joined.join(features, moments, self.standards[view.name], view.readout_size(size))
 
     def _ensembles(self, view: str, features: Features, bias_HW: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, systems, H, W): the densities of a view's components for images of `size` px."""
+        """(B, components of a view, H, W): their densities for images of `size` px."""
         area = self.finalizer.area(size)
         area = None if area is None else area.to(self.device)
         banks = [self.heads[component] for component in self._components(view)]
@@ -245,7 +247,7 @@ class Model:
             log_density.cpu().numpy(),
             dict(zip(self.categories, probabilities.tolist(), strict=True)),
             dict(zip(self.names, self.by_backbone(weights).tolist(), strict=True)),
-            ViewDensities(self.names, log_densities_CHW.cpu().numpy(), self.finalizer, size),
+            ViewDensities(self._within_views(weights), log_densities_CHW.cpu().numpy(), self.finalizer, size),
             image,
         )
 
@@ -254,8 +256,9 @@ class Model:
         weight_C = torch.from_numpy(weights).float().to(log_densities_CHW.device)
 
         def upsampled() -> Iterator[tuple[Tensor, Tensor]]:
-            for log_density, weight in zip(log_densities_CHW.split(1), weight_C.split(1), strict=True):
-                yield self.finalizer.upsample(log_density, size)[None], weight
+            for place in np.flatnonzero(weights).tolist():
+                part = slice(place, place + 1)
+                yield self.finalizer.upsample(log_densities_CHW[part], size)[None], weight_C[part]
 
         return mixture(upsampled)[0]
 
@@ -304,21 +307,41 @@ class Model:
 
     @property
     def components(self) -> list[str]:
-        """What the weights mix: the views, or each view in each system, a view's own next to each other."""
+        """What the weights mix: of each view what all categories share, a system each, and categories' own readouts."""
         return [component for name in self.names for component in self._components(name)]
 
     def _components(self, view: str) -> list[str]:
+        return [*self.shared_components(view), *(f"{view}@{category}" for category in self.readouts)]
+
+    def shared_components(self, view: str) -> list[str]:
+        """Those of a view that are no category's own."""
         return [view] if self.systems == 1 else [f"{view}/{system}" for system in range(self.systems)]
 
     @property
+    def shared(self) -> np.ndarray:
+        """(V, systems) int64: where, of each view, those are among the components that are no category's own."""
+        return np.arange(len(self.components)).reshape(len(self.names), -1)[:, : self.systems]
+
+    @property
     def backbone_rows(self) -> dict[str, np.ndarray]:
-        """View -> (C,) weights of the mixture that is the mean of its components."""
-        rows = np.repeat(np.eye(len(self.names)), self.systems, axis=1) / self.systems
-        return dict(zip(self.names, rows, strict=True))
+        """View -> (C,) weights of the mixture that is the mean of its components, those of all categories."""
+        each = np.repeat([1 / self.systems, 0], [self.systems, len(self.readouts)])
+        return dict(zip(self.names, np.kron(np.eye(len(self.names)), each), strict=True))
 
     def by_backbone(self, weights: np.ndarray) -> np.ndarray:
         """(..., B) weights of the views from those of the components (..., C)."""
-        return weights.reshape(*weights.shape[:-1], len(self.names), self.systems).sum(-1)
+        return weights.reshape(*weights.shape[:-1], len(self.names), -1).sum(-1)
+
+    def _within_views(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """View -> (C,) weights of what it says of an image that these weights mix: of the readouts that are used, those
+        of all categories evenly."""
+        own = weights.reshape(len(self.names), -1)[:, self.systems :].sum(0)
+        rows = {}
+        for place, (name, shared) in enumerate(self.backbone_rows.items()):
+            row = (shared * max(0.0, 1 - own.sum())).reshape(len(self.names), -1)  # a sum of 1 may be rounded up
+            row[place, self.systems :] = own
+            rows[name] = row.ravel()
+        return rows
 
     def mixing_weights(self, category: str | None, probabilities: np.ndarray) -> np.ndarray:
         """(C,) weights for a category, or for p(category | image) (G,) where it is not known."""

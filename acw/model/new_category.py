@@ -1,6 +1,7 @@
-"""Gives a finished model one more category: a handful of numbers, fitted to some images of a kind that is new to it.
+"""Gives a finished model one more category: a handful of numbers, fitted to some images of a kind that is new to it,
+and readouts of its own where these pay, too.
 
-What they gain is measured on images that they were not fitted on, at the fixations, over the model as it is, which
+What that gains is measured on images that it was not fitted on, at the fixations, over the model as it is, which
 infers a category for each. Shape suffixes as in `acw.fusion.adaptation`.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,44 +23,28 @@ from acw.fusion.adaptation_fit import Maps, adaptation_of, area, fit_new, on_gri
 from acw.fusion.category_weights import dealt
 from acw.fusion.classifier import CategoryClassifier
 from acw.model.model import Model
+from acw.model.own_readouts import OwnReadouts
+from acw.model.study import Seen
 from acw.storage.errors import UserError
 
 FEWEST = 10  # images
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """What a model says of N images, and where people looked in them.
-
-    log_densities: of each (C, H, W), the components' on its grid. pooled: (N, D) features. fixations: of each x and y,
-    in px; sizes: (height, width), in px.
-    """
-
-    log_densities: Sequence[Tensor]
-    pooled: np.ndarray
-    fixations: Sequence[tuple[np.ndarray, np.ndarray]]
-    sizes: Sequence[tuple[int, int]]
-
-    def subset(self, chosen: np.ndarray) -> Seen:
-        log_densities, fixations, sizes = (
-            [values[index] for index in chosen.tolist()] for values in (self.log_densities, self.fixations, self.sizes)
-        )
-        return Seen(log_densities, self.pooled[chosen], fixations, sizes)
-
-
-@dataclass(frozen=True, eq=False)
 class NewCategory:
-    """adaptation: the numbers of the category and, in the last row, of all images, which are the model's own.
+    """adaptation: the numbers of the category and, in the last row, of all images, which are the model's own; weights
+    are of the model's components or, with readouts of its own, of those, one a view.
 
     area: how many times as large a part of its images the category's density fills as by the numbers for all.
-    strength: of the prior. gain: (N,) nats per fixation over the model as it is, of each image by numbers that were
-    fitted without it.
+    strength: of the prior. gain: (N,) nats per fixation over the model as it is, of each image by what was fitted, and
+    chosen, without it.
     """
 
     adaptation: Adaptation
     area: float
     strength: float
     gain: np.ndarray
+    readouts: OwnReadouts | None = None
 
     @property
     def pays(self) -> bool:
@@ -82,39 +67,92 @@ def as_it_is(model: Model, seen: Seen) -> np.ndarray:
     return log_likelihood(model, seen, [known(model).of(of_image) for of_image in shares])
 
 
-def fit(model: Model, seen: Seen, seed: int) -> NewCategory:
-    """The category of all of the images, two at least.
+def fold_of(images: int, seed: int) -> np.ndarray:
+    """(N,) int64: the fold that each image is in, which readouts and numbers are fitted without, and scored on."""
+    return dealt(np.zeros(images, np.int64), 1, seed)
 
-    Raises UserError for a model without a centre bias.
-    """
+
+def check(model: Model) -> None:
+    """Raises UserError for a model that no category can be given."""
     if model.center_bias.bandwidth is None:
         raise UserError(
             "the model has no centre bias yet, from which a category could differ; have it taken from your images: "
             "acw run cat2000_iie --heads MODEL --dataset DATA"
         )
-    own = [model.center_bias] * len(seen.sizes)
-    maps = Maps.of([on_grid(of_image) for of_image in seen.log_densities], seen.fixations, seen.sizes, own)
-    fold = dealt(np.zeros(len(maps), np.int64), 1, seed)
-    left_out = np.empty(len(maps))
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A category by some readouts.
+
+    theta: its numbers as they are fitted to `maps`; adaptation: as they are used. left_out: (N,) nats per fixation of
+    each image by numbers that were fitted without it.
+    """
+
+    readouts: OwnReadouts | None
+    maps: Maps
+    adaptation: Adaptation
+    strength: float
+    theta: Tensor
+    left_out: np.ndarray
+
+
+def fit(model: Model, seen: Seen, seed: int, readouts: Iterable[OwnReadouts] = ()) -> NewCategory:
+    """The category of all of the images, two at least.
+
+    readouts: of the same images by `fold_of`. Those that foretell images best which they have not seen replace the
+    shared ones, if they do so better than these by more than a standard error.
+    """
+    for_all, shared = known(model).only([]), model.shared.ravel()
+    # Nobody else's readouts, which weigh nothing in the numbers for all.
+    for_all = dataclasses.replace(for_all, weights=for_all.weights[:, shared])
+    of_all = dataclasses.replace(seen, log_densities=[of_image[shared] for of_image in seen.log_densities])
+    candidates = [_by(model, None, of_all, for_all, seed)]
+    of_views = dataclasses.replace(for_all, weights=for_all.weights.reshape(1, len(model.names), -1).sum(2))
+    for own in readouts:
+        of_own = dataclasses.replace(seen, log_densities=own.left_out)
+        candidates.append(_by(model, own, of_own, of_views, seed))
+    gain_MN = np.stack([candidate.left_out for candidate in candidates]) - as_it_is(model, seen)
+    best = candidates[_chosen(gain_MN)]
+    # Told of each image is what would have been chosen without it.
+    fold, gain = fold_of(len(seen.sizes), seed), np.empty(len(seen.sizes))
+    for number in np.unique(fold):
+        outside = fold == number
+        gain[outside] = gain_MN[_chosen(gain_MN[:, ~outside]), outside]
+    filled = area(best.maps, best.theta, candidates[0].maps, theta_of(for_all.row(-1)))
+    return NewCategory(best.adaptation, filled, best.strength, gain, best.readouts)
+
+
+def _chosen(gain_MN: np.ndarray) -> int:
+    """Which of M candidates foretells N images best; the first, unless that one is better by more than chance."""
+    best = int(gain_MN.mean(1).argmax())
+    return best if adaptation_fit.pays(gain_MN[best] - gain_MN[0]) else 0
+
+
+def _by(model: Model, readouts: OwnReadouts | None, seen: Seen, for_all: Adaptation, seed: int) -> _Candidate:
+    """The category by these readouts, or those of all; seen, for_all: of the densities and weights of these alone."""
+    maps = _maps(model, seen)
+    fold, left_out = fold_of(len(maps), seed), np.empty(len(maps))
     for number in np.unique(fold):
         outside = np.flatnonzero(fold == number)
-        inside = maps.subset(np.flatnonzero(fold != number))
-        numbers = _fitted(inside, model, seed)[0].row(0)
+        numbers = _fitted(maps.subset(np.flatnonzero(fold != number)), for_all, seed)[0].row(0)
         left_out[outside] = log_likelihood(model, seen.subset(outside), [numbers] * len(outside))
-    adaptation, strength, filled = _fitted(maps, model, seed)
-    return NewCategory(adaptation, filled, strength, left_out - as_it_is(model, seen))
+    return _Candidate(readouts, maps, *_fitted(maps, for_all, seed), left_out)
 
 
-def _fitted(maps: Maps, model: Model, seed: int) -> tuple[Adaptation, float, float]:
-    """The numbers of a category and of all, the strength of the prior, and `NewCategory.area`."""
-    for_all, own = known(model).alone(), own_on_grid(maps)[None]
-    overall = theta_of(for_all.row(-1))
+def _maps(model: Model, seen: Seen) -> Maps:
+    biases = [model.center_bias] * len(seen.sizes)
+    return Maps.of([on_grid(of_image) for of_image in seen.log_densities], seen.fixations, seen.sizes, biases)
+
+
+def _fitted(maps: Maps, for_all: Adaptation, seed: int) -> tuple[Adaptation, float, Tensor]:
+    """The numbers of a category and of all, the strength of the prior, and the former as they are fitted."""
+    own, overall = own_on_grid(maps)[None], theta_of(for_all.row(-1))
     theta, strength = fit_new(maps, overall, seed)
     if math.isinf(strength):  # to the last digit those for all, of which `theta_of` keeps no share of 0
         same = {name: values[[-1, -1]] for name, values in vars(for_all).items() if name != "own"}
-        return Adaptation(**same, own=own), strength, 1.0
-    fitted = adaptation_of([theta, overall], own, len(model.components))
-    return for_all.beside(fitted), strength, area(maps, theta, overall)
+        return Adaptation(**same, own=own), strength, overall
+    return for_all.beside(adaptation_of([theta, overall], own, len(for_all.weights[-1]))), strength, theta
 
 
 def log_likelihood(model: Model, seen: Seen, numbers: Sequence[Numbers]) -> np.ndarray:
@@ -136,15 +174,31 @@ def extended(
 
     record: what its provenance says of them, as JSON.
     """
-    numbers = known(model)
-    for category in categories:
-        numbers = numbers.beside(category.adaptation)
-    before = model.provenance.get("adapted", [])
+    views, before = model.names, len(model.components) // len(model.names)
+    with_own = {name: category.readouts for name, category in zip(names, categories, strict=True) if category.readouts}
+    each = before + len(with_own)
+
+    def widened(weights: np.ndarray, first: int) -> np.ndarray:
+        """(..., C) of all components: those given are, of each view, number `first` and the following."""
+        of_view = weights.reshape(*weights.shape[:-1], len(views), -1)
+        result = np.zeros((*of_view.shape[:-1], each))
+        result[..., first : first + of_view.shape[-1]] = of_view
+        return result.reshape(*weights.shape[:-1], -1)
+
+    numbers = dataclasses.replace(known(model), weights=widened(known(model).weights, 0))
+    for name, category in zip(names, categories, strict=True):
+        first = before + list(with_own).index(name) if name in with_own else 0
+        new = category.adaptation
+        numbers = numbers.beside(dataclasses.replace(new, weights=widened(new.weights, first)))
+    heads = {f"{view}@{name}": own.heads[view] for name, own in with_own.items() for view in views}
     return dataclasses.replace(
         model,
+        heads=model.heads | heads,
+        readouts=[*model.readouts, *with_own],
         categories=[*model.categories, *names],
         weights=numbers.weights[:-1],
+        global_weights=widened(model.global_weights, 0),
         adaptation=numbers,
         classifier=classifier,
-        provenance=model.provenance | {"adapted": [*before, record]},
+        provenance=model.provenance | {"adapted": [*model.provenance.get("adapted", []), record]},
     )

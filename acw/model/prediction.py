@@ -9,7 +9,6 @@ prediction.save("photo.svg")            # or .png (the overlay), .npy, .density.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,30 +33,32 @@ class ViewDensities(Mapping[str, np.ndarray]):
     """
 
     def __init__(
-        self, names: list[str], log_densities_CHW: np.ndarray, finalizer: Finalizer, size: tuple[int, int]
+        self,
+        weights: Mapping[str, np.ndarray],
+        log_densities_CHW: np.ndarray,
+        finalizer: Finalizer,
+        size: tuple[int, int],
     ) -> None:
-        """log_densities_CHW: on the grid, the views' components one after another, as many for each view."""
-        self._names, self._log_densities_CHW = names, log_densities_CHW
+        """weights: of each view (C,), with sum 1, of the components whose densities on the grid are given."""
+        self._weights, self._log_densities_CHW = weights, log_densities_CHW
         self._finalizer, self._size = finalizer, size
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._names:
-            raise KeyError(name)
-        each = len(self._log_densities_CHW) // len(self._names)
-        first = each * self._names.index(name)
-        of_view = torch.from_numpy(self._log_densities_CHW[first : first + each])
+        weights = self._weights[name]
+        used = np.flatnonzero(weights)
+        of_view = torch.from_numpy(self._log_densities_CHW[used])
+        log_weight_C11 = torch.from_numpy(np.log(weights[used])).float()[:, None, None]
         with torch.autocast("cpu", enabled=False):
-            upsampled = self._finalizer.upsample(of_view, self._size)
-        return (upsampled.logsumexp(0) - math.log(each)).numpy()
+            return (self._finalizer.upsample(of_view, self._size) + log_weight_C11).logsumexp(0).numpy()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._weights)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._weights)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self._names)})"
+        return f"{type(self).__name__}({', '.join(self._weights)})"
 
 
 @dataclass(frozen=True, eq=False)

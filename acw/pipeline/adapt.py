@@ -1,10 +1,11 @@
-"""Adapts a finished model to a small data set of another kind of images: a handful of numbers, fitted in a minute.
+"""Adapts a finished model to a small data set of another kind of images, in a minute or two.
 
 acw adapt RUN FOLDER --fixations FOLDER/fixations.csv
 acw adapt RUN FOLDER --by-category --out adapted
 
-Networks and heads stay. The data set becomes one category more, or each of its categories does, and what the model knew
-before, it predicts as before. The gain is that over the model as it is, on images that the numbers were not fitted on.
+The data set becomes one category more, or each of its categories does: a handful of numbers and, where these pay as
+well, readouts of its own. What the model knew before, it predicts as before. The gain is that over the model as it is,
+on images that it was fitted without. Features are kept below the root.
 Exit status 0: the adapted model is written and registered, and its folder is the last line on stdout; 1: nothing gains,
 so no model is written.
 """
@@ -12,11 +13,11 @@ so no model is written.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import secrets
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +40,14 @@ from acw.storage.errors import UserError
 from acw.storage.files import csv_text, plain_name, present, write_atomic, write_json
 
 if TYPE_CHECKING:
-    from acw.data import Dataset
+    from acw.data import Dataset, Stimulus
+    from acw.features.joined import Store
     from acw.model.model import Model
-    from acw.model.new_category import NewCategory, Seen
+    from acw.model.new_category import NewCategory
+    from acw.model.study import Study
 
 SEED = 0  # of the folds and of the bootstrap
 STARTER = "acw's starter"
-SECONDS_BETWEEN_LINES = 10.0
 Groups = Mapping[str, np.ndarray]  # new category -> indices of its images
 
 
@@ -76,16 +78,17 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--out {shown(out)}: is there already; name another folder, or remove it")
     check_writable(root)
     check_writable(out.parent)
-    from acw.model import files
+    from acw.model import files, new_category
     from acw.tracking import mlflow_store
     from acw.tracking.load import folder_of
 
     uri = mlflow_store.ready(root, options["tracking_uri"])
     model = files.load(folder_of(location, uri), "cpu")
+    new_category.check(model)
     if taken := [name for name in groups if name in model.categories]:
         raise UserError(f"the model knows a category '{taken[0]}' already; give --name for what is put in its place")
-    seen = look(model, dataset)
-    fitted = fit(model, seen, groups)
+    study = look(model, dataset, root)
+    fitted = {name: fit(study, images) for name, images in groups.items()}
     adopted = {name: category for name, category in fitted.items() if category.pays}
     for name, category in fitted.items():
         if name not in adopted:
@@ -93,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
     if not adopted:
         print("no model is written: it foretells these images as well as it is", flush=True)
         sys.exit(1)
-    write(model, seen, groups, dataset, adopted, STARTER if location is None else shown(location), out, uri)
+    write(study, groups, adopted, STARTER if location is None else shown(location), out, uri)
     print(shown(out), flush=True)
 
 
@@ -120,28 +123,39 @@ def new_categories(dataset: Dataset, name: str | None, by_category: bool) -> Gro
     return groups
 
 
-def look(model: Model, dataset: Dataset) -> Seen:
-    """What the model says of all images of a data set."""
-    from acw.evaluation.scoring import ImageDensities
-    from acw.model.new_category import Seen
+def look(model: Model, dataset: Dataset, root: Path) -> Study:
+    """Has the features of all images, which it keeps below `root`, and what the model says of them."""
+    from acw.data.dataset import MirrorImage
+    from acw.evaluation.scoring import StoredDensities
+    from acw.features import joined
+    from acw.features.extraction import extract_here
+    from acw.model.study import Seen, Study
+    from acw.storage.checksums import fingerprint
 
-    densities, images = ImageDensities(model, dataset), range(len(dataset.stimuli))
-    log_densities, pooled, last = [], [], time.monotonic()
-    for index in images:
-        of_image, features = densities.of(index)
-        log_densities.append(of_image)
-        pooled.append(features)
-        if time.monotonic() > last + SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            print(f"adapt: {index + 1} of {len(images)} images", file=sys.stderr, flush=True)
+    def stores_of(stimuli: Sequence[Stimulus], of_these: str) -> list[Store]:
+        beside = joined.parts_beside_others(model.views)
+        of_parts = extract_here(root, model.loaded, model.backbones, stimuli, of_these, beside)
+        return list(joined.of_views(model.views, of_parts, model.standards).values())
+
+    stimuli, images = dataset.stimuli, range(len(dataset.stimuli))
+    stores, mirrored = stores_of(stimuli, dataset.stimuli_fingerprint), []
+    if model.mirrored:
+        mirrors = [MirrorImage(**vars(stimulus)) for stimulus in stimuli]
+        mirrored = stores_of(mirrors, fingerprint([dataset.stimuli_fingerprint, "mirrored"]))
+    sizes = [stimulus.size for stimulus in stimuli]
+    densities = StoredDensities(model, stores, sizes, mirrored, {index: index for index in images})
+    log_densities, pooled = zip(*map(densities.of, images), strict=True)
     fixations = [dataset.fixations_of(index)[:2] for index in images]
-    return Seen(log_densities, np.stack(pooled), fixations, [stimulus.size for stimulus in dataset.stimuli])
+    return Study(model, dataset, stores, mirrored, Seen(log_densities, np.stack(pooled), fixations, sizes))
 
 
-def fit(model: Model, seen: Seen, groups: Groups) -> dict[str, NewCategory]:
-    from acw.model import new_category
+def fit(study: Study, images: np.ndarray) -> NewCategory:
+    """The category of some of the images."""
+    from acw.model import new_category, own_readouts
 
-    return {name: new_category.fit(model, seen.subset(images), SEED) for name, images in groups.items()}
+    fold = new_category.fold_of(len(images), SEED)
+    readouts = (own_readouts.train(study, images, fold, rate, SEED) for rate in own_readouts.RATES)
+    return new_category.fit(study.model, study.seen.subset(images), SEED, readouts)
 
 
 def gain(category: NewCategory) -> tuple[float, float, float]:
@@ -158,26 +172,18 @@ def told(category: NewCategory) -> str:
     return f"{mean:+.4f} bit [{low:+.4f}, {high:+.4f}]"
 
 
-def write(
-    model: Model,
-    seen: Seen,
-    groups: Groups,
-    dataset: Dataset,
-    adopted: Mapping[str, NewCategory],
-    location: str,
-    out: Path,
-    uri: str,
-) -> None:
+def write(study: Study, groups: Groups, adopted: Mapping[str, NewCategory], location: str, out: Path, uri: str) -> None:
     """The adapted model as a folder and as a registered version; says what was gained, and what changed."""
     from acw.fusion import classifier
     from acw.fusion.category_weights import dealt
     from acw.model import files
-    from acw.model.new_category import extended, known
+    from acw.model.new_category import extended
     from acw.pipeline.aggregate import write_adaptation
     from acw.provenance import commit
-    from acw.report.weights import changes
+    from acw.report.weights import UNCHANGED, changes
     from acw.tracking import adaptations, model_card
 
+    model, dataset, seen = study.model, study.dataset, study.seen
     images = np.concatenate([groups[name] for name in adopted])
     number = np.repeat(np.arange(len(adopted)), [len(groups[name]) for name in adopted])
     fold = dealt(number, len(adopted), SEED)
@@ -191,6 +197,7 @@ def write(
                 "images": len(groups[name]),
                 **dict(zip(("gain_bits", "low", "high"), gain(category), strict=True)),
                 "prior_strength": str(category.strength),
+                "readouts_learning_rate": category.readouts.rate if category.readouts else None,
                 "inferred_rightly": float(right[number == place].mean()),
             }
             for place, (name, category) in enumerate(adopted.items())
@@ -199,9 +206,9 @@ def write(
         "commit": commit(),
     }
     adapted = extended(model, list(adopted), list(adopted.values()), wider, record)
-    numbers = known(model).alone()
-    for category in adopted.values():
-        numbers = numbers.beside(category.adaptation)
+    assert adapted.adaptation is not None
+    numbers = adapted.adaptation.only([adapted.categories.index(name) for name in adopted])
+    numbers = dataclasses.replace(numbers, weights=adapted.by_backbone(numbers.weights))
     rows = [
         [dataset.stimuli[index].name, name, f"{value:.6f}"]
         for name, category in adopted.items()
@@ -209,9 +216,12 @@ def write(
     ]
     with _whole(out) as folder:
         areas = [category.area for category in adopted.values()]
-        write_adaptation(folder, list(adopted), model.components, numbers, areas)
+        write_adaptation(folder, list(adopted), model.names, numbers, areas)
         words = changes(folder)
         for name, category in adopted.items():
+            if category.readouts:
+                own = f"readouts of its own, trained on at {category.readouts.rate:g}"
+                words[name] = own if words[name] == UNCHANGED else f"{own}, {words[name]}"
             print(f"{name}: {told(category)} over the model as it is, on images left out; {words[name]}", flush=True)
             share = record["categories"][name]["inferred_rightly"]
             print(f"{name}: inferred rightly for {share:.0%} of its images, left out as well", flush=True)

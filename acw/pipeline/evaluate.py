@@ -8,9 +8,9 @@ bias, which never saw this data set. The last line on stdout is FILE's path.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from acw.data import Dataset
 from acw.pipeline.options import Parser, add_dataset_options, check_writable, local_path, read_dataset
@@ -83,8 +83,10 @@ def score(
             f"{location}: has no centre bias yet, and IG no baseline; have them taken from training folds, and the "
             f"held-out images scored: acw run cat2000_iie --heads {location} --dataset D"
         )
-    if dataset.fingerprint == trained_on["fingerprint"]:
-        print("warning: the model was trained on images of this very data set; see its own evaluation.json", flush=True)
+    if dataset.fingerprint in learned_from(model):
+        print(
+            "warning: the model has learned from images of this very data set; see its own scores or gains", flush=True
+        )
     labelled = is_labelled(model, dataset)
     if not labelled:
         print("categories are not the model's: weights by inferred category only", flush=True)
@@ -159,3 +161,19 @@ def main(argv: Sequence[str]) -> None:
     adaptive = options["gold_standard"] == "adaptive"
     evaluate(location, dataset, out, tuple(external), options["exact"], fixations, adaptive)
     print(shown(out), flush=True)
+
+
+def learned_from(model: Model) -> Iterator[str]:
+    """Fingerprints of the data sets whose images a model has seen: its own, those that it was adapted to, and those of
+    the model whose heads it took, as far as that is still there."""
+    from acw.model.description import describe
+    from acw.storage.addresses import local
+    from acw.storage.files import present
+
+    provenance: dict[str, Any] | None = model.provenance
+    while provenance:
+        adapted_to = [record["dataset"] for record in provenance.get("adapted", [])]
+        yield from (data["fingerprint"] for data in (provenance["dataset"], *adapted_to) if data)
+        heads = provenance.get("recipe", {}).get("heads")
+        known = heads and present(local(heads) / "model.json")
+        provenance = describe(local(heads))["provenance"] if known else None

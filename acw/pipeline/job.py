@@ -198,6 +198,10 @@ def _with_heads(recipe: Recipe) -> Recipe:
         raise UserError(f"{_heads_of(folder)}: is missing; copy the model anew")
     if model["systems"] > 1 or recipe.joint:
         raise UserError(f"--heads {folder}: jointly trained systems have weights of their own; give another model")
+    if model.get("readouts"):
+        raise UserError(
+            f"--heads {folder}: {', '.join(model['readouts'])} have readouts of their own; give the model from before"
+        )
     trained_with = model["provenance"]["recipe"]
     own = {
         "heads": shown(folder),

@@ -11,8 +11,8 @@ are never asked, as they would no longer be held out. Exit status 1 if the alias
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from acw.pipeline.models import add_store_options, store_of
 from acw.pipeline.options import Parser, add_reader_options, read_dataset
@@ -72,10 +72,11 @@ def _decide_on(dataset: Dataset, store: str, version: ModelVersion, champion: Mo
     numbers = (version.version, champion.version)
     folders = [registry.download_model(f"models:/{registry.NAME}/{number}", store) for number in numbers]
     from acw.model import files
+    from acw.pipeline.evaluate import learned_from
 
     models = [files.load(folder) for folder in folders]
     for number, model in zip(numbers, models, strict=True):
-        if dataset.fingerprint in _learned_from(model):
+        if dataset.fingerprint in learned_from(model):
             seen = f"version {number} has learned from images of {dataset.name}"
             return "challenger", f"not comparable: {seen}; without --dataset, out-of-fold IG is compared"
     scores: list[ByImage] = []
@@ -87,22 +88,6 @@ def _decide_on(dataset: Dataset, store: str, version: ModelVersion, champion: Mo
         scores.append(of_model)
     ours, theirs = scores
     return registry.compare(f"LL on {dataset.name} ({dataset.fingerprint})", ours, theirs, champion.version)
-
-
-def _learned_from(model: Model) -> Iterator[str]:
-    """Fingerprints of the data sets whose images a model has seen: its own, those that it was adapted to, and those of
-    the model whose heads it took, as far as that is still there."""
-    from acw.model.description import describe
-    from acw.storage.addresses import local
-    from acw.storage.files import present
-
-    provenance: dict[str, Any] | None = model.provenance
-    while provenance:
-        adapted_to = [record["dataset"] for record in provenance.get("adapted", [])]
-        yield from (data["fingerprint"] for data in (provenance["dataset"], *adapted_to) if data)
-        heads = provenance.get("recipe", {}).get("heads")
-        known = heads and present(local(heads) / "model.json")
-        provenance = describe(local(heads))["provenance"] if known else None
 
 
 def _scored(model: Model, name: str, dataset: Dataset) -> tuple[ByImage, str]:

@@ -17,6 +17,7 @@ from acw.storage.files import csv_rows, fetch
 Weights = Mapping[str, Mapping[str, Interval]]  # category -> backbone -> weight
 History = Mapping[str, Mapping[str, list[float]]]  # category -> backbone -> weight at each step
 
+UNCHANGED = "as all images"
 TRIFLE = 0.05  # changes of a number that go without saying
 
 
@@ -43,7 +44,7 @@ def changes(run: Path) -> dict[str, str]:
     if not fetch(path).exists():
         return {}
     *categories, overall = csv_rows(path)
-    return {row["category"]: ", ".join(_changed(row, overall)) or "as all images" for row in categories}
+    return {row["category"]: ", ".join(_changed(row, overall)) or UNCHANGED for row in categories}
 
 
 def _changed(row: Mapping[str, str], overall: Mapping[str, str]) -> Iterator[str]:

@@ -82,14 +82,15 @@ ADAPTED = """\
 # acw: where people look in a picture, adapted
 
 {model} (recipe `{recipe}`), adapted by acw {commit} to {name} (fingerprint {fingerprint}): {images} pictures, \
-{fixations} fixations. Networks and heads are that model's, and so are all categories that it knew.
+{fixations} fixations. Networks are that model's, and so is all of what it knew before; a new category has numbers of \
+its own and, where the table says so, that model's readouts as they were trained on, on its pictures.
 
 | new category | pictures | gain, bit per fixation | inferred rightly | what changes |
 |---|---|---|---|---|
 {rows}
 
-A gain is over the model as it was, on pictures that the numbers were not fitted on (cross-validation over pictures; \
-95 % interval by bootstrap). Of other kinds of pictures, and of what the model was trained on, its own card says what \
+A gain is over the model as it was, on pictures that it was fitted without (cross-validation over pictures; 95 % \
+interval by bootstrap). Of other kinds of pictures, and of what the model was trained on, its own card says what \
 there is to say.
 
 Licence of the new data: {licence}.

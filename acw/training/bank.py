@@ -111,14 +111,15 @@ class BankState:
                 for head in bank.members
             ]
         )
-        return cls._before_training(bank, parameters)
+        return cls.before_training(bank, parameters)
 
     def further(self, bank: Bank) -> BankState:
         """The same heads, as they were best, before another training; bank: of its rates."""
-        return self._before_training(bank, self.best)
+        return self.before_training(bank, self.best)
 
     @classmethod
-    def _before_training(cls, bank: Bank, parameters: Parameters) -> BankState:
+    def before_training(cls, bank: Bank, parameters: Parameters) -> BankState:
+        """A bank whose heads start with these parameters."""
         import torch
 
         count = len(bank.members)

@@ -87,6 +87,20 @@ def train_epochs(
         yield state
 
 
+def train_briefly(recipe: Recipe, bank: Bank, start: Parameters, batches: Batches, strides: Tensor) -> Parameters:
+    """The bank's heads, which start as they are given, after all of the recipe's epochs at its rate.
+
+    For heads that are trained already, and so few images that validation would say nothing of when to stop. strides:
+    (K,), as `coarsest` gives them.
+    """
+    state, every = BankState.before_training(bank, start), torch.arange(len(bank.members))
+    adam = BankAdam(state, every, bank.members, batches.device)
+    for epoch in range(recipe.max_epochs):
+        _train_epoch(recipe, adam, bank.members, epoch, batches, strides)
+    adam.write_back(state)
+    return state.parameters
+
+
 def _take_fewer(batches: Batches, heads: str, most: int) -> None:
     """Halves the images of a pass, of which there have been `most` at first; raises UserError where it was one."""
     before = batches.at_once or most
