@@ -1,14 +1,16 @@
 """What category adaptation is worth on kinds of images that heads have not seen, and on those that they have.
 
-    python jobs/extract.py gaze_small --dataset FOLDER --root ROOT        # and the same with --folds 2 for each OTHER
-    python benchmarks/adaptation.py --dataset FOLDER --root ROOT --others OTHER,OTHER --threads 2     # half an hour
+    python jobs/extract.py gaze --dataset FOLDER --root ROOT              # and the same with --folds 2 for each OTHER
+    python benchmarks/adaptation.py --dataset FOLDER --root ROOT --others OTHER,OTHER --threads 2     # an hour
 
 For every two categories, and for every source of the images, heads are trained without them (one seed, EPOCHS epochs,
 all side by side in one bank), and beside these five that each leave out a fold of all images. Of the development images
 only. What the first say of the images that they were not trained on is adapted by some of these images (PER_KIND, drawn
-DRAWS times) and scored on the others; what the second say of theirs is what heads that know the kind reach. OTHER is a
-folder of images with a fixations.csv, of another kind, which the second are adapted to. All is in bits per fixation
-over the numbers for all images, on the coarse grid on which numbers are fitted. ROOT/adaptation keeps what heads say.
+DRAWS times) and scored on the others, by numbers alone and, from COMMAND_IMAGES of them, as `acw adapt` does it: with
+readouts of their own where these pay, or not at all; each category once. What the second say of theirs is what heads
+that know the kind reach. OTHER is a folder of images with a fixations.csv, of another kind, which the second are
+adapted to. All is in bits per fixation over the numbers for all images, by numbers alone on the coarse grid on which
+they are fitted. ROOT/adaptation keeps the heads and what they say.
 """
 
 from __future__ import annotations
@@ -25,17 +27,21 @@ from typing import Any
 import harness
 import numpy as np
 import torch
+from adapt_command import adapted
 from harness import Figures
 from torch import Tensor
 
 from acw.data import Dataset
 from acw.evaluation.bootstrap import interval, ratio_interval
-from acw.evaluation.scoring import split_half
+from acw.evaluation.scoring import StoredDensities, split_half
+from acw.features import joined
 from acw.features.joined import Store
 from acw.fusion import adaptation_fit, category_weights
+from acw.fusion.adaptation import GRID
 from acw.fusion.adaptation_fit import (
     NONE,
     Maps,
+    adaptation_of,
     climb,
     fit_all,
     log_likelihood,
@@ -45,28 +51,33 @@ from acw.fusion.adaptation_fit import (
     unadapted,
 )
 from acw.fusion.category_weights import Likelihoods
+from acw.fusion.classifier import CategoryClassifier
 from acw.heads import readout
 from acw.heads.center_bias import CenterBias
 from acw.heads.ensemble import ensemble
+from acw.model.model import Model
+from acw.model.study import Seen, Study
 from acw.pipeline import job as jobs
 from acw.pipeline.job import Job
 from acw.training.bank import Bank, BankState, Head
 from acw.training.batches import Batches, TrainingSet
+from acw.training.dropout import dropped
 from acw.training.loss import coarsest, image_loss
 from acw.training.loss import log_likelihood as heads_log_likelihood
 from acw.training.trainer import EVALUATION_BATCH, BankAdam, epoch_batches
 from acw.training.training_set import kde_of
 
-EPOCHS = 5  # the last at a tenth of the rate
+EPOCHS = 8  # the last at a tenth of the rate
 PER_KIND = (5, 10, 20, 50)
 SCORED = 10  # images, at least
+COMMAND_IMAGES = 20
 DRAWS = 4  # of a kind of which there is one
 WEIGHTS_STRENGTH = 1.0  # of the prior, where weights alone are fitted
 CPU = torch.device("cpu")
-Seen = dict[str, np.ndarray]  # what heads leave out -> (N,) bool
+LeftOut = dict[str, np.ndarray]  # what heads leave out -> (N,) bool
 
 
-def left_out(job: Job) -> tuple[Seen, Seen]:
+def left_out(job: Job) -> tuple[LeftOut, LeftOut]:
     """Kinds of images that some heads are not to see, and the folds of all images."""
     dataset, split = job.dataset, job.split
     development = split.fold >= 0
@@ -80,7 +91,7 @@ def left_out(job: Job) -> tuple[Seen, Seen]:
     return kinds, {f"fold {f}": split.fold == f for f in range(job.recipe.folds)}
 
 
-def heads_without(job: Job, view: str, store: Store, excluded: Seen) -> tuple[readout.Parameters, TrainingSet]:
+def heads_without(job: Job, view: str, store: Store, excluded: LeftOut) -> tuple[readout.Parameters, TrainingSet]:
     """A head for each entry, trained on the development images that are not in it; K heads in that order."""
     dataset, development = job.dataset, job.split.fold >= 0
     # Images that the same heads see are one group, from which batches are dealt.
@@ -102,10 +113,11 @@ def heads_without(job: Job, view: str, store: Store, excluded: Seen) -> tuple[re
         steps = epoch_batches(recipe, batches, epoch)
         parts = [batches.groups(images) for images in steps]
         reader = batches.ahead(part for of_step in parts for part in of_step)
-        for images, of_step in zip(steps, parts, strict=True):
+        for step, (images, of_step) in enumerate(zip(steps, parts, strict=True)):
             on = torch.nonzero(~out_KN[:, images[0]])[:, 0]
             flat = adam.flat.index_select(0, on).requires_grad_(True)
             parameters, loss = readout.unflatten(flat, adam.like), torch.zeros(len(on))
+            parameters = dropped(parameters, [members[head] for head in on.tolist()], recipe.seed, epoch, step)
             for _ in of_step:
                 values = heads_log_likelihood(parameters, on, next(reader), batches, strides[on])
                 loss = loss + image_loss(values).sum(1) / len(images)
@@ -117,14 +129,15 @@ def heads_without(job: Job, view: str, store: Store, excluded: Seen) -> tuple[re
 
 
 @torch.no_grad()
-def said(job: Job, view: str, excluded: Seen, others: Sequence[Job]) -> dict[str, np.ndarray]:
+def said(job: Job, view: str, excluded: LeftOut, others: Sequence[Job]) -> dict[str, np.ndarray]:
     """`OUT/INDEX` -> the density of an image by the head that left it out, on the coarse grid; and, as `OUT/INDEX/at`,
-    its log-density per px at the fixations. Of other data sets, by all heads together: `NAME/INDEX`."""
+    its log-density per px at the fixations. Of other data sets, by all heads together: `NAME/INDEX`. `heads/NAME`: the
+    heads' parameters."""
     store = job.stores()[view]
     with torch.enable_grad():
         parameters, training = heads_without(job, view, store, excluded)
     dataset, finalizer = job.dataset, job.recipe.finalizer
-    result = {}
+    result = {f"heads/{name}": value.numpy() for name, value in parameters.items()}
     batches = Batches(training, store, finalizer, CPU)
     for number, (name, out) in enumerate(excluded.items()):
         for some in batches.passes(np.flatnonzero(out), EVALUATION_BATCH):
@@ -203,6 +216,46 @@ def fitted_on_some(
     yield "category adaptation", rest, bits(adapted, test, own_center_bias(test, training)) - without
 
 
+def study(job: Job, of: Predictions, stores: list[Store], heads: Sequence[readout.Parameters], bias: CenterBias,
+          overall: Tensor) -> Study:  # fmt: skip
+    """A data set as a model sees it that knows no categories, of its images those of `of`; heads: of each view."""
+    views = job.recipe.views
+    numbers = adaptation_of([overall, overall], np.zeros((1, *GRID), np.float32), len(views))
+    one = np.zeros(1)
+    model = Model(
+        views=views,
+        heads=dict(zip(job.recipe.backbones, heads, strict=True)),
+        finalizer=job.recipe.finalizer,
+        categories=["all"],
+        weights=numbers.weights[:1],
+        global_weights=numbers.weights[0],
+        center_bias=bias,
+        finalizer_bias=bias,
+        classifier=CategoryClassifier(one, one + 1, np.zeros((1, 1)), one, math.nan),
+        provenance={},
+        standards=joined.read_standards(job.folder / joined.FILE),
+        adaptation=numbers,
+    )
+    dataset, images = of.dataset, set(of.images.tolist())
+    every, sizes = range(len(dataset.stimuli)), [stimulus.size for stimulus in dataset.stimuli]
+    densities = StoredDensities(model, stores, sizes)
+    log_densities = [densities.of(index)[0] if index in images else torch.empty(0) for index in every]
+    fixations = [dataset.fixations_of(index)[:2] for index in every]
+    return Study(model, dataset, stores, [], Seen(log_densities, np.zeros((len(every), 1)), fixations, sizes))
+
+
+def by_command(gains: Gains, label: str, of: Study, groups: Sequence[np.ndarray], draws: int = DRAWS) -> None:
+    """Adds what `acw adapt` gains; groups: indices of the images that are adapted to together."""
+    for members, draw in itertools.product(groups, range(draws)):
+        drawn = np.random.default_rng(draw).permutation(members)
+        if len(members) >= COMMAND_IMAGES + SCORED:
+            rest = np.sort(drawn[COMMAND_IMAGES:])
+            values, what = adapted(of, np.sort(drawn[:COMMAND_IMAGES]), rest)
+            print(f"{label}, draw {draw}: {what}, {values.mean():+.4f}", flush=True)
+            for index, value in zip(rest.tolist(), values.tolist(), strict=True):
+                gains[label, f"acw adapt, {COMMAND_IMAGES} images"][index].append(value)
+
+
 def unseen(gains: Gains, label: str, said_of: Predictions, maps: Maps, groups: Sequence[np.ndarray], overall: Tensor,
            weights: np.ndarray) -> None:  # fmt: skip
     """Adds what is gained on a kind that heads have not seen; groups: members that are adapted to together."""
@@ -264,8 +317,15 @@ def report(gains: Gains, category: dict[str, np.ndarray], gap: str) -> Figures:
     return figures
 
 
-def kept(job: Job, view: str, excluded: Seen, others: Sequence[Job], folder: Path, name: str) -> dict[str, np.ndarray]:
-    path = folder / f"{view}.{name}.npz"
+def heads_of(view: dict[str, np.ndarray]) -> readout.Parameters:
+    """What `said` has of them."""
+    return {key.partition("/")[2]: torch.from_numpy(a) for key, a in view.items() if key.startswith("heads/")}
+
+
+def kept(
+    job: Job, view: str, excluded: LeftOut, others: Sequence[Job], folder: Path, name: str
+) -> dict[str, np.ndarray]:
+    path = folder / f"{view}.{name}-{EPOCHS}.npz"
     if not path.exists():
         arrays: dict[str, Any] = said(job, view, excluded, others)
         np.savez(path, **arrays)
@@ -275,7 +335,7 @@ def kept(job: Job, view: str, excluded: Seen, others: Sequence[Job], folder: Pat
 def benchmark(options: argparse.Namespace) -> Figures:
     def parsed(*arguments: str) -> Job:
         scale = ["--pixels-per-degree", str(options.pixels_per_degree)] if options.pixels_per_degree else []
-        return jobs.parse(["gaze_small", "--root", options.root, *scale, *arguments], __doc__ or "")
+        return jobs.parse([options.recipe, "--root", options.root, *scale, *arguments], __doc__ or "")
 
     job = parsed("--dataset", options.dataset)
     names = [name for name in options.others.split(",") if name]
@@ -284,7 +344,7 @@ def benchmark(options: argparse.Namespace) -> Figures:
     kinds, folds = left_out(job)
     folder = Path(options.root) / "adaptation"
     folder.mkdir(parents=True, exist_ok=True)
-    views = job.recipe.backbones
+    views, stores = job.recipe.backbones, list(job.stores().values())
     of_kinds = [kept(job, view, kinds, [], folder, "kinds") for view in views]
     of_folds = [kept(job, view, folds, others, folder, "folds") for view in views]
 
@@ -298,13 +358,23 @@ def benchmark(options: argparse.Namespace) -> Figures:
     reached = dict(zip(images.tolist(), bits(overall, together).tolist(), strict=True))
     category = {"seen, over one weight vector for all": dataset.category_index[images]}
     gap = "heads that know the kind"
+    by_now: set[float] = set()  # categories that the command has been tried on
     for kind, out in kinds.items():
         of = Predictions(kind, dataset, np.flatnonzero(out), of_kinds)
         maps = of.maps(kde_of(dataset, np.setdiff1d(development, of.images)))
         by_source = kind.startswith("source ")
         label = kind if by_source else "unseen categories, two at a time"
         own = np.zeros(len(of.images)) if by_source else dataset.category_index[of.images]
-        unseen(gains, label, of, maps, [np.flatnonzero(own == c) for c in np.unique(own)], overall, weights)
+        groups = [np.flatnonzero(own == c) for c in np.unique(own)]
+        unseen(gains, label, of, maps, groups, overall, weights)
+        # Each category by the heads of one pair: a minute apiece.
+        first = [group for group, c in zip(groups, np.unique(own), strict=True) if by_source or c not in by_now]
+        if first:
+            heads = [readout.select(heads_of(view), [list(kinds).index(kind)]) for view in of_kinds]
+            bias = kde_of(dataset, np.setdiff1d(development, of.images))
+            seen_by_these = study(job, of, stores, heads, bias, overall)
+            by_command(gains, label, seen_by_these, [of.images[group] for group in first], DRAWS if by_source else 1)
+        by_now |= set(own) if not by_source else set()
         category[label] = dataset.category_index
         for index, base in zip(of.images.tolist(), bits(overall, maps).tolist(), strict=True):
             gains[label, gap][index].append(reached[index] - base)
@@ -313,9 +383,11 @@ def benchmark(options: argparse.Namespace) -> Figures:
         every = np.arange(len(other.dataset.stimuli))
         of = Predictions(other.dataset.name, other.dataset, every, of_folds)
         unseen(gains, other.dataset.name, of, of.maps(bias), [every], overall, weights)
+        heads = list(map(heads_of, of_folds))
+        by_command(gains, of.name, study(job, of, list(other.stores().values()), heads, bias, overall), [every])
         category[other.dataset.name] = np.zeros(len(every))
     return report(gains, category, gap)
 
 
 if __name__ == "__main__":
-    harness.run(__doc__ or "", benchmark, dataset="", root="runs", others="", pixels_per_degree=0.0)
+    harness.run(__doc__ or "", benchmark, recipe="gaze", dataset="", root="runs", others="", pixels_per_degree=0.0)
