@@ -39,15 +39,17 @@ DRAWS = 4
 
 def adapted(study: Study, drawn: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, str]:
     """Bits of each of the other images over the model as it is, and what the command would write."""
-    category, model, others = fit(study, drawn), study.model, study.seen.subset(rest)
+    category, model, others = fit(study, "new", drawn), study.model, study.seen.subset(rest)
     if not category.pays:
         return np.zeros(len(rest)), "nothing"
     own, before = category.readouts, new_category.as_it_is(model, others)
     if own:
-        said = [study.by(own.heads, index) for index in rest.tolist()]
+        said = [study.said_by(own.heads, index) for index in rest.tolist()]
         others = dataclasses.replace(others, log_densities=said)
+    else:
+        others = others.only(model.shared.ravel())
     now = new_category.log_likelihood(model, others, [category.adaptation.row(0)] * len(rest))
-    return (now - before) / math.log(2), f"readouts at {own.rate:g}" if own else "numbers"
+    return (now - before) / math.log(2), f"readouts, {own.share:.0%}" if own else "numbers"
 
 
 def from_nothing(dataset: Dataset, drawn: np.ndarray, recipe: str, root: str) -> Model:

@@ -7,10 +7,12 @@ For every two categories, and for every source of the images, heads are trained 
 all side by side in one bank), and beside these five that each leave out a fold of all images. Of the development images
 only. What the first say of the images that they were not trained on is adapted by some of these images (PER_KIND, drawn
 DRAWS times) and scored on the others, by numbers alone and, from COMMAND_IMAGES of them, as `acw adapt` does it: with
-readouts of their own where these pay, or not at all; each category once. What the second say of theirs is what heads
-that know the kind reach. OTHER is a folder of images with a fixations.csv, of another kind, which the second are
-adapted to. All is in bits per fixation over the numbers for all images, by numbers alone on the coarse grid on which
-they are fitted. ROOT/adaptation keeps the heads and what they say.
+readouts of their own where these pay, or not at all; each category CATEGORY_DRAWS times. What the second say of theirs
+is what heads that know the kind reach; they are adapted by the command, too, to images of the fold that they left out
+and held-out ones of a category, which shows what that costs where there is nothing to learn. OTHER is a folder of
+images with a fixations.csv, of another kind, which the second are adapted to. All is in bits per fixation over the
+numbers for all images, by numbers alone on the coarse grid on which they are fitted. ROOT/adaptation keeps the heads
+and what they say.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import argparse
 import dataclasses
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from acw.data import Dataset
 from acw.evaluation.bootstrap import interval, ratio_interval
 from acw.evaluation.scoring import StoredDensities, split_half
 from acw.features import joined
-from acw.features.joined import Store
+from acw.features.joined import JoinedStore, Store
 from acw.fusion import adaptation_fit, category_weights
 from acw.fusion.adaptation import GRID
 from acw.fusion.adaptation_fit import (
@@ -72,6 +74,7 @@ PER_KIND = (5, 10, 20, 50)
 SCORED = 10  # images, at least
 COMMAND_IMAGES = 20
 DRAWS = 4  # of a kind of which there is one
+CATEGORY_DRAWS = 3  # of a category, each with the heads of another pair, as the command takes half a minute apiece
 WEIGHTS_STRENGTH = 1.0  # of the prior, where weights alone are fitted
 CPU = torch.device("cpu")
 LeftOut = dict[str, np.ndarray]  # what heads leave out -> (N,) bool
@@ -128,6 +131,15 @@ def heads_without(job: Job, view: str, store: Store, excluded: LeftOut) -> tuple
     return state.parameters, training
 
 
+def stores_as_read_by(job: Job, other: Job) -> dict[str, Store]:
+    """The features of another job's images, standardised as those are that this job's heads were trained on."""
+    standards = joined.read_standards(job.folder / joined.FILE)
+    return {
+        name: JoinedStore(store.parts, standards[name]) if isinstance(store, JoinedStore) else store
+        for name, store in other.stores().items()
+    }
+
+
 @torch.no_grad()
 def said(job: Job, view: str, excluded: LeftOut, others: Sequence[Job]) -> dict[str, np.ndarray]:
     """`OUT/INDEX` -> the density of an image by the head that left it out, on the coarse grid; and, as `OUT/INDEX/at`,
@@ -149,7 +161,7 @@ def said(job: Job, view: str, excluded: LeftOut, others: Sequence[Job]) -> dict[
                 result[f"{name}/{index}/at"] = finalizer.at_pixels(log_density, x, y, dataset.stimuli[index].size)
     everywhere = kde_of(dataset, job.split.development)
     for other in others:
-        features = other.stores()[view]
+        features = stores_as_read_by(job, other)[view]
         for index, stimulus in enumerate(other.dataset.stimuli):
             of_size = torch.from_numpy(everywhere.of_size(finalizer.grid(stimulus.size)))
             log_density = ensemble(parameters, features.load([index]), of_size, finalizer)[0]
@@ -244,16 +256,16 @@ def study(job: Job, of: Predictions, stores: list[Store], heads: Sequence[readou
     return Study(model, dataset, stores, [], Seen(log_densities, np.zeros((len(every), 1)), fixations, sizes))
 
 
-def by_command(gains: Gains, label: str, of: Study, groups: Sequence[np.ndarray], draws: int = DRAWS) -> None:
-    """Adds what `acw adapt` gains; groups: indices of the images that are adapted to together."""
-    for members, draw in itertools.product(groups, range(draws)):
-        drawn = np.random.default_rng(draw).permutation(members)
-        if len(members) >= COMMAND_IMAGES + SCORED:
-            rest = np.sort(drawn[COMMAND_IMAGES:])
-            values, what = adapted(of, np.sort(drawn[:COMMAND_IMAGES]), rest)
-            print(f"{label}, draw {draw}: {what}, {values.mean():+.4f}", flush=True)
-            for index, value in zip(rest.tolist(), values.tolist(), strict=True):
-                gains[label, f"acw adapt, {COMMAND_IMAGES} images"][index].append(value)
+def by_command(gains: Gains, label: str, of: Study, members: np.ndarray, draw: int) -> None:
+    """Adds what `acw adapt` gains; members: indices of the images that are drawn from."""
+    if len(members) < COMMAND_IMAGES + SCORED:
+        return
+    drawn = np.random.default_rng(draw).permutation(members)
+    rest = np.sort(drawn[COMMAND_IMAGES:])
+    values, what = adapted(of, np.sort(drawn[:COMMAND_IMAGES]), rest)
+    print(f"{label}, draw {draw}: {what}, {values.mean():+.4f}", flush=True)
+    for index, value in zip(rest.tolist(), values.tolist(), strict=True):
+        gains[label, f"acw adapt, {COMMAND_IMAGES} images"][index].append(value)
 
 
 def unseen(gains: Gains, label: str, said_of: Predictions, maps: Maps, groups: Sequence[np.ndarray], overall: Tensor,
@@ -325,7 +337,7 @@ def heads_of(view: dict[str, np.ndarray]) -> readout.Parameters:
 def kept(
     job: Job, view: str, excluded: LeftOut, others: Sequence[Job], folder: Path, name: str
 ) -> dict[str, np.ndarray]:
-    path = folder / f"{view}.{name}-{EPOCHS}.npz"
+    path = folder / f"{job.recipe.name}.{view}.{name}-{EPOCHS}.npz"
     if not path.exists():
         arrays: dict[str, Any] = said(job, view, excluded, others)
         np.savez(path, **arrays)
@@ -358,7 +370,7 @@ def benchmark(options: argparse.Namespace) -> Figures:
     reached = dict(zip(images.tolist(), bits(overall, together).tolist(), strict=True))
     category = {"seen, over one weight vector for all": dataset.category_index[images]}
     gap = "heads that know the kind"
-    by_now: set[float] = set()  # categories that the command has been tried on
+    draws = Counter[float]()  # of each category, that the command has been tried on
     for kind, out in kinds.items():
         of = Predictions(kind, dataset, np.flatnonzero(out), of_kinds)
         maps = of.maps(kde_of(dataset, np.setdiff1d(development, of.images)))
@@ -367,24 +379,38 @@ def benchmark(options: argparse.Namespace) -> Figures:
         own = np.zeros(len(of.images)) if by_source else dataset.category_index[of.images]
         groups = [np.flatnonzero(own == c) for c in np.unique(own)]
         unseen(gains, label, of, maps, groups, overall, weights)
-        # Each category by the heads of one pair: a minute apiece.
-        first = [group for group, c in zip(groups, np.unique(own), strict=True) if by_source or c not in by_now]
-        if first:
+        todo = [
+            (group, c, draws[c]) for group, c in zip(groups, np.unique(own), strict=True) if draws[c] < CATEGORY_DRAWS
+        ]
+        if by_source:
+            todo = [(groups[0], -1, draw) for draw in range(DRAWS)]
+        if todo:
             heads = [readout.select(heads_of(view), [list(kinds).index(kind)]) for view in of_kinds]
             bias = kde_of(dataset, np.setdiff1d(development, of.images))
             seen_by_these = study(job, of, stores, heads, bias, overall)
-            by_command(gains, label, seen_by_these, [of.images[group] for group in first], DRAWS if by_source else 1)
-        by_now |= set(own) if not by_source else set()
+            for group, c, draw in todo:
+                by_command(gains, label, seen_by_these, of.images[group], draw)
+                draws[c] += 1
         category[label] = dataset.category_index
         for index, base in zip(of.images.tolist(), bits(overall, maps).tolist(), strict=True):
             gains[label, gap][index].append(reached[index] - base)
+    label = "seen categories, another fold"
+    category[label] = dataset.category_index
+    for c in range(len(dataset.categories)):
+        name, out = list(folds.items())[c % len(folds)]
+        images = np.flatnonzero((dataset.category_index == c) & (out | (job.split.fold < 0)))
+        heads = [readout.select(heads_of(view), [c % len(folds)]) for view in of_folds]
+        of, bias = Predictions(name, dataset, images, of_folds), kde_of(dataset, np.setdiff1d(development, images))
+        by_command(gains, label, study(job, of, stores, heads, bias, overall), images, 0)
     bias = kde_of(dataset, development)
     for other in others:
         every = np.arange(len(other.dataset.stimuli))
         of = Predictions(other.dataset.name, other.dataset, every, of_folds)
         unseen(gains, other.dataset.name, of, of.maps(bias), [every], overall, weights)
         heads = list(map(heads_of, of_folds))
-        by_command(gains, of.name, study(job, of, list(other.stores().values()), heads, bias, overall), [every])
+        seen_by_all = study(job, of, list(stores_as_read_by(job, other).values()), heads, bias, overall)
+        for draw in range(DRAWS):
+            by_command(gains, of.name, seen_by_all, every, draw)
         category[other.dataset.name] = np.zeros(len(every))
     return report(gains, category, gap)
 

@@ -26,7 +26,6 @@ from acw.pipeline import adapt
 from acw.storage.errors import UserError
 
 IMAGES = np.arange(12)
-RATE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +40,16 @@ def fold() -> np.ndarray:
     return new_category.fold_of(len(IMAGES), 0)
 
 
+def trained_by(study: Study, fold: np.ndarray) -> OwnReadouts:
+    """All of the way."""
+    *_, last = own_readouts.train(study, "odd", IMAGES, fold, seed=0)
+    assert last.share == 1
+    return last
+
+
 @pytest.fixture(scope="module")
 def trained(study: Study, fold: np.ndarray) -> OwnReadouts:
-    return own_readouts.train(study, IMAGES, fold, RATE, seed=0)
+    return trained_by(study, fold)
 
 
 def likelihood(study: Study, log_densities: list[torch.Tensor]) -> float:
@@ -73,7 +79,7 @@ def test_readouts_know_nothing_of_an_image_that_they_leave_out(
     dataset = study.dataset
     x = np.where(dataset.image == 0, 0.5, dataset.x)
     other = dataclasses.replace(study, dataset=dataclasses.replace(dataset, x=x))
-    again = own_readouts.train(other, IMAGES, fold, RATE, seed=0)
+    again = trained_by(other, fold)
     pairs = zip(again.left_out, trained.left_out, strict=True)
     moved = np.array([float((now - old).abs().max()) for now, old in pairs])
     assert moved[fold == fold[0]].max() < 1e-3 < 1e-2 < moved[fold != fold[0]].min(), "but for rounding in the bank"
@@ -81,12 +87,13 @@ def test_readouts_know_nothing_of_an_image_that_they_leave_out(
 
 def test_they_learn(study: Study, trained: OwnReadouts, fold: np.ndarray) -> None:
     before = likelihood(study, list(study.seen.log_densities))
-    assert likelihood(study, [study.by(trained.heads, index) for index in IMAGES]) > before + 0.05
+    assert likelihood(study, [study.said_by(trained.heads, index) for index in IMAGES]) > before + 0.05
     assert likelihood(study, trained.left_out) > before, "and what they learn holds for other images"
-    again = own_readouts.train(study, IMAGES, fold, RATE, seed=0)
+    again = trained_by(study, fold)
     assert all(value.equal(again.heads[name][key]) for name in NAMES for key, value in trained.heads[name].items())
 
 
+@pytest.fixture(scope="module")
 def foretold(model: Model, study: Study) -> list[torch.Tensor]:
     """Of each image twice, on the grid, where people look in truth."""
     grids = [tuple(of_image.shape[1:]) for of_image in study.seen.log_densities]
@@ -95,36 +102,41 @@ def foretold(model: Model, study: Study) -> list[torch.Tensor]:
     return [F.interpolate(one, grid, mode="area")[0].log().expand(2, -1, -1) for one, grid in pairs]
 
 
-def test_they_are_taken_only_where_they_pay(study: Study, model: Model) -> None:
-    good = foretold(model, study)
+def test_they_are_taken_only_where_they_pay(study: Study, model: Model, foretold: list[torch.Tensor]) -> None:
     noise = torch.Generator().manual_seed(0)
     bad = [one + torch.randn(one.shape, generator=noise) for one in study.seen.log_densities]
     by_numbers = new_category.fit(model, study.seen, 0)
-    for left_out, taken in ((good, True), (bad, False), (list(study.seen.log_densities), False)):
-        fitted = new_category.fit(model, study.seen, 0, [OwnReadouts(RATE, {}, left_out)])
+    for left_out, taken in ((foretold, True), (bad, False), (list(study.seen.log_densities), False)):
+        fitted = new_category.fit(model, study.seen, 0, [OwnReadouts(1.0, {}, left_out)])
         assert (fitted.readouts is not None) == taken
         assert (fitted.gain.mean() > by_numbers.gain.mean()) == taken
 
 
-def known_too(model: Model, study: Study, name: str, trained: OwnReadouts | None) -> Model:
-    readouts = [] if trained is None else [dataclasses.replace(trained, left_out=foretold(model, study))]
-    fitted = new_category.fit(model, study.seen, 0, readouts)
-    assert (fitted.readouts is not None) == (trained is not None)
-    number = np.zeros(len(IMAGES), np.int64)
+@pytest.fixture(scope="module")
+def taken(trained: OwnReadouts, foretold: list[torch.Tensor]) -> OwnReadouts:
+    """As they are, and as if they foretold images left out so well that they are taken."""
+    return dataclasses.replace(trained, left_out=foretold)
+
+
+def known_too(model: Model, study: Study, **names: OwnReadouts | None) -> Model:
+    """With a category of each name, which has readouts of its own or none."""
+    fitted = [new_category.fit(model, study.seen, 0, [own] if own else []) for own in names.values()]
+    assert [one.readouts for one in fitted] == list(names.values())
+    number = np.arange(len(IMAGES)) % len(names)
     wider, _ = classifier.extended(model.classifier, study.seen.pooled, number, new_category.fold_of(len(IMAGES), 0))
-    return new_category.extended(model, [name], [fitted], wider, {})
+    return new_category.extended(model, list(names), fitted, wider, {})
 
 
-def test_no_other_category_notices(study: Study, model: Model, trained: OwnReadouts, tmp_path: Path) -> None:
+def test_no_other_category_notices(study: Study, model: Model, taken: OwnReadouts, tmp_path: Path) -> None:
     """Nor through a file, and with a third and a fourth category behind it."""
-    adapted = known_too(model, study, "odd", trained)
+    adapted = known_too(model, study, odd=taken)
     files.save(adapted, tmp_path / "model", [load_backbone(one) for one in model.backbones])
     loaded = files.load(tmp_path / "model")
     assert loaded.components == ["lite0", "lite0@odd", "smaller", "smaller@odd"]
     (pixels,) = pictures(1, first=70)
     seen = dataclasses.replace(study.seen, log_densities=[loaded_of(loaded, one) for one in pictures(len(IMAGES))])
     more = dataclasses.replace(study, model=loaded, seen=seen)
-    further = known_too(known_too(loaded, more, "plain", None), widened(more, 6), "third", trained)
+    further = known_too(known_too(loaded, more, plain=None), more, third=taken)
     assert len(further.components) == 6
     for category in CATEGORIES:
         before = model.predict(pixels, category)
@@ -137,17 +149,27 @@ def test_no_other_category_notices(study: Study, model: Model, trained: OwnReado
     for later in (loaded, further):
         np.testing.assert_array_equal(later.predict(pixels, "odd").log_density, odd.log_density)
     # What a view says by itself is then what its own readouts say.
-    own = dataclasses.replace(model, heads=trained.heads)
+    own = dataclasses.replace(model, heads=taken.heads)
     alone = upsample(own.component_log_densities(pixels)[0], pixels.shape[:2])
     for name, expected in zip(NAMES, alone, strict=True):
         np.testing.assert_allclose(odd.by_backbone[name], expected, atol=1e-5)
 
 
+def test_several_at_once_are_as_each_by_itself(study: Study, model: Model, taken: OwnReadouts) -> None:
+    kinds = {"first": taken, "second": None, "third": dataclasses.replace(taken, heads=model.heads)}
+    together = known_too(model, study, **kinds)
+    assert together.components == [f"{view}{own}" for view in NAMES for own in ("", "@first", "@third")]
+    (pixels,) = pictures(1, first=73)
+    for name, own in kinds.items():
+        alone = known_too(model, study, **{name: own}).predict(pixels, name)
+        np.testing.assert_array_equal(together.predict(pixels, name).log_density, alone.log_density)
+
+
 def test_weights_that_add_up_to_a_little_more_than_1_are_none_less_than_0(
-    study: Study, model: Model, trained: OwnReadouts
+    study: Study, model: Model, taken: OwnReadouts
 ) -> None:
     """As those that are kept in float32 do, of which a logarithm is taken."""
-    adapted = known_too(model, study, "odd", trained)
+    adapted = known_too(model, study, odd=taken)
     assert adapted.adaptation is not None
     adapted.adaptation = dataclasses.replace(adapted.adaptation, weights=adapted.adaptation.weights * (1 + 1e-7))
     (pixels,) = pictures(1, first=72)
@@ -158,15 +180,8 @@ def loaded_of(model: Model, pixels: np.ndarray) -> torch.Tensor:
     return model.component_log_densities(pixels)[0]
 
 
-def widened(study: Study, components: int) -> Study:
-    """As a model of so many components would see it: with densities of readouts that nothing weighs."""
-    more = [torch.cat([one.view(2, -1, *one.shape[1:])] * 2, 1) for one in study.seen.log_densities]
-    seen = dataclasses.replace(study.seen, log_densities=[one[:, : components // 2].flatten(0, 1) for one in more])
-    return dataclasses.replace(study, seen=seen)
-
-
-def test_an_image_of_an_uncertain_category_has_some_of_each(study: Study, model: Model, trained: OwnReadouts) -> None:
-    adapted = known_too(model, study, "odd", trained)
+def test_an_image_of_an_uncertain_category_has_some_of_each(study: Study, model: Model, taken: OwnReadouts) -> None:
+    adapted = known_too(model, study, odd=taken)
     (pixels,) = pictures(1, first=71)
     prediction = adapted.predict(pixels)
     assert 0.001 < prediction.categories["odd"] < 0.999, "uncertain is what this is about"
@@ -180,11 +195,11 @@ def test_an_image_of_an_uncertain_category_has_some_of_each(study: Study, model:
 
 
 def test_such_a_models_heads_are_not_taken_for_a_run(
-    study: Study, model: Model, trained: OwnReadouts, tmp_path: Path
+    study: Study, model: Model, taken: OwnReadouts, tmp_path: Path
 ) -> None:
     from acw.pipeline.job import parse
 
-    adapted = known_too(model, study, "odd", trained)
+    adapted = known_too(model, study, odd=taken)
     files.save(adapted, tmp_path / "model", [load_backbone(one) for one in model.backbones])
     with pytest.raises(UserError, match="odd have readouts of their own; give the model from before"):
         parse(["cat2000_iie", "--heads", str(tmp_path), "--dataset", "synthetic", "--root", str(tmp_path / "runs")], "")

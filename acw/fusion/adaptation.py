@@ -110,6 +110,7 @@ class Adaptation:
 
 def adapt(log_densities_CHW: Tensor, numbers: Numbers, center_bias_HW: Tensor, size: tuple[int, int]) -> Tensor:
     """(H, W) log-density on the grid, normalised, from the views' for an image of `size` px; center_bias_HW: log c."""
+    assert len(numbers.weights) == len(log_densities_CHW)
     grid = (log_densities_CHW.shape[1], log_densities_CHW.shape[2])
     # Without what weighs nothing, such as another category's readouts: they must not change so much as a rounding.
     used = np.flatnonzero(numbers.weights)

@@ -28,7 +28,12 @@ class Seen:
     fixations: Sequence[tuple[np.ndarray, np.ndarray]]
     sizes: Sequence[tuple[int, int]]
 
+    def only(self, components: np.ndarray) -> Seen:
+        """What some of the components say."""
+        return dataclasses.replace(self, log_densities=[of_image[components] for of_image in self.log_densities])
+
     def subset(self, chosen: np.ndarray) -> Seen:
+        """Of some of the images."""
         log_densities, fixations, sizes = (
             [values[index] for index in chosen.tolist()] for values in (self.log_densities, self.fixations, self.sizes)
         )
@@ -45,7 +50,7 @@ class Study:
     mirrored: Sequence[Store]
     seen: Seen
 
-    def by(self, heads: Mapping[str, Parameters], index: int) -> Tensor:
+    def said_by(self, heads: Mapping[str, Parameters], index: int) -> Tensor:
         """(V, H, W) log-densities of an image by other heads of the V views."""
         model = dataclasses.replace(self.model, heads=dict(heads), systems=1, readouts=[])
         features, mirror = (

@@ -1,4 +1,4 @@
-"""Adapts a finished model to a small data set of another kind of images, in a minute or two.
+"""Adapts a finished model to a small data set of another kind of images, in some minutes.
 
 acw adapt RUN FOLDER --fixations FOLDER/fixations.csv
 acw adapt RUN FOLDER --by-category --out adapted
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     if taken := [name for name in groups if name in model.categories]:
         raise UserError(f"the model knows a category '{taken[0]}' already; give --name for what is put in its place")
     study = look(model, dataset, root)
-    fitted = {name: fit(study, images) for name, images in groups.items()}
+    fitted = {name: fit(study, name, images) for name, images in groups.items()}
     adopted = {name: category for name, category in fitted.items() if category.pays}
     for name, category in fitted.items():
         if name not in adopted:
@@ -149,12 +149,12 @@ def look(model: Model, dataset: Dataset, root: Path) -> Study:
     return Study(model, dataset, stores, mirrored, Seen(log_densities, np.stack(pooled), fixations, sizes))
 
 
-def fit(study: Study, images: np.ndarray) -> NewCategory:
-    """The category of some of the images."""
+def fit(study: Study, name: str, images: np.ndarray) -> NewCategory:
+    """The category that some of the images are of."""
     from acw.model import new_category, own_readouts
 
     fold = new_category.fold_of(len(images), SEED)
-    readouts = (own_readouts.train(study, images, fold, rate, SEED) for rate in own_readouts.RATES)
+    readouts = own_readouts.train(study, name, images, fold, SEED)
     return new_category.fit(study.model, study.seen.subset(images), SEED, readouts)
 
 
@@ -197,7 +197,7 @@ def write(study: Study, groups: Groups, adopted: Mapping[str, NewCategory], loca
                 "images": len(groups[name]),
                 **dict(zip(("gain_bits", "low", "high"), gain(category), strict=True)),
                 "prior_strength": str(category.strength),
-                "readouts_learning_rate": category.readouts.rate if category.readouts else None,
+                "readouts_share": category.readouts.share if category.readouts else None,
                 "inferred_rightly": float(right[number == place].mean()),
             }
             for place, (name, category) in enumerate(adopted.items())
@@ -220,7 +220,7 @@ def write(study: Study, groups: Groups, adopted: Mapping[str, NewCategory], loca
         words = changes(folder)
         for name, category in adopted.items():
             if category.readouts:
-                own = f"readouts of its own, trained on at {category.readouts.rate:g}"
+                own = f"readouts of its own, {category.readouts.share:.0%} of the way to the trained ones"
                 words[name] = own if words[name] == UNCHANGED else f"{own}, {words[name]}"
             print(f"{name}: {told(category)} over the model as it is, on images left out; {words[name]}", flush=True)
             share = record["categories"][name]["inferred_rightly"]

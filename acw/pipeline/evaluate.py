@@ -168,12 +168,13 @@ def learned_from(model: Model) -> Iterator[str]:
     the model whose heads it took, as far as that is still there."""
     from acw.model.description import describe
     from acw.storage.addresses import local
-    from acw.storage.files import present
 
     provenance: dict[str, Any] | None = model.provenance
     while provenance:
         adapted_to = [record["dataset"] for record in provenance.get("adapted", [])]
         yield from (data["fingerprint"] for data in (provenance["dataset"], *adapted_to) if data)
         heads = provenance.get("recipe", {}).get("heads")
-        known = heads and present(local(heads) / "model.json")
-        provenance = describe(local(heads))["provenance"] if known else None
+        try:
+            provenance = describe(local(heads))["provenance"] if heads else None
+        except (UserError, OSError):
+            provenance = None

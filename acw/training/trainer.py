@@ -91,12 +91,14 @@ def train_briefly(recipe: Recipe, bank: Bank, start: Parameters, batches: Batche
     """The bank's heads, which start as they are given, after all of the recipe's epochs at its rate.
 
     For heads that are trained already, and so few images that validation would say nothing of when to stop. strides:
-    (K,), as `coarsest` gives them.
+    (K,), as `coarsest` gives them. Raises Diverged where the loss is not finite.
     """
     state, every = BankState.before_training(bank, start), torch.arange(len(bank.members))
     adam = BankAdam(state, every, bank.members, batches.device)
     for epoch in range(recipe.max_epochs):
-        _train_epoch(recipe, adam, bank.members, epoch, batches, strides)
+        loss, _ = _train_epoch(recipe, adam, bank.members, epoch, batches, strides)
+        if not torch.isfinite(loss).all():
+            raise Diverged(f"{recipe.name}: {bank.backbone}'s loss is not finite; check its weights and the images")
     adam.write_back(state)
     return state.parameters
 
