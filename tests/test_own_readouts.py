@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from test_model import CATEGORIES, NAMES
 from test_model import folder as folder
 from test_model import model as model
 
+import acw
 from acw.data import load_dataset
 from acw.features.backbone import load_backbone
 from acw.fusion import classifier
@@ -24,6 +27,8 @@ from acw.model.own_readouts import OwnReadouts
 from acw.model.study import Study
 from acw.pipeline import adapt
 from acw.storage.errors import UserError
+from acw.storage.files import csv_rows
+from acw.tracking import mlflow_store
 
 IMAGES = np.arange(12)
 
@@ -192,6 +197,22 @@ def test_an_image_of_an_uncertain_category_has_some_of_each(study: Study, model:
     )
     own = numbers.weights.reshape(2, 2)[:, 1].sum()
     assert own == pytest.approx(prediction.categories["odd"], abs=1e-9)
+
+
+def test_the_command_writes_them(
+    study: Study, model: Model, taken: OwnReadouts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd, out = new_category.fit(model, study.seen, 0, [taken]), tmp_path / "out"
+    adapt.write(study, {"odd": IMAGES}, {"odd": odd}, "a model", out, mlflow_store.ready(tmp_path, None))
+    assert re.search(r"odd: \+.*; readouts of its own, 100% of the way to the trained ones", capsys.readouterr().out)
+    recorded = json.loads((out / "adaptation.json").read_text(encoding="utf-8"))["categories"]["odd"]
+    assert recorded["readouts_share"] == 1
+    *_, row, for_all = csv_rows(out / "category_adaptation.csv")
+    assert sum(float(row[f"weight:{name}"]) for name in NAMES) == pytest.approx(1, abs=1e-5)
+    assert (row["category"], for_all["category"]) == ("odd", "all images")
+    (pixels,) = pictures(1, first=74)
+    expected = known_too(model, study, odd=taken).predict(pixels, "odd").log_density
+    np.testing.assert_array_equal(acw.load(out).predict(pixels, "odd").log_density, expected)
 
 
 def test_such_a_models_heads_are_not_taken_for_a_run(

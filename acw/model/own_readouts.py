@@ -29,7 +29,7 @@ SHARES = (0.5, 1.0)  # of the way from the model's readouts to the trained ones
 RATE = 1e-3  # Adam's
 EPOCHS = 5
 BATCH = 4  # images
-HEAD_IMAGES_AT_ONCE = 240  # that pass together; bounds memory, changes nothing but rounding
+HEAD_IMAGES_AT_ONCE = 240  # that pass together, of one image at least; bounds memory, changes nothing but rounding
 
 
 @dataclass(frozen=True, eq=False)
