@@ -1,7 +1,7 @@
 """A category's own readouts: a model's, trained on by some images of a kind that is new to it.
 
 What draws eyes is in the readouts, and a handful of numbers cannot change it: for heads of scenes that meet objects, 20
-images recover 8 % of the lead of heads that know both by numbers, and 46 % so (docs/log.md). A few epochs, and then
+images recover 18 % of the lead of heads that know both by numbers, and 46 % so (docs/log.md). A few epochs, and then
 back some of the way: heads between those that a model had and those that few images made of them may foretell others of
 the kind better than either (Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022). How far is best
 differs between kinds: `new_category.fit` chooses among SHARES, and may choose none.

@@ -83,7 +83,8 @@ ADAPTED = """\
 
 {model} (recipe `{recipe}`), adapted by acw {commit} to {name} (fingerprint {fingerprint}): {images} pictures, \
 {fixations} fixations. Networks are that model's, and so is all of what it knew before; a new category has numbers of \
-its own and, where the table says so, that model's readouts as they were trained on, on its pictures.
+its own and, where the table says so, readouts of its own: that model's, some of the way to what its pictures made of \
+them.
 
 | new category | pictures | gain, bit per fixation | inferred rightly | what changes |
 |---|---|---|---|---|
