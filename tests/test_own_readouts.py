@@ -29,6 +29,7 @@ from acw.pipeline import adapt
 from acw.storage.errors import UserError
 from acw.storage.files import csv_rows
 from acw.tracking import mlflow_store
+from acw.training.trainer import Diverged
 
 IMAGES = np.arange(12)
 
@@ -55,6 +56,12 @@ def trained_by(study: Study, fold: np.ndarray) -> OwnReadouts:
 @pytest.fixture(scope="module")
 def trained(study: Study, fold: np.ndarray) -> OwnReadouts:
     return trained_by(study, fold)
+
+
+def test_a_training_that_diverges_is_said(study: Study, fold: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_readouts, "RATE", 1e30)
+    with pytest.raises(Diverged, match="own readouts: lite0's loss is not finite"):
+        trained_by(study, fold)
 
 
 def likelihood(study: Study, log_densities: list[torch.Tensor]) -> float:

@@ -154,6 +154,16 @@ def test_images_that_a_version_has_learned_from_decide_nothing(
     assert aliases(root) == before
 
 
+@pytest.mark.parametrize("description", [None, "{", '{"format": 99}'])
+def test_heads_that_nothing_is_known_of_any_more_end_the_list(
+    model: Model, description: str | None, tmp_path: Path
+) -> None:
+    if description is not None:
+        (tmp_path / "model.json").write_text(description, encoding="utf-8")
+    provenance = {"dataset": {"fingerprint": "own"}, "recipe": {"heads": str(tmp_path)}}
+    assert list(evaluate.learned_from(dataclasses.replace(model, provenance=provenance))) == ["own"]
+
+
 def test_what_is_not_there_is_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no version 99; `acw models` lists"):
         promote.main(["99", "--root", str(root)])
