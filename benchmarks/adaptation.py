@@ -8,11 +8,12 @@ all side by side in one bank), and beside these five that each leave out a fold 
 only. What the first say of the images that they were not trained on is adapted by some of these images (PER_KIND, drawn
 DRAWS times) and scored on the others, by numbers alone and, from COMMAND_IMAGES of them, as `acw adapt` does it: with
 readouts of their own where these pay, or not at all; each category CATEGORY_DRAWS times. What the second say of theirs
-is what heads that know the kind reach; they are adapted by the command, too, to images of the fold that they left out
-and held-out ones of a category, which shows what that costs where there is nothing to learn. OTHER is a folder of
-images with a fixations.csv, of another kind, which the second are adapted to. All is in bits per fixation over the
-numbers for all images, by numbers alone on the coarse grid on which they are fitted. ROOT/adaptation keeps the heads
-and what they say.
+is what heads that know the kind reach. What so few images teach otherwise: heads that are trained from the start on all
+that the first were, and on these COMMAND_IMAGES. The second are adapted by the command, too, to images of the fold that
+they left out and held-out ones of a category, which shows what that costs where there is nothing to learn. OTHER is a
+folder of images with a fixations.csv, of another kind, which the second are adapted to. All is in bits per fixation
+over the numbers for all images, by numbers alone on the coarse grid on which they are fitted. ROOT/adaptation keeps the
+heads and what they say.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ import argparse
 import dataclasses
 import itertools
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import harness
 import numpy as np
@@ -32,12 +32,24 @@ import torch
 from adapt_command import adapted
 from harness import Figures
 from torch import Tensor
+from unseen_kinds import (
+    COMMAND_IMAGES,
+    DRAWS,
+    SCORED,
+    Draw,
+    draws_of,
+    heads_of,
+    kept,
+    label_of,
+    left_out,
+    stores_as_read_by,
+)
 
 from acw.data import Dataset
 from acw.evaluation.bootstrap import interval, ratio_interval
 from acw.evaluation.scoring import StoredDensities, split_half
 from acw.features import joined
-from acw.features.joined import JoinedStore, Store
+from acw.features.joined import Store
 from acw.fusion import adaptation_fit, category_weights
 from acw.fusion.adaptation import GRID
 from acw.fusion.adaptation_fit import (
@@ -47,7 +59,6 @@ from acw.fusion.adaptation_fit import (
     climb,
     fit_all,
     log_likelihood,
-    on_grid,
     own_center_bias,
     precision,
     unadapted,
@@ -56,119 +67,14 @@ from acw.fusion.category_weights import Likelihoods
 from acw.fusion.classifier import CategoryClassifier
 from acw.heads import readout
 from acw.heads.center_bias import CenterBias
-from acw.heads.ensemble import ensemble
 from acw.model.model import Model
 from acw.model.study import Seen, Study
 from acw.pipeline import job as jobs
 from acw.pipeline.job import Job
-from acw.training.bank import Bank, BankState, Head
-from acw.training.batches import Batches, TrainingSet
-from acw.training.dropout import dropped
-from acw.training.loss import coarsest, image_loss
-from acw.training.loss import log_likelihood as heads_log_likelihood
-from acw.training.trainer import EVALUATION_BATCH, BankAdam, epoch_batches
 from acw.training.training_set import kde_of
 
-EPOCHS = 8  # the last at a tenth of the rate
 PER_KIND = (5, 10, 20, 50)
-SCORED = 10  # images, at least
-COMMAND_IMAGES = 20
-DRAWS = 4  # of a kind of which there is one
-CATEGORY_DRAWS = 3  # of a category, each with the heads of another pair, as the command takes half a minute apiece
 WEIGHTS_STRENGTH = 1.0  # of the prior, where weights alone are fitted
-CPU = torch.device("cpu")
-LeftOut = dict[str, np.ndarray]  # what heads leave out -> (N,) bool
-
-
-def left_out(job: Job) -> tuple[LeftOut, LeftOut]:
-    """Kinds of images that some heads are not to see, and the folds of all images."""
-    dataset, split = job.dataset, job.split
-    development = split.fold >= 0
-    category, names = dataset.category_index, dataset.categories
-    kinds = {
-        f"{names[a]}+{names[b]}": np.isin(category, (a, b)) & development
-        for a, b in itertools.combinations(range(len(names)), 2)
-    }
-    source = np.array([stimulus.source for stimulus in dataset.stimuli])
-    kinds |= {f"source {name}": (source == name) & development for name in sorted(set(source) - {None})}
-    return kinds, {f"fold {f}": split.fold == f for f in range(job.recipe.folds)}
-
-
-def heads_without(job: Job, view: str, store: Store, excluded: LeftOut) -> tuple[readout.Parameters, TrainingSet]:
-    """A head for each entry, trained on the development images that are not in it; K heads in that order."""
-    dataset, development = job.dataset, job.split.fold >= 0
-    # Images that the same heads see are one group, from which batches are dealt.
-    _, group = np.unique(np.stack(list(excluded.values())), axis=1, return_inverse=True)
-    group = np.unique(np.where(development, group.ravel() + 1, 0), return_inverse=True)[1] - 1
-    recipe = dataclasses.replace(job.recipe, folds=int(group.max()) + 1)
-    biases = [kde_of(dataset, np.flatnonzero(development & ~out)) for out in excluded.values()]
-    sizes = [stimulus.size for stimulus in dataset.stimuli]
-    training = TrainingSet(sizes, group, dataset.image, dataset.x, dataset.y, biases, biases)
-    members = tuple(Head.of(recipe, number, 0) for number in range(len(excluded)))
-    state = BankState.new(recipe, Bank(view, members), sum(store.channels))
-    batches, every = Batches(training, store, recipe.finalizer, CPU), torch.arange(len(members))
-    out_KN = torch.from_numpy(np.stack(list(excluded.values())))
-    for epoch in range(EPOCHS):
-        adam = BankAdam(state, every, members, CPU)
-        if epoch == EPOCHS - 1:
-            adam.rate *= 0.1
-        strides, _ = coarsest(adam.parameters(), members, batches, fresh=not epoch)
-        steps = epoch_batches(recipe, batches, epoch)
-        parts = [batches.groups(images) for images in steps]
-        reader = batches.ahead(part for of_step in parts for part in of_step)
-        for step, (images, of_step) in enumerate(zip(steps, parts, strict=True)):
-            on = torch.nonzero(~out_KN[:, images[0]])[:, 0]
-            flat = adam.flat.index_select(0, on).requires_grad_(True)
-            parameters, loss = readout.unflatten(flat, adam.like), torch.zeros(len(on))
-            parameters = dropped(parameters, [members[head] for head in on.tolist()], recipe.seed, epoch, step)
-            for _ in of_step:
-                values = heads_log_likelihood(parameters, on, next(reader), batches, strides[on])
-                loss = loss + image_loss(values).sum(1) / len(images)
-            loss.sum().backward()
-            adam.step(on, flat)
-        adam.write_back(state)
-        print(f"{view}: epoch {epoch + 1} of {EPOCHS}, {len(members)} heads", flush=True)
-    return state.parameters, training
-
-
-def stores_as_read_by(job: Job, other: Job) -> dict[str, Store]:
-    """The features of another job's images, standardised as those are that this job's heads were trained on."""
-    standards = joined.read_standards(job.folder / joined.FILE)
-    return {
-        name: JoinedStore(store.parts, standards[name]) if isinstance(store, JoinedStore) else store
-        for name, store in other.stores().items()
-    }
-
-
-@torch.no_grad()
-def said(job: Job, view: str, excluded: LeftOut, others: Sequence[Job]) -> dict[str, np.ndarray]:
-    """`OUT/INDEX` -> the density of an image by the head that left it out, on the coarse grid; and, as `OUT/INDEX/at`,
-    its log-density per px at the fixations. Of other data sets, by all heads together: `NAME/INDEX`. `heads/NAME`: the
-    heads' parameters."""
-    store = job.stores()[view]
-    with torch.enable_grad():
-        parameters, training = heads_without(job, view, store, excluded)
-    dataset, finalizer = job.dataset, job.recipe.finalizer
-    result = {f"heads/{name}": value.numpy() for name, value in parameters.items()}
-    batches = Batches(training, store, finalizer, CPU)
-    for number, (name, out) in enumerate(excluded.items()):
-        for some in batches.passes(np.flatnonzero(out), EVALUATION_BATCH):
-            bias = torch.from_numpy(training.finalizer_bias[number].of_size(finalizer.grid(training.sizes[some[0]])))
-            densities = ensemble(readout.select(parameters, [number]), store.load(some), bias, finalizer)
-            for index, log_density in zip(some.tolist(), densities, strict=True):
-                x, y, _ = dataset.fixations_of(index)
-                result[f"{name}/{index}"] = on_grid(log_density[None])[0]
-                result[f"{name}/{index}/at"] = finalizer.at_pixels(log_density, x, y, dataset.stimuli[index].size)
-    everywhere = kde_of(dataset, job.split.development)
-    for other in others:
-        features = stores_as_read_by(job, other)[view]
-        for index, stimulus in enumerate(other.dataset.stimuli):
-            of_size = torch.from_numpy(everywhere.of_size(finalizer.grid(stimulus.size)))
-            log_density = ensemble(parameters, features.load([index]), of_size, finalizer)[0]
-            x, y, _ = other.dataset.fixations_of(index)
-            result[f"{other.dataset.name}/{index}"] = on_grid(log_density[None])[0]
-            result[f"{other.dataset.name}/{index}/at"] = finalizer.at_pixels(log_density, x, y, stimulus.size)
-    return result
 
 
 Gains = dict[tuple[str, str], dict[int, list[float]]]  # kind, what -> image -> bits, of each time that it was scored
@@ -256,16 +162,12 @@ def study(job: Job, of: Predictions, stores: list[Store], heads: Sequence[readou
     return Study(model, dataset, stores, [], Seen(log_densities, np.zeros((len(every), 1)), fixations, sizes))
 
 
-def by_command(gains: Gains, label: str, of: Study, members: np.ndarray, draw: int) -> None:
-    """Adds what `acw adapt` gains; members: indices of the images that are drawn from."""
-    if len(members) < COMMAND_IMAGES + SCORED:
-        return
-    drawn = np.random.default_rng(draw).permutation(members)
-    rest = np.sort(drawn[COMMAND_IMAGES:])
-    values, what = adapted(of, np.sort(drawn[:COMMAND_IMAGES]), rest)
-    print(f"{label}, draw {draw}: {what}, {values.mean():+.4f}", flush=True)
-    for index, value in zip(rest.tolist(), values.tolist(), strict=True):
-        gains[label, f"acw adapt, {COMMAND_IMAGES} images"][index].append(value)
+def by_command(gains: Gains, of: Study, draw: Draw) -> None:
+    """Adds what `acw adapt` gains."""
+    values, what = adapted(of, draw.some, draw.rest)
+    print(f"{draw.label}: {what}, {values.mean():+.4f}", flush=True)
+    for index, value in zip(draw.rest.tolist(), values.tolist(), strict=True):
+        gains[draw.label, f"acw adapt, {COMMAND_IMAGES} images"][index].append(value)
 
 
 def unseen(gains: Gains, label: str, said_of: Predictions, maps: Maps, groups: Sequence[np.ndarray], overall: Tensor,
@@ -329,21 +231,6 @@ def report(gains: Gains, category: dict[str, np.ndarray], gap: str) -> Figures:
     return figures
 
 
-def heads_of(view: dict[str, np.ndarray]) -> readout.Parameters:
-    """What `said` has of them."""
-    return {key.partition("/")[2]: torch.from_numpy(a) for key, a in view.items() if key.startswith("heads/")}
-
-
-def kept(
-    job: Job, view: str, excluded: LeftOut, others: Sequence[Job], folder: Path, name: str
-) -> dict[str, np.ndarray]:
-    path = folder / f"{job.recipe.name}.{view}.{name}-{EPOCHS}.npz"
-    if not path.exists():
-        arrays: dict[str, Any] = said(job, view, excluded, others)
-        np.savez(path, **arrays)
-    return dict(np.load(path))
-
-
 def benchmark(options: argparse.Namespace) -> Figures:
     def parsed(*arguments: str) -> Job:
         scale = ["--pixels-per-degree", str(options.pixels_per_degree)] if options.pixels_per_degree else []
@@ -370,27 +257,29 @@ def benchmark(options: argparse.Namespace) -> Figures:
     reached = dict(zip(images.tolist(), bits(overall, together).tolist(), strict=True))
     category = {"seen, over one weight vector for all": dataset.category_index[images]}
     gap = "heads that know the kind"
-    draws = Counter[float]()  # of each category, that the command has been tried on
+    draws = list(draws_of(job, kinds))
+    with_some = {}
+    for number, draw in enumerate(draws):
+        with_some[f"draw {number}"] = kinds[draw.kind].copy()
+        with_some[f"draw {number}"][draw.some] = False
+    of_some = [kept(job, view, with_some, [], folder, "some") for view in views]
     for kind, out in kinds.items():
         of = Predictions(kind, dataset, np.flatnonzero(out), of_kinds)
-        maps = of.maps(kde_of(dataset, np.setdiff1d(development, of.images)))
-        by_source = kind.startswith("source ")
-        label = kind if by_source else "unseen categories, two at a time"
-        own = np.zeros(len(of.images)) if by_source else dataset.category_index[of.images]
-        groups = [np.flatnonzero(own == c) for c in np.unique(own)]
-        unseen(gains, label, of, maps, groups, overall, weights)
-        todo = [
-            (group, c, draws[c]) for group, c in zip(groups, np.unique(own), strict=True) if draws[c] < CATEGORY_DRAWS
-        ]
-        if by_source:
-            todo = [(groups[0], -1, draw) for draw in range(DRAWS)]
-        if todo:
+        bias = kde_of(dataset, np.setdiff1d(development, of.images))
+        maps, label = of.maps(bias), label_of(kind)
+        own = np.zeros(len(of.images)) if kind == label else dataset.category_index[of.images]
+        unseen(gains, label, of, maps, [np.flatnonzero(own == c) for c in np.unique(own)], overall, weights)
+        if mine := [(number, draw) for number, draw in enumerate(draws) if draw.kind == kind]:
             heads = [readout.select(heads_of(view), [list(kinds).index(kind)]) for view in of_kinds]
-            bias = kde_of(dataset, np.setdiff1d(development, of.images))
             seen_by_these = study(job, of, stores, heads, bias, overall)
-            for group, c, draw in todo:
-                by_command(gains, label, seen_by_these, of.images[group], draw)
-                draws[c] += 1
+        for number, draw in mine:
+            by_command(gains, seen_by_these, draw)
+            before, after = (
+                bits(overall, Predictions(name, dataset, draw.rest, said_by).maps(bias))
+                for name, said_by in ((kind, of_kinds), (f"draw {number}", of_some))
+            )
+            for index, value in zip(draw.rest.tolist(), (after - before).tolist(), strict=True):
+                gains[label, f"trained from the start on {COMMAND_IMAGES} more images"][index].append(value)
         category[label] = dataset.category_index
         for index, base in zip(of.images.tolist(), bits(overall, maps).tolist(), strict=True):
             gains[label, gap][index].append(reached[index] - base)
@@ -401,7 +290,7 @@ def benchmark(options: argparse.Namespace) -> Figures:
         images = np.flatnonzero((dataset.category_index == c) & (out | (job.split.fold < 0)))
         heads = [readout.select(heads_of(view), [c % len(folds)]) for view in of_folds]
         of, bias = Predictions(name, dataset, images, of_folds), kde_of(dataset, np.setdiff1d(development, images))
-        by_command(gains, label, study(job, of, stores, heads, bias, overall), images, 0)
+        by_command(gains, study(job, of, stores, heads, bias, overall), Draw.of(label, name, images, 0))
     bias = kde_of(dataset, development)
     for other in others:
         every = np.arange(len(other.dataset.stimuli))
@@ -409,8 +298,8 @@ def benchmark(options: argparse.Namespace) -> Figures:
         unseen(gains, other.dataset.name, of, of.maps(bias), [every], overall, weights)
         heads = list(map(heads_of, of_folds))
         seen_by_all = study(job, of, list(stores_as_read_by(job, other).values()), heads, bias, overall)
-        for draw in range(DRAWS):
-            by_command(gains, of.name, seen_by_all, every, draw)
+        for seed in range(DRAWS):
+            by_command(gains, seen_by_all, Draw.of(of.name, "", every, seed))
         category[other.dataset.name] = np.zeros(len(every))
     return report(gains, category, gap)
 
