@@ -288,6 +288,8 @@ def benchmark(options: argparse.Namespace) -> Figures:
     for c in range(len(dataset.categories)):
         name, out = list(folds.items())[c % len(folds)]
         images = np.flatnonzero((dataset.category_index == c) & (out | (job.split.fold < 0)))
+        if len(images) < COMMAND_IMAGES + SCORED:
+            continue
         heads = [readout.select(heads_of(view), [c % len(folds)]) for view in of_folds]
         of, bias = Predictions(name, dataset, images, of_folds), kde_of(dataset, np.setdiff1d(development, images))
         by_command(gains, study(job, of, stores, heads, bias, overall), Draw.of(label, name, images, 0))
