@@ -33,9 +33,9 @@ EPOCHS = 8  # the last at a tenth of the rate
 SCORED = 10  # images, at least
 COMMAND_IMAGES = 20
 DRAWS = 4  # of a kind of which there is one
+CATEGORY_DRAWS = 3  # of a category, each with the heads of another pair, as the command takes half a minute apiece
 CPU = torch.device("cpu")
 LeftOut = dict[str, np.ndarray]  # what heads leave out -> (N,) bool
-CATEGORY_DRAWS = 3  # of a category, each with the heads of another pair, as the command takes half a minute apiece
 
 
 def left_out(job: Job) -> tuple[LeftOut, LeftOut]:

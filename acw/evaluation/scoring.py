@@ -245,9 +245,8 @@ class Scoring:
     def _weights(self, index: int, pooled: np.ndarray) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
         """Name -> (C,) weights of the mixtures to score on an image, and those of the wrong categories."""
         model, category = self.model, self.dataset.stimuli[index].category
-        rows = model.backbone_rows
-        weights = {f"backbone:{name}": row for name, row in rows.items()}
-        weights |= {"uniform": np.mean(list(rows.values()), 0), "global_weights": model.global_weights}
+        weights = {f"backbone:{name}": row for name, row in model.backbone_rows.items()}
+        weights |= {"uniform": model.uniform_row, "global_weights": model.global_weights}
         probabilities = model.classifier.probabilities(pooled[None])[0]
         weights["inferred_category"] = model.mixing_weights(None, probabilities)
         weights |= {name: rows[index] for name, rows in self.by_image.items()}

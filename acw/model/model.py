@@ -328,6 +328,11 @@ class Model:
         each = np.repeat([1 / self.systems, 0], [self.systems, len(self.readouts)])
         return dict(zip(self.names, np.kron(np.eye(len(self.names)), each), strict=True))
 
+    @property
+    def uniform_row(self) -> np.ndarray:
+        """(C,) weights of the views' even mixture."""
+        return np.mean(list(self.backbone_rows.values()), 0)
+
     def by_backbone(self, weights: np.ndarray) -> np.ndarray:
         """(..., B) weights of the views from those of the components (..., C)."""
         return weights.reshape(*weights.shape[:-1], len(self.names), -1).sum(-1)

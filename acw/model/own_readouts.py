@@ -50,13 +50,11 @@ def train(study: Study, name: str, images: np.ndarray, fold: np.ndarray, seed: i
     name: of the category. fold: (N,) of the N images, each of which is left out once, by all heads. Raises UserError
     where the loss is not finite (Diverged).
     """
-    folds = int(fold.max()) + 1
     starts, trained = _trained(study, name, images, fold, seed)
     for share in SHARES:
         heads = [
             {view: _between(starts[view], of_fold, share) for view, of_fold in by_view.items()} for by_view in trained
         ]
-        assert len(heads) == folds + 1
         left_out = [study.said_by(heads[f], index) for index, f in zip(images.tolist(), fold.tolist(), strict=True)]
         yield OwnReadouts(share, heads[-1], left_out)
 

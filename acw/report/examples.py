@@ -44,9 +44,8 @@ class Predictions:
             return self.model.adapted(on_grid, numbers, stimulus.size).numpy()
 
         log_densities = {OURS: ours(stimulus.category)}
-        rows = self.model.backbone_rows
-        log_densities |= {name: mixed(row) for name, row in rows.items()}
-        log_densities[UNIFORM] = mixed(np.mean(list(rows.values()), 0))
+        log_densities |= {name: mixed(row) for name, row in self.model.backbone_rows.items()}
+        log_densities[UNIFORM] = mixed(self.model.uniform_row)
         log_densities[CENTRE_BIAS] = self.model.center_bias.of_size(stimulus.size)
         if self.gold_standard is not None:
             gold = self.gold_standard.everybody(self.dataset, index)
